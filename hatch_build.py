@@ -1,0 +1,35 @@
+"""Compile the protos into the `fedloom` package when the project is installed or built."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class ProtoBuildHook(BuildHookInterface):
+    """Generate `fedloom/v1/*_pb2*.py[i]` next to their sources; they are build artefacts and never committed."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        from grpc_tools import protoc
+
+        root = Path(self.root) / "protos"
+        sources = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.proto"))
+        well_known = Path(protoc.__file__).parent / "_proto"
+        scripts = Path(sys.executable).parent
+        status = protoc.main(
+            [
+                "protoc",
+                f"--proto_path={root}",
+                f"--proto_path={well_known}",
+                f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",
+                f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}",
+                f"--python_out={root}",
+                f"--grpc_python_out={root}",
+                f"--mypy_out=quiet:{root}",
+                f"--mypy_grpc_out=quiet:{root}",
+                *sources,
+            ]
+        )
+        if status != 0:
+            raise RuntimeError(f"protoc failed with status {status} on {sources}")

@@ -1,0 +1,162 @@
+"""Refusals: one enum of reasons, one table of what they mean and what an agent does about them.
+
+    FedloomError
+    ├── Refused        a step is refused, by us or by the peer: `reason`, `subject`
+    └── ConfigError    a file or option that a person wrote is wrong: `where`, `problem`
+
+On the wire a refusal is one `RefusalDetails` in `google.rpc.Status.details`, or a step of the
+control stream.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+import grpc
+from google.rpc.status_pb2 import Status
+
+from fedloom.v1 import refusal_pb2
+
+MAX_SUBJECT_BYTES = 512
+_STATUS_KEY = "grpc-status-details-bin"  # where gRPC carries google.rpc.Status in every language
+
+
+class Reason(IntEnum):
+    """Why a step is refused; numbers and meanings are those of `fedloom/v1/refusal.proto`."""
+
+    INVALID_TOKEN = 1
+    TOKEN_EXPIRED = 2
+    NOT_PERMITTED = 3
+    PROTOCOL_UNSUPPORTED = 4
+    MALFORMED = 5
+    TOO_LARGE = 6
+    DIGEST_MISMATCH = 7
+    NOT_FOUND = 8
+    WRONG_ROUND = 9
+    NOT_IN_COHORT = 10
+    NOT_FINITE = 11
+    WEIGHT_OUT_OF_RANGE = 12
+    PROTECTION_TOO_WEAK = 13
+    PLAN_MISMATCH = 14
+    PLAN_UNSUPPORTED = 15
+    DATA_UNREADABLE = 16
+    DATA_COLUMN_MISSING = 17
+    DATA_LABEL_UNKNOWN = 18
+    DATA_EMPTY = 19
+    TRAINING_FAILED = 20
+    KEY_UNAVAILABLE = 21
+    SUM_NOT_VERIFIED = 22
+    STATE_DIVERGED = 23
+    QUORUM_NOT_REACHED = 24
+    DEADLINE_PASSED = 25
+    RUN_CANCELLED = 26
+    SUPERSEDED = 27
+    INTERNAL = 28
+    STORAGE_FULL = 29
+
+
+class Reaction(Enum):
+    """What an agent does when it is refused."""
+
+    RECONNECT = "connect again with backoff"
+    SKIP_STEP = "drop the step and wait for the next invitation"
+    STOP = "stop and tell the operator"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one reason travels (gRPC code) and what the agent does about it."""
+
+    code: grpc.StatusCode
+    reaction: Reaction
+
+
+_Code = grpc.StatusCode
+RULES: dict[Reason, Rule] = {
+    Reason.INVALID_TOKEN: Rule(_Code.UNAUTHENTICATED, Reaction.STOP),
+    Reason.TOKEN_EXPIRED: Rule(_Code.UNAUTHENTICATED, Reaction.STOP),
+    Reason.NOT_PERMITTED: Rule(_Code.PERMISSION_DENIED, Reaction.STOP),
+    Reason.PROTOCOL_UNSUPPORTED: Rule(_Code.FAILED_PRECONDITION, Reaction.STOP),
+    Reason.MALFORMED: Rule(_Code.INVALID_ARGUMENT, Reaction.SKIP_STEP),
+    Reason.TOO_LARGE: Rule(_Code.INVALID_ARGUMENT, Reaction.SKIP_STEP),
+    Reason.DIGEST_MISMATCH: Rule(_Code.DATA_LOSS, Reaction.SKIP_STEP),
+    Reason.NOT_FOUND: Rule(_Code.NOT_FOUND, Reaction.SKIP_STEP),
+    Reason.WRONG_ROUND: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.NOT_IN_COHORT: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.NOT_FINITE: Rule(_Code.INVALID_ARGUMENT, Reaction.SKIP_STEP),
+    Reason.WEIGHT_OUT_OF_RANGE: Rule(_Code.INVALID_ARGUMENT, Reaction.SKIP_STEP),
+    Reason.PROTECTION_TOO_WEAK: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.PLAN_MISMATCH: Rule(_Code.DATA_LOSS, Reaction.SKIP_STEP),
+    Reason.PLAN_UNSUPPORTED: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.DATA_UNREADABLE: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.DATA_COLUMN_MISSING: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.DATA_LABEL_UNKNOWN: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.DATA_EMPTY: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.TRAINING_FAILED: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.KEY_UNAVAILABLE: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.SUM_NOT_VERIFIED: Rule(_Code.DATA_LOSS, Reaction.SKIP_STEP),
+    Reason.STATE_DIVERGED: Rule(_Code.DATA_LOSS, Reaction.STOP),
+    Reason.QUORUM_NOT_REACHED: Rule(_Code.ABORTED, Reaction.SKIP_STEP),
+    Reason.DEADLINE_PASSED: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.RUN_CANCELLED: Rule(_Code.ABORTED, Reaction.SKIP_STEP),
+    Reason.SUPERSEDED: Rule(_Code.ABORTED, Reaction.STOP),
+    Reason.INTERNAL: Rule(_Code.INTERNAL, Reaction.RECONNECT),
+    Reason.STORAGE_FULL: Rule(_Code.RESOURCE_EXHAUSTED, Reaction.RECONNECT),
+}
+
+
+class FedloomError(Exception):
+    """Root of the errors that this project raises on purpose."""
+
+
+class Refused(FedloomError):  # noqa: N818 - the domain's word: a peer refuses
+    """A step is refused. `subject` says what was expected and found; it never holds a secret."""
+
+    def __init__(self, reason: Reason, subject: str) -> None:
+        super().__init__(f"{reason.name}: {subject}")
+        self.reason = reason
+        self.subject = subject
+
+
+class ConfigError(FedloomError):
+    """A file or option that a person wrote is wrong."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"{where}: {problem}")
+        self.where = where
+        self.problem = problem
+
+
+def refusal_details(refused: Refused) -> refusal_pb2.RefusalDetails:
+    """Return the refusal as it travels; a subject that is too long is cut at a character."""
+    subject = refused.subject.encode()[:MAX_SUBJECT_BYTES].decode(errors="ignore")
+    return refusal_pb2.RefusalDetails(
+        reason=refusal_pb2.Reason.ValueType(refused.reason), subject=subject
+    )
+
+
+def refused_from_details(details: refusal_pb2.RefusalDetails) -> Refused:
+    """Return the peer's refusal; a reason that this version does not know counts as INTERNAL."""
+    try:
+        reason = Reason(details.reason)
+    except ValueError:
+        reason = Reason.INTERNAL
+    return Refused(reason, details.subject[:MAX_SUBJECT_BYTES])
+
+
+def refusal_trailers(refused: Refused) -> tuple[tuple[str, bytes], ...]:
+    """Return the trailing metadata that carries the refusal when an RPC ends with it."""
+    status = Status(code=RULES[refused.reason].code.value[0], message=str(refused))
+    status.details.add().Pack(refusal_details(refused))
+    return ((_STATUS_KEY, status.SerializeToString()),)
+
+
+def refused_from_rpc(error: grpc.aio.AioRpcError) -> Refused | None:
+    """Return the refusal that ended an RPC; None for any other cause (network, cancellation)."""
+    for key, value in error.trailing_metadata() or ():
+        if key != _STATUS_KEY or not isinstance(value, bytes):
+            continue
+        status = Status.FromString(value)
+        details = refusal_pb2.RefusalDetails()
+        if len(status.details) == 1 and status.details[0].Unpack(details):
+            return refused_from_details(details)
+    return None

@@ -1,0 +1,227 @@
+"""The plan as frozen values: read from `plan.binpb`, validated once, trusted afterwards.
+
+A plan folder holds `plan.binpb` and the members that it names; `verify_members` compares them with
+their SHA-256.
+"""
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from fedloom.errors import Reason, Refused
+from fedloom.v1 import plan_pb2
+
+PLAN_FILE = "plan.binpb"
+TRAIN_GRAPH = "train.onnx"
+INFER_GRAPH = "infer.onnx"
+BASE_FILE = "base.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+FORMAT = 1
+MAX_PLAN_BYTES = 4 << 20
+MAX_MEMBERS = 64
+MAX_PARAMETERS = 2**31 - 1
+MAX_LABELS = 65_536
+MAX_TOKENS = 131_072
+_MEMBER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class PlanMember:
+    """One file of the bundle; `sha256` is 32 bytes."""
+
+    name: str
+    size_bytes: int
+    sha256: bytes
+
+
+@dataclass(frozen=True)
+class TrainableTensor:
+    """A slice of theta: `prod(shape)` values from index `offset`."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TextClassification:
+    """Text in, one of `labels` out; texts are cut to `max_tokens` tokens."""
+
+    labels: tuple[str, ...]
+    max_tokens: int
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class PlanOrigin:
+    """Where the plan comes from, for people."""
+
+    base_model: str
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a device trains. Made by `Plan(...)`, read by `parse_plan`; both validate."""
+
+    name: str
+    members: tuple[PlanMember, ...]
+    layout: tuple[TrainableTensor, ...]
+    task: TextClassification
+    origin: PlanOrigin
+
+    def __post_init__(self) -> None:
+        _require(len(self.name) <= 128, "a name of at most 128 characters", len(self.name))
+        _check_members(self.members)
+        _check_layout(self.layout)
+        _check_task(self.task)
+
+    @property
+    def parameter_count(self) -> int:
+        """P: length of theta."""
+        last = self.layout[-1]
+        return last.offset + last.size
+
+    def member(self, name: str) -> PlanMember:
+        """Return the member of that name, or refuse the plan."""
+        for member in self.members:
+            if member.name == name:
+                return member
+        raise Refused(Reason.PLAN_UNSUPPORTED, f"expected the plan to have {name}, found none")
+
+    def encode(self) -> bytes:
+        """Return the bytes of `plan.binpb`; equal plans give equal bytes."""
+        message = plan_pb2.Plan(
+            format=FORMAT,
+            name=self.name,
+            members=[
+                plan_pb2.PlanMember(name=m.name, size_bytes=m.size_bytes, sha256=m.sha256)
+                for m in self.members
+            ],
+            parameter_count=self.parameter_count,
+            layout=[
+                plan_pb2.TrainableTensor(name=t.name, shape=t.shape, offset=t.offset)
+                for t in self.layout
+            ],
+            text_classification=plan_pb2.TextClassification(
+                labels=self.task.labels,
+                max_tokens=self.task.max_tokens,
+                pad_token_id=self.task.pad_token_id,
+            ),
+            origin=plan_pb2.PlanOrigin(
+                base_model=self.origin.base_model,
+                lora_rank=self.origin.lora_rank,
+                lora_alpha=self.origin.lora_alpha,
+                lora_targets=self.origin.lora_targets,
+            ),
+        )
+        return message.SerializeToString(deterministic=True)
+
+
+def parse_plan(data: bytes) -> Plan:
+    """Validate the bytes of a `plan.binpb`; raises Refused(MALFORMED or PLAN_UNSUPPORTED)."""
+    _require(len(data) <= MAX_PLAN_BYTES, f"a plan of at most {MAX_PLAN_BYTES} bytes", len(data))
+    try:
+        message = plan_pb2.Plan.FromString(data)
+    except DecodeError as error:
+        raise Refused(Reason.MALFORMED, "expected a protobuf Plan, found other bytes") from error
+    if message.format != FORMAT or message.WhichOneof("task") != "text_classification":
+        raise Refused(
+            Reason.PLAN_UNSUPPORTED,
+            f"expected format {FORMAT} and a text classification, found format {message.format} "
+            f"and {message.WhichOneof('task')}",
+        )
+    task = message.text_classification
+    origin = message.origin
+    plan = Plan(
+        name=message.name,
+        members=tuple(PlanMember(m.name, m.size_bytes, m.sha256) for m in message.members),
+        layout=tuple(TrainableTensor(t.name, tuple(t.shape), t.offset) for t in message.layout),
+        task=TextClassification(tuple(task.labels), task.max_tokens, task.pad_token_id),
+        origin=PlanOrigin(
+            origin.base_model, origin.lora_rank, origin.lora_alpha, tuple(origin.lora_targets)
+        ),
+    )
+    _require(
+        message.parameter_count == plan.parameter_count,
+        f"parameter_count {plan.parameter_count} (the layout's)",
+        message.parameter_count,
+    )
+    return plan
+
+
+def load_plan(folder: Path) -> Plan:
+    """Read the plan of a folder; its members are not looked at."""
+    try:
+        return parse_plan((folder / PLAN_FILE).read_bytes())
+    except OSError as error:
+        raise Refused(
+            Reason.PLAN_MISMATCH, f"expected {PLAN_FILE} in the plan folder: {error.strerror}"
+        ) from error
+
+
+def verify_members(plan: Plan, folder: Path) -> None:
+    """Compare every member with its size and SHA-256; raises Refused(PLAN_MISMATCH)."""
+    for member in plan.members:
+        path = folder / member.name
+        if not path.is_file() or path.stat().st_size != member.size_bytes:
+            raise Refused(
+                Reason.PLAN_MISMATCH, f"expected {member.name} with {member.size_bytes} bytes"
+            )
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").digest()
+        if found != member.sha256:
+            raise Refused(
+                Reason.PLAN_MISMATCH,
+                f"expected {member.name} with SHA-256 {member.sha256.hex()}, found {found.hex()}",
+            )
+
+
+def _require(condition: bool, what: str, found: object) -> None:
+    if not condition:
+        raise Refused(Reason.MALFORMED, f"expected {what}, found {found}")
+
+
+def _check_members(members: tuple[PlanMember, ...]) -> None:
+    _require(len(members) <= MAX_MEMBERS, f"at most {MAX_MEMBERS} members", len(members))
+    names = [member.name for member in members]
+    _require(names == sorted(set(names)), "distinct members in ascending order of name", names)
+    for member in members:
+        usable = _MEMBER_NAME.fullmatch(member.name) and member.name != PLAN_FILE
+        _require(bool(usable), "a plain file name as a member's name", repr(member.name[:80]))
+        _require(len(member.sha256) == 32, "a SHA-256 of 32 bytes", len(member.sha256))
+
+
+def _check_layout(layout: tuple[TrainableTensor, ...]) -> None:
+    _require(bool(layout), "at least one trainable tensor", 0)
+    offset = 0
+    for tensor in layout:
+        extents_fit = bool(tensor.shape) and all(1 <= n <= MAX_PARAMETERS for n in tensor.shape)
+        _require(extents_fit, "a shape of positive extents", tensor.shape)
+        _require(tensor.offset == offset, f"{tensor.name[:80]} at offset {offset}", tensor.offset)
+        offset += tensor.size
+        _require(offset <= MAX_PARAMETERS, f"at most {MAX_PARAMETERS} parameters", offset)
+    names = {tensor.name for tensor in layout}
+    _require(len(names) == len(layout), "distinct tensor names", f"{len(names)} of {len(layout)}")
+
+
+def _check_task(task: TextClassification) -> None:
+    count = len(task.labels)
+    _require(2 <= count <= MAX_LABELS, f"2..{MAX_LABELS} labels", count)
+    _require(len(set(task.labels)) == count, "distinct labels", task.labels[:8])
+    _require(all(task.labels), "labels that are not empty", "an empty one")
+    _require(2 <= task.max_tokens <= MAX_TOKENS, f"max_tokens in 2..{MAX_TOKENS}", task.max_tokens)
