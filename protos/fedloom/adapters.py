@@ -1,7 +1,7 @@
 """An adapter as a file: PEFT's tensors in one safetensors file whose data part is theta itself.
 
-The header depends on the layout alone, so theta always starts at the same offset: the ONNX graphs of
-a plan take it from there as external data, and replacing the file replaces the adapter. Format:
+The header depends on the layout alone, so theta always starts at the same offset: the ONNX graphs
+of a plan take it from there as external data, and replacing the file replaces the adapter. Format:
 huggingface/safetensors README, "Format".
 """
 

@@ -1,0 +1,45 @@
+"""What the session needs from whatever executes a plan on this device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedloom.adapters import Theta
+from fedloom.terms import LocalTraining
+
+Progress = Callable[[float], None]  # share done, 0..1; may raise to interrupt the training
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """What one round of local training gives: `delta` (P,) float32 is trained minus global theta."""
+
+    delta: Theta
+    samples: int
+    mean_loss: float  # over the round, nats per sample
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality of an adapter on this device's held-out data."""
+
+    count: int
+    correct: int
+    mean_loss: float
+
+
+class Engine(Protocol):
+    """Executes one plan over this device's data. Methods block; the session calls them in a thread.
+
+    All raise Refused with a Reason that tells the coordinator why (DATA_*, PLAN_*, TRAINING_FAILED).
+    """
+
+    def train(
+        self, theta: Theta, terms: LocalTraining, order_seed: int, progress: Progress
+    ) -> LocalUpdate:
+        """Train from `theta` (unchanged) for one round; `order_seed` fixes the order of the data."""
+        ...
+
+    def evaluate(self, theta: Theta) -> Evaluation | None:
+        """Evaluate on held-out data; None when the agent has none."""
+        ...
