@@ -12,7 +12,7 @@ Progress = Callable[[float], None]  # share done, 0..1; may raise to interrupt t
 
 @dataclass(frozen=True)
 class LocalUpdate:
-    """What one round of local training gives: `delta` (P,) float32 is trained minus global theta."""
+    """What a round of local training gives: `delta` (P,) float32 is trained minus global theta."""
 
     delta: Theta
     samples: int
@@ -29,15 +29,15 @@ class Evaluation:
 
 
 class Engine(Protocol):
-    """Executes one plan over this device's data. Methods block; the session calls them in a thread.
+    """Executes one plan over this device's data. Methods block; the session calls them in threads.
 
-    All raise Refused with a Reason that tells the coordinator why (DATA_*, PLAN_*, TRAINING_FAILED).
+    They raise Refused with a Reason that tells the coordinator why: DATA_*, PLAN_*, TRAINING_FAILED.
     """
 
     def train(
         self, theta: Theta, terms: LocalTraining, order_seed: int, progress: Progress
     ) -> LocalUpdate:
-        """Train from `theta` (unchanged) for one round; `order_seed` fixes the order of the data."""
+        """Train from `theta` (unchanged) for one round; `order_seed` fixes the data's order."""
         ...
 
     def evaluate(self, theta: Theta) -> Evaluation | None:

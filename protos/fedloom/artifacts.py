@@ -1,0 +1,114 @@
+"""How artifacts are cut into parts, and how a received one proves that it is whole.
+
+An artifact is named by the SHA-256 of its bytes. It grows in a `PartialFile` next to its final place
+and moves there only when its length and digest are right, so that a reader never meets half a file.
+Nothing is synced to the disk's platter: after a power cut a file that is not what its name says is
+fetched again, because its name is its digest.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from fedloom.errors import Reason, Refused
+
+PART_BYTES = 1 << 20  # gRPC's 4 MiB limit stays: a forgotten chunking shows as a clear error
+
+
+@dataclass(frozen=True)
+class ArtifactReference:
+    """Name and length of an artifact."""
+
+    sha256: bytes
+    size_bytes: int
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 32:
+            raise Refused(
+                Reason.MALFORMED, f"expected a SHA-256 of 32 bytes, found {len(self.sha256)}"
+            )
+
+
+def read_parts(path: Path, offset: int = 0) -> Iterator[bytes]:
+    """Yield the file's bytes from `offset` in parts."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        while part := file.read(PART_BYTES):
+            yield part
+
+
+def write_artifact(path: Path, parts: Iterator[bytes]) -> ArtifactReference:
+    """Write `parts` to `path`, replacing it, and return what they are."""
+    digest, size = hashlib.sha256(), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += len(part)
+    return ArtifactReference(digest.digest(), size)
+
+
+class PartialFile:
+    """An artifact that is being received: resumable, bounded by its stated size, checked at the end."""
+
+    def __init__(self, path: Path, expected: ArtifactReference) -> None:
+        self._path = path
+        self._expected = expected
+        self._digest = hashlib.sha256()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        self._file: BinaryIO = path.open("r+b")
+        if path.stat().st_size > expected.size_bytes:  # not ours: a part is never written past it
+            self._file.truncate(0)
+        while part := self._file.read(PART_BYTES):
+            self._digest.update(part)
+        self.size_bytes = self._file.tell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes are here; `finish` tells whether they are the right ones."""
+        return self.size_bytes == self._expected.size_bytes
+
+    def append(self, part: bytes) -> None:
+        """Store the next bytes; raises Refused(MALFORMED) when they are too many, none or too big."""
+        room = self._expected.size_bytes - self.size_bytes
+        if not 0 < len(part) <= min(PART_BYTES, room):
+            raise Refused(
+                Reason.MALFORMED,
+                f"expected a part of 1..{min(PART_BYTES, room)} bytes at offset {self.size_bytes} "
+                f"of {self._expected.size_bytes}, found {len(part)}",
+            )
+        self._file.write(part)
+        self._digest.update(part)
+        self.size_bytes += len(part)
+
+    def finish(self, destination: Path) -> None:
+        """Move the whole artifact to `destination`; wrong bytes are deleted and refused."""
+        self._file.close()
+        if not self.complete:
+            raise Refused(
+                Reason.MALFORMED,
+                f"expected {self._expected.size_bytes} bytes, found {self.size_bytes}",
+            )
+        if self._digest.digest() != self._expected.sha256:
+            self.discard()
+            raise Refused(
+                Reason.DIGEST_MISMATCH,
+                f"expected SHA-256 {self._expected.sha256.hex()}, found {self._digest.hexdigest()}",
+            )
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        self._path.replace(destination)
+
+    def discard(self) -> None:
+        """Delete what was received."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
