@@ -1,8 +1,8 @@
 """How artifacts are cut into parts, and how a received one proves that it is whole.
 
-An artifact is named by the SHA-256 of its bytes. It grows in a `PartialFile` next to its final place
-and moves there only when its length and digest are right, so that a reader never meets half a file.
-Nothing is synced to the disk's platter: after a power cut a file that is not what its name says is
+An artifact is named by the SHA-256 of its bytes. It grows in a `PartialFile` next to its final
+place and moves there only when its length and digest are right, so that a reader never meets half a
+file. Nothing is synced to the platter: after a power cut a file that is not what its name says is
 fetched again, because its name is its digest.
 """
 
@@ -52,7 +52,7 @@ def write_artifact(path: Path, parts: Iterator[bytes]) -> ArtifactReference:
 
 
 class PartialFile:
-    """An artifact that is being received: resumable, bounded by its stated size, checked at the end."""
+    """An artifact being received: resumable, bounded by its stated size, checked at the end."""
 
     def __init__(self, path: Path, expected: ArtifactReference) -> None:
         self._path = path
@@ -79,7 +79,7 @@ class PartialFile:
         return self.size_bytes == self._expected.size_bytes
 
     def append(self, part: bytes) -> None:
-        """Store the next bytes; raises Refused(MALFORMED) when they are too many, none or too big."""
+        """Store the next bytes; raises Refused(MALFORMED) when they are none or too many."""
         room = self._expected.size_bytes - self.size_bytes
         if not 0 < len(part) <= min(PART_BYTES, room):
             raise Refused(

@@ -40,7 +40,7 @@ class Algorithm:
 
 
 def federated_averaging(server_learning_rate: float = 1.0) -> Algorithm:
-    """Return FedAvg; arithmetic is float32, element by element, so every machine gets equal bits."""
+    """Return FedAvg; float32 arithmetic, value by value, so that every machine gets equal bits."""
     rate = np.float32(server_learning_rate)
 
     def apply(state: ServerState, mean_update: NDArray[np.float32]) -> ServerState:

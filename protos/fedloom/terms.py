@@ -16,6 +16,7 @@ MAX_BATCH_SIZE = 65_536
 MAX_CAPACITY = 10_000
 MAX_WEIGHT_CLASS = 24  # weights (sample counts) up to 2^24 per agent and round
 UPDATE_BITS = (16, 8)
+CLIP_MARGIN = 1.25  # on Adam's movement in a round
 
 _E = TypeVar("_E", bound=IntEnum)
 
@@ -121,14 +122,14 @@ class Encoding:
 
     protection: Protection
     capacity: int = 100
-    clip: float = 1.0
+    clip: float = 0.0  # 0: derived for each cohort by `clip_of`
     update_bits: int = 16
 
     def __post_init__(self) -> None:
         _require(
             1 <= self.capacity <= MAX_CAPACITY, f"capacity in 1..{MAX_CAPACITY}", self.capacity
         )
-        _require(math.isfinite(self.clip) and self.clip > 0, "clip finite and above 0", self.clip)
+        _finite_at_least_zero("clip", self.clip)
         _require(self.update_bits in UPDATE_BITS, f"update_bits in {UPDATE_BITS}", self.update_bits)
 
     @classmethod
@@ -156,6 +157,19 @@ def _member(kind: type[_E], value: int) -> _E:
         return kind(value)
     except ValueError:
         raise Refused(Reason.MALFORMED, f"expected a {kind.__name__}, found {value}") from None
+
+
+def clip_of(encoding: Encoding, terms: LocalTraining, weight_cap: int) -> float:
+    """Return the range of an update's values in a cohort whose largest weight is `weight_cap`.
+
+    Without data: Adam moves a value by about its step size per step (Kingma and Ba,
+    arXiv:1412.6980v9, section 2.1), and no member takes more steps than the cap implies. Values
+    beyond it saturate and are counted.
+    """
+    if encoding.clip:
+        return encoding.clip
+    steps = terms.epochs * -(-weight_cap // terms.batch_size)
+    return CLIP_MARGIN * terms.learning_rate * steps
 
 
 def weight_class(samples: int) -> int:

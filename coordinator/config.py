@@ -1,0 +1,194 @@
+"""What the operator writes: `run.toml`, as frozen values. Every wrong key and value is named at once.
+
+name = "intent"
+plan = "plans/intent"          # folder made by `fedloom-coordinator plan build`
+rounds = 5
+
+[cohort]                       # who takes part
+minimum = 3
+size = 100
+
+[training]                     # on every agent
+strategy = "fed_avg"           # or "fed_prox" with proximal_mu
+optimizer = "adamw"            # or "sgd"
+epochs = 1
+batch_size = 16
+learning_rate = 1e-3
+
+[protection]
+kind = "encrypted"             # or "plain"
+update_bits = 16               # or 8
+clip = 0.05                    # needed with sgd only; adamw's follows from the cohort
+
+[deadlines]                    # seconds
+training = 3600
+"""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import ConfigError, Refused
+from fedloom.terms import Encoding, LocalTraining, Optimizer, Protection, Strategy
+
+
+@dataclass(frozen=True)
+class CohortTerms:
+    """How many agents take part in a round."""
+
+    minimum: int = 2
+    size: int = 100
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Longest times in seconds before a phase goes on without those who are missing."""
+
+    gathering: float = 3600.0
+    training: float = 3600.0
+    upload: float = 600.0
+    applying: float = 600.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run."""
+
+    name: str
+    plan: Path
+    rounds: int
+    cohort: CohortTerms
+    training: LocalTraining
+    encoding: Encoding
+    deadlines: Deadlines
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """Read and check `run.toml`; raises ConfigError that names every problem found."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(str(path), f"cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"is not TOML: {error}") from error
+    return parse_run_config(table, path)
+
+
+def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
+    """Check the parsed file; relative paths are relative to the file's folder."""
+    reader = _Reader(table)
+    name = reader.value("name", str, path.stem)
+    plan = reader.value("plan", str, "")
+    rounds = reader.value("rounds", int, 0)
+    cohort = CohortTerms(
+        minimum=reader.value("cohort.minimum", int, CohortTerms.minimum),
+        size=reader.value("cohort.size", int, CohortTerms.size),
+    )
+    training = reader.checked(lambda: _training(reader), LocalTraining())
+    deadlines = Deadlines(
+        **{
+            field.name: reader.value(f"deadlines.{field.name}", float, field.default)
+            for field in fields(Deadlines)
+        }
+    )
+    encoding = reader.checked(lambda: _encoding(reader, cohort), Encoding(Protection.ENCRYPTED))
+    reader.require(bool(plan), "plan: expected the folder of a plan")
+    reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
+    reader.require(
+        1 <= cohort.minimum <= cohort.size,
+        f"cohort: expected 1 <= minimum <= size, found {cohort.minimum} and {cohort.size}",
+    )
+    reader.require(
+        all(getattr(deadlines, field.name) > 0 for field in fields(Deadlines)),
+        f"deadlines: expected seconds above 0, found {deadlines}",
+    )
+    reader.require(
+        encoding.protection is Protection.PLAIN
+        or training.optimizer is Optimizer.ADAMW
+        or encoding.clip > 0,
+        "protection.clip: expected a range for the updates' values, because sgd implies none",
+    )
+    reader.finish(path)
+    return RunConfig(
+        name, (path.parent / plan).resolve(), rounds, cohort, training, encoding, deadlines
+    )
+
+
+def _training(reader: "_Reader") -> LocalTraining:
+    defaults = LocalTraining()
+    names = {"strategy": Strategy, "optimizer": Optimizer}
+    values: dict[str, Any] = {
+        key: reader.member(f"training.{key}", kind, getattr(defaults, key))
+        for key, kind in names.items()
+    }
+    for field in fields(LocalTraining):
+        if field.name not in names:
+            default = getattr(defaults, field.name)
+            values[field.name] = reader.value(f"training.{field.name}", type(default), default)
+    return LocalTraining(**values)
+
+
+def _encoding(reader: "_Reader", cohort: CohortTerms) -> Encoding:
+    return Encoding(
+        protection=reader.member("protection.kind", Protection, Protection.ENCRYPTED),
+        capacity=cohort.size,
+        clip=reader.value("protection.clip", float, 0.0),
+        update_bits=reader.value("protection.update_bits", int, 16),
+    )
+
+
+class _Reader:
+    """Takes values out of a table and remembers every problem and every key that was asked for."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self._values = dict(_flatten(table))
+        self._asked: set[str] = set()
+        self._problems: list[str] = []
+
+    def value(self, key: str, kind: type, default: Any) -> Any:
+        self._asked.add(key)
+        found = self._values.get(key, default)
+        if kind is float and type(found) is int:
+            found = float(found)
+        if type(found) is kind:
+            return found
+        self._problems.append(f"{key}: expected {kind.__name__}, found {found!r}")
+        return default
+
+    def member(self, key: str, kind: Any, default: Any) -> Any:
+        name = self.value(key, str, default.name.lower())
+        by_name = {member.name.lower(): member for member in kind}
+        if name in by_name:
+            return by_name[name]
+        self._problems.append(f"{key}: expected one of {sorted(by_name)}, found {name!r}")
+        return default
+
+    def checked(self, make: Callable[[], Any], default: Any) -> Any:
+        try:
+            return make()
+        except Refused as refused:
+            self._problems.append(refused.subject)
+            return default
+
+    def require(self, condition: bool, problem: str) -> None:
+        if not condition:
+            self._problems.append(problem)
+
+    def finish(self, path: Path) -> None:
+        unknown = sorted(set(self._values) - self._asked)
+        known = ", ".join(sorted(self._asked))
+        self._problems += [f"{key}: unknown key; known are {known}" for key in unknown]
+        if self._problems:
+            raise ConfigError(str(path), "; ".join(self._problems))
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat += _flatten(value, f"{prefix}{key}.")
+        else:
+            flat.append((f"{prefix}{key}", value))
+    return flat

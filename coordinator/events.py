@@ -1,0 +1,168 @@
+"""What can happen to a run, and what the run wants done: the alphabet of `coordinator.rounds`."""
+
+from dataclasses import dataclass
+
+from fedloom.errors import Reason
+
+# Events: from agents, unless marked as ours.
+
+
+@dataclass(frozen=True)
+class AgentConnected:
+    """An agent that can take part opened its stream."""
+
+    agent: str
+
+
+@dataclass(frozen=True)
+class AgentDisconnected:
+    """The agent's stream ended."""
+
+    agent: str
+
+
+@dataclass(frozen=True)
+class KeyShared:
+    """The agent that was asked wrapped the run key for `recipients`."""
+
+    agent: str
+    recipients: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The agent has an update for the round."""
+
+    agent: str
+    round: int
+    weight_class: int
+
+
+@dataclass(frozen=True)
+class Declined:
+    """The agent cannot do the step that it was asked for."""
+
+    agent: str
+    round: int
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """The agent's update was verified and added to the sum. Ours."""
+
+    agent: str
+    sha256: bytes
+
+
+@dataclass(frozen=True)
+class SumStored:
+    """The sum of the accepted updates can be fetched. Ours."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The agent's global state includes the round."""
+
+    agent: str
+    round: int
+    state_sha256: bytes
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed. Ours."""
+
+
+Event = (
+    AgentConnected
+    | AgentDisconnected
+    | KeyShared
+    | Ready
+    | Declined
+    | Uploaded
+    | SumStored
+    | Applied
+    | Tick
+)
+
+
+# Effects: what the conductor does.
+
+
+@dataclass(frozen=True)
+class ShareKey:
+    """Ask `holder` to wrap the run key for `recipients`; `fresh`: it makes the key first."""
+
+    holder: str
+    recipients: frozenset[str]
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class Invite:
+    """Invite these agents to the round."""
+
+    agents: frozenset[str]
+
+
+@dataclass(frozen=True)
+class OpenCohort:
+    """Start a sum for the state's cohort and tell its members."""
+
+
+@dataclass(frozen=True)
+class RepeatCohort:
+    """Tell a member about the open cohort again."""
+
+    agent: str
+
+
+@dataclass(frozen=True)
+class CloseCohort:
+    """Tell the members which updates are in, and store the sum."""
+
+
+@dataclass(frozen=True)
+class PublishResult:
+    """Tell these agents where the sum is."""
+
+    agents: frozenset[str]
+
+
+@dataclass(frozen=True)
+class AbandonRound:
+    """Forget the round's updates; the round starts again."""
+
+
+@dataclass(frozen=True)
+class CloseRound:
+    """The round is part of the run's history."""
+
+
+@dataclass(frozen=True)
+class FinishRun:
+    """Tell everybody that the run is over."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Refuse an agent's step."""
+
+    agent: str
+    reason: Reason
+    subject: str
+
+
+Effect = (
+    ShareKey
+    | Invite
+    | OpenCohort
+    | RepeatCohort
+    | CloseCohort
+    | PublishResult
+    | AbandonRound
+    | CloseRound
+    | FinishRun
+    | Reject
+)
