@@ -1,4 +1,4 @@
-"""What the operator writes: `run.toml`, as frozen values. Every wrong key and value is named at once.
+"""What the operator writes: `run.toml`, as frozen values. Every problem is named at once.
 
 name = "intent"
 plan = "plans/intent"          # folder made by `fedloom-coordinator plan build`

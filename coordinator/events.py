@@ -1,8 +1,19 @@
 """What can happen to a run, and what the run wants done: the alphabet of `coordinator.rounds`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedloom.errors import Reason
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality on an agent's held-out rows."""
+
+    count: int
+    correct: int
+    mean_loss: float
+
 
 # Events: from agents, unless marked as ours.
 
@@ -23,10 +34,11 @@ class AgentDisconnected:
 
 @dataclass(frozen=True)
 class KeyShared:
-    """The agent that was asked wrapped the run key for `recipients`."""
+    """The agent that was asked wrapped the run key; envelopes are opaque, by recipient."""
 
     agent: str
-    recipients: frozenset[str]
+    key_id: int
+    envelopes: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,8 @@ class Ready:
     agent: str
     round: int
     weight_class: int
+    training_loss: float = 0.0
+    training_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,12 +75,19 @@ class SumStored:
 
 
 @dataclass(frozen=True)
+class SumFailed:
+    """The sum could not be stored. Ours."""
+
+
+@dataclass(frozen=True)
 class Applied:
     """The agent's global state includes the round."""
 
     agent: str
     round: int
     state_sha256: bytes
+    evaluation: Evaluation | None = None
+    saturated: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +103,7 @@ Event = (
     | Declined
     | Uploaded
     | SumStored
+    | SumFailed
     | Applied
     | Tick
 )

@@ -34,6 +34,7 @@ from coordinator.events import (
     Reject,
     RepeatCohort,
     ShareKey,
+    SumFailed,
     SumStored,
     Tick,
     Uploaded,
@@ -67,7 +68,7 @@ def handle(state: RunState, event: Event, now: float) -> Step:
             return state, ()
         case Ready() | Declined() | Applied():
             return _wrong_round(state, event.agent)
-        case Uploaded() | SumStored():
+        case Uploaded() | SumStored() | SumFailed():
             raise IllegalEvent(f"expected no {type(event).__name__} while {state.phase.value}")
 
 
@@ -157,7 +158,7 @@ def _gathering_disconnected(state: RunState, event: AgentDisconnected, now: floa
 def _gathering_key_shared(state: RunState, event: KeyShared, now: float) -> Step:
     if event.agent != state.key_asked:
         return state, ()
-    holders = state.key_holders | event.recipients | {event.agent}
+    holders = state.key_holders | set(event.envelopes)
     return _gather(replace(state, key_holders=holders, key_asked=None), now)
 
 
@@ -281,6 +282,10 @@ def _summing_stored(state: RunState, event: SumStored, now: float) -> Step:
     return applying, (PublishResult(state.invited & state.connected),)
 
 
+def _summing_failed(state: RunState, event: SumFailed, now: float) -> Step:
+    return _try_round_again(state, now)
+
+
 def _applying_connected(state: RunState, event: AgentConnected, now: float) -> Step:
     again = event.agent in state.invited and event.agent not in state.applied
     effects = (PublishResult(frozenset({event.agent})),) if again else ()
@@ -361,6 +366,7 @@ _TRANSITIONS: dict[tuple[Phase, type[Event]], Callable[..., Step]] = {
     (Phase.COLLECTING, Uploaded): _collecting_uploaded,
     (Phase.COLLECTING, Tick): _collecting_tick,
     (Phase.SUMMING, SumStored): _summing_stored,
+    (Phase.SUMMING, SumFailed): _summing_failed,
     (Phase.APPLYING, AgentConnected): _applying_connected,
     (Phase.APPLYING, AgentDisconnected): _applying_disconnected,
     (Phase.APPLYING, Applied): _applying_applied,

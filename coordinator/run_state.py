@@ -18,6 +18,11 @@ class Phase(Enum):
     COMPLETED = "completed"
     FAILED = "failed"
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self in (Phase.COMPLETED, Phase.FAILED)
+
 
 @dataclass(frozen=True)
 class RunPolicy:
@@ -60,8 +65,3 @@ class RunState:
     def weight_cap(self) -> int:
         """Upper bound of a member's weight: 2^(largest weight class in the cohort)."""
         return 1 << max(self.ready[agent] for agent in self.cohort)
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will happen."""
-        return self.phase in (Phase.COMPLETED, Phase.FAILED)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc.status_pb2 import Status
 
 from fedloom.v1 import refusal_pb2
@@ -128,16 +129,22 @@ class ConfigError(FedloomError):
 
 def refusal_details(refused: Refused) -> refusal_pb2.RefusalDetails:
     """Return the refusal as it travels; a subject that is too long is cut at a character."""
-    subject = refused.subject.encode()[:MAX_SUBJECT_BYTES].decode(errors="ignore")
+    # A file name may hold bytes that are no UTF-8 (lone surrogates in Python): they become "?".
+    utf8 = refused.subject.encode(errors="replace")
+    subject = utf8[:MAX_SUBJECT_BYTES].decode(errors="ignore")
     return refusal_pb2.RefusalDetails(
         reason=refusal_pb2.Reason.ValueType(refused.reason), subject=subject
     )
 
 
 def refused_from_details(details: refusal_pb2.RefusalDetails) -> Refused:
-    """Return the peer's refusal; a reason that this version does not know counts as INTERNAL."""
+    """Return the peer's refusal.
+
+    A reason that this version does not know counts as INTERNAL, and REASON_UNSPECIFIED, which is
+    never sent, as MALFORMED.
+    """
     try:
-        reason = Reason(details.reason)
+        reason = Reason(details.reason) if details.reason else Reason.MALFORMED
     except ValueError:
         reason = Reason.INTERNAL
     return Refused(reason, details.subject[:MAX_SUBJECT_BYTES])
@@ -145,8 +152,13 @@ def refused_from_details(details: refusal_pb2.RefusalDetails) -> Refused:
 
 def refusal_trailers(refused: Refused) -> tuple[tuple[str, bytes], ...]:
     """Return the trailing metadata that carries the refusal when an RPC ends with it."""
-    status = Status(code=RULES[refused.reason].code.value[0], message=str(refused))
-    status.details.add().Pack(refusal_details(refused))
+    details = refusal_details(refused)
+    # The message repeats the cut subject: trailers above 8 KiB would cost the whole refusal.
+    status = Status(
+        code=RULES[refused.reason].code.value[0],
+        message=f"{refused.reason.name}: {details.subject}",
+    )
+    status.details.add().Pack(details)
     return ((_STATUS_KEY, status.SerializeToString()),)
 
 
@@ -155,8 +167,11 @@ def refused_from_rpc(error: grpc.aio.AioRpcError) -> Refused | None:
     for key, value in error.trailing_metadata() or ():
         if key != _STATUS_KEY or not isinstance(value, bytes):
             continue
-        status = Status.FromString(value)
         details = refusal_pb2.RefusalDetails()
-        if len(status.details) == 1 and status.details[0].Unpack(details):
-            return refused_from_details(details)
+        try:
+            status = Status.FromString(value)
+            if len(status.details) == 1 and status.details[0].Unpack(details):
+                return refused_from_details(details)
+        except DecodeError:
+            continue  # not bytes of ours: the RPC's own code is all that is known
     return None

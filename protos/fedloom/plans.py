@@ -27,6 +27,7 @@ FORMAT = 1
 MAX_PLAN_BYTES = 4 << 20
 MAX_MEMBERS = 64
 MAX_PARAMETERS = 2**31 - 1
+MAX_RANK = 32  # numpy 1 has no more; bounds the product of extents before it is taken
 MAX_LABELS = 65_536
 MAX_TOKENS = 131_072
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
@@ -210,12 +211,15 @@ def _check_layout(layout: tuple[TrainableTensor, ...]) -> None:
     _require(bool(layout), "at least one trainable tensor", 0)
     offset = 0
     for tensor in layout:
+        _require(len(tensor.shape) <= MAX_RANK, f"at most {MAX_RANK} axes", len(tensor.shape))
         extents_fit = bool(tensor.shape) and all(1 <= n <= MAX_PARAMETERS for n in tensor.shape)
         _require(extents_fit, "a shape of positive extents", tensor.shape)
         _require(tensor.offset == offset, f"{tensor.name[:80]} at offset {offset}", tensor.offset)
         offset += tensor.size
         _require(offset <= MAX_PARAMETERS, f"at most {MAX_PARAMETERS} parameters", offset)
     names = {tensor.name for tensor in layout}
+    # safetensors keeps this name for itself: the adapter would be a file that nobody can load.
+    _require("__metadata__" not in names, "a tensor's own name", "__metadata__")
     _require(len(names) == len(layout), "distinct tensor names", f"{len(names)} of {len(layout)}")
 
 

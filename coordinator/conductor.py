@@ -1,0 +1,119 @@
+"""Executes the queued runs, one after another, and connects the services to the open one."""
+
+import asyncio
+import contextlib
+import tomllib
+from pathlib import Path
+
+import structlog
+
+from coordinator.config import parse_run_config
+from coordinator.events import (
+    AgentConnected,
+    AgentDisconnected,
+    Applied,
+    Declined,
+    KeyShared,
+    Ready,
+    Tick,
+)
+from coordinator.execution import Execution
+from coordinator.published import Published
+from coordinator.round_sum import Upload
+from coordinator.sessions import Session, Sessions
+from coordinator.store import RunRecord, Store
+from fedloom.errors import Reason, Refused
+from fedloom.plans import parse_plan
+
+TICK_SECONDS = 0.5
+_log = structlog.get_logger()
+
+
+class Conductor:
+    """What the services talk to."""
+
+    def __init__(self, store: Store, sessions: Sessions, published: Published, spool: Path) -> None:
+        self._store = store
+        self._sessions = sessions
+        self._published = published
+        self._spool = spool
+        self._open: Execution | None = None
+        sessions.on_open = self._agent_connected
+        sessions.on_close = self._agent_disconnected
+
+    async def conduct(self, until_idle: bool = False) -> None:
+        """Execute runs as they are queued, for ever or until none is left."""
+        while True:
+            waiting = [run for run in self._store.runs() if not run.phase.over]
+            if waiting:
+                await self._execute(waiting[0])
+            elif until_idle:
+                return
+            else:
+                await asyncio.sleep(TICK_SECONDS)
+
+    async def _execute(self, record: RunRecord) -> None:
+        plan = parse_plan(self._published.path(record.plan.sha256).read_bytes())
+        config = parse_run_config(tomllib.loads(record.config), Path(record.name))
+        execution = Execution(
+            record, config, plan, self._store, self._sessions, self._published, self._spool
+        )
+        _log.info("run opened", run=record.name, round=execution.state.round)
+        execution.start()
+        self._open = execution
+        for session in self._sessions:
+            self._agent_connected(session)
+        while not execution.finished.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(execution.finished.wait(), TICK_SECONDS)
+            execution.post(Tick())
+        self._open = None
+
+    # sessions
+
+    def _agent_connected(self, session: Session) -> None:
+        run = self._open
+        if run is not None and session.can(run.config.encoding.protection):
+            run.post(AgentConnected(session.agent_id))
+
+    def _agent_disconnected(self, session: Session) -> None:
+        if self._open is not None:
+            self._open.post(AgentDisconnected(session.agent_id))
+
+    # control
+
+    def heard(self, run_id: bytes, event: KeyShared | Ready | Applied | Declined) -> None:
+        """Hand an agent's step to its run; a step of another run changes nothing."""
+        if (run := self._run(run_id)) is not None:
+            run.heard(event)
+        else:
+            _log.info("step of no open run", agent=event.agent, step=type(event).__name__)
+
+    def heard_progress(self, agent: str, run_id: bytes, round_number: int, share: float) -> None:
+        """Hand on how far an agent is."""
+        if (run := self._run(run_id)) is not None:
+            run.heard_progress(agent, round_number, share)
+
+    # artifacts
+
+    def upload_path(self, upload: Upload) -> Path | None:
+        """Return where to spool the update; None when it is counted; raises Refused."""
+        return self._run_of(upload).upload_path(upload)
+
+    async def accept_upload(self, upload: Upload, path: Path) -> None:
+        """Have the update validated and counted; raises Refused."""
+        await self._run_of(upload).accept_upload(upload, path)
+
+    def count_traffic(self, agent: str, *, sent: int = 0, received: int = 0) -> None:
+        """Count payload bytes towards the open round."""
+        if self._open is not None:
+            self._open.count_traffic(agent, sent, received)
+
+    def _run(self, run_id: bytes) -> Execution | None:
+        return self._open if self._open is not None and self._open.run_id == run_id else None
+
+    def _run_of(self, upload: Upload) -> Execution:
+        run = self._run(upload.run_id)
+        if run is None:
+            raise Refused(Reason.WRONG_ROUND, "expected an upload of the open run")
+        return run

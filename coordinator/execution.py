@@ -1,0 +1,349 @@
+"""One run being executed: events go into the state machine, its effects come out as I/O.
+
+Everything but the arithmetic of sums happens on the event loop's thread, so that an event is
+handled, remembered and acted upon before the next one is looked at.
+"""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+import crypto
+from coordinator import announcements
+from coordinator.config import RunConfig
+from coordinator.events import (
+    AbandonRound,
+    Applied,
+    CloseCohort,
+    CloseRound,
+    Declined,
+    Effect,
+    Event,
+    FinishRun,
+    Invite,
+    KeyShared,
+    OpenCohort,
+    PublishResult,
+    Ready,
+    Reject,
+    RepeatCohort,
+    ShareKey,
+    SumFailed,
+    SumStored,
+    Tick,
+    Uploaded,
+)
+from coordinator.published import Published
+from coordinator.round_sum import RoundSum, Upload
+from coordinator.rounds import handle
+from coordinator.run_state import Phase, RunPolicy, RunState
+from coordinator.sessions import Sessions
+from coordinator.store import RoundRecord, RunRecord, Store
+from fedloom.errors import Reason, Refused
+from fedloom.plans import Plan
+from fedloom.terms import Protection, clip_of
+
+_log = structlog.get_logger()
+
+
+class Execution:
+    """Drives one run until it is over."""
+
+    def __init__(
+        self,
+        record: RunRecord,
+        config: RunConfig,
+        plan: Plan,
+        store: Store,
+        sessions: Sessions,
+        published: Published,
+        spool: Path,
+    ) -> None:
+        self.run_id = record.run_id
+        self.config = config
+        self.finished = asyncio.Event()
+        self._record = record
+        self._plan = plan
+        self._store = store
+        self._sessions = sessions
+        self._published = published
+        self._spool = spool / record.run_id.hex()
+        self._history = store.rounds(record.run_id)
+        self._envelopes = store.envelopes(record.run_id, record.key_id)
+        self._sum: RoundSum | None = None
+        self._storing: asyncio.Task[None] | None = None
+        self._key_id = record.key_id
+        self._round_started = 0.0
+        self._traffic: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self._log = _log.bind(run=record.name)
+        self.state = self._restored()
+
+    def _restored(self) -> RunState:
+        """Continue after the history's last round; an attempt that was announced is spent."""
+        policy = _policy(self.config)
+        number = len(self._history) + 1
+        spent = self._record.attempt if self._record.round == number else 0
+        deadline = time.monotonic() + policy.gathering_seconds
+        return RunState(
+            policy,
+            deadline,
+            round=number,
+            attempt=spent,
+            key_holders=frozenset(self._envelopes),
+        )
+
+    def start(self) -> None:
+        """Take up the run; a run whose last round was stored before a crash is complete."""
+        if self.state.round > self.config.rounds:
+            self._store.update_run(self.run_id, Phase.COMPLETED, self.config.rounds, 0)
+            self.finished.set()
+
+    # events
+
+    def post(self, event: Event) -> None:
+        """Move the run by one event: first what must be remembered, then what must be done."""
+        if self._is_adding(event):
+            return
+        before = self.state
+        self.state, effects = handle(before, event, time.monotonic())
+        after = self.state
+        if (before.phase, before.round, before.attempt) != (
+            after.phase,
+            after.round,
+            after.attempt,
+        ):
+            self._store.update_run(
+                self.run_id, after.phase, after.round, after.attempt, after.reason
+            )
+            self._log.info("run moved", phase=after.phase.value, round=after.round)
+        for effect in effects:
+            self._perform(effect, before)
+
+    def _is_adding(self, event: Event) -> bool:
+        """While an update is on its way into the sum, nothing may close the sum without it."""
+        adding = None if self._sum is None else self._sum.adding
+        return adding is not None and (
+            isinstance(event, Tick) or (isinstance(event, Declined) and event.agent == adding)
+        )
+
+    def heard(self, event: KeyShared | Ready | Applied | Declined) -> None:
+        """Remember what an agent reports, then move the run."""
+        match event:
+            case KeyShared():
+                if event.key_id != self._key_id or event.agent != self.state.key_asked:
+                    return
+                self._store.put_envelopes(self.run_id, event.key_id, list(event.envelopes.items()))
+                self._envelopes = self._store.envelopes(self.run_id, event.key_id)
+            case Ready():
+                self._report(
+                    event.round,
+                    event.agent,
+                    progress=1.0,
+                    training_loss=event.training_loss,
+                    training_seconds=event.training_seconds,
+                )
+            case Applied():
+                self._report_applied(event)
+            case Declined():
+                self._report(event.round, event.agent, refusal=event.reason.value)
+        self.post(event)
+
+    def heard_progress(self, agent: str, round_number: int, share: float) -> None:
+        """Remember how far an agent's training is."""
+        if self.state.phase is Phase.TRAINING and agent in self.state.invited:
+            self._report(round_number, agent, progress=share)
+
+    def _report_applied(self, event: Applied) -> None:
+        values: dict[str, Any] = {
+            "state_sha256": event.state_sha256,
+            "saturated": event.saturated,
+        }
+        if event.evaluation is not None:
+            values |= {
+                "evaluated": event.evaluation.count,
+                "correct": event.evaluation.correct,
+                "evaluation_loss": event.evaluation.mean_loss,
+            }
+        self._report(event.round, event.agent, **values)
+
+    def _report(self, round_number: int, agent: str, **values: Any) -> None:
+        if round_number == self.state.round and agent in self.state.invited:
+            self._store.report(self.run_id, round_number, agent, **values)
+
+    # uploads
+
+    def upload_path(self, upload: Upload) -> Path | None:
+        """Return where to spool the update; None when it is counted; raises Refused."""
+        if self._sum is None or self.state.phase is not Phase.COLLECTING:
+            if self._sum is not None and self.state.uploaded.get(upload.agent):
+                return self._sum.path_for(upload)
+            raise Refused(
+                Reason.WRONG_ROUND,
+                f"expected no upload in round {self.state.round}, {self.state.phase.value}",
+            )
+        return self._sum.path_for(upload)
+
+    async def accept_upload(self, upload: Upload, path: Path) -> None:
+        """Add the spooled update to the sum; raises Refused and leaves nothing."""
+        collecting = self._sum
+        if collecting is None:
+            raise Refused(Reason.DEADLINE_PASSED, "the cohort was closed before the upload's end")
+        await collecting.add(upload, path)
+        if collecting is not self._sum or self.state.phase is not Phase.COLLECTING:
+            raise Refused(Reason.DEADLINE_PASSED, "the cohort was closed before the update was in")
+        self._log.info("update accepted", agent=upload.agent, bytes=upload.artifact.size_bytes)
+        self.post(Uploaded(upload.agent, upload.artifact.sha256))
+
+    def count_traffic(self, agent: str, sent: int, received: int) -> None:
+        """Count payload bytes of the agent's artifacts towards the round."""
+        counts = self._traffic[agent]
+        counts[0] += sent
+        counts[1] += received
+
+    # effects
+
+    def _perform(  # noqa: C901 - one arm per effect
+        self, effect: Effect, before: RunState
+    ) -> None:
+        match effect:
+            case ShareKey():
+                self._share_key(effect)
+            case Invite(agents):
+                self._invite(agents)
+            case OpenCohort():
+                self._open_cohort()
+            case RepeatCohort(agent):
+                self._sessions.send(agent, self._cohort())
+            case CloseCohort():
+                self._storing = asyncio.create_task(self._store_sum())
+            case PublishResult(agents):
+                self._tell(agents, announcements.result(self.run_id, self._history[-1]))
+            case AbandonRound():
+                self._log.warning("round abandoned", round=before.round)
+                self._discard_sum()
+            case CloseRound():
+                self._close_round(before.round)
+            case FinishRun():
+                self._finish()
+            case Reject(agent, reason, subject):
+                self.refuse(agent, Refused(reason, subject))
+
+    def _share_key(self, effect: ShareKey) -> None:
+        if effect.fresh:
+            self._key_id = self._store.next_key_id(self.run_id)
+            self._envelopes = {}
+        recipients = {}
+        for agent in effect.recipients:
+            session = self._sessions.get(agent)
+            if session is not None and session.exchange_key is not None:
+                recipients[agent] = session.exchange_key
+        envelope = None if effect.fresh else self._envelopes[effect.holder]
+        request = announcements.wrap_key(self.run_id, self._key_id, recipients, envelope)
+        self._sessions.send(effect.holder, request)
+
+    def _invite(self, agents: frozenset[str]) -> None:
+        if agents == self.state.invited and self.state.phase is Phase.TRAINING:
+            self._round_started = time.monotonic()
+            self._traffic.clear()
+            self._log.info("round started", round=self.state.round, invited=len(agents))
+        for agent in agents:
+            message = announcements.invitation(
+                self.run_id,
+                self.config,
+                self._record.plan,
+                self.state,
+                self._history,
+                self._envelopes.get(agent),
+                self._seconds_left(),
+            )
+            self._sessions.send(agent, message)
+
+    def _open_cohort(self) -> None:
+        state, config = self.state, self.config
+        self._discard_sum()
+        context = crypto.UpdateContext(
+            run_id=self.run_id,
+            round=state.round,
+            attempt=state.attempt,
+            parameter_count=self._plan.parameter_count,
+            capacity=config.encoding.capacity,
+            weight_cap=state.weight_cap,
+            clip=clip_of(config.encoding, config.training, state.weight_cap),
+            update_bits=config.encoding.update_bits,
+        )
+        self._sum = RoundSum(context, config.encoding.protection, state.cohort, self._spool)
+        self._tell(state.cohort, self._cohort())
+
+    def _cohort(self) -> announcements.Message:
+        return announcements.cohort(self.run_id, self.state, self._seconds_left())
+
+    async def _store_sum(self) -> None:
+        """Publish the sum and make it history, before anyone is told of it."""
+        closing, state = self._sum, self.state
+        if closing is None:
+            raise AssertionError("a cohort is closed only after it was opened")
+        slots = closing.slots
+        self._tell(state.cohort, announcements.accepted(self.run_id, state, slots))
+        try:
+            reference = await asyncio.to_thread(self._published.put, closing.encoded())
+        except (OSError, crypto.LocalFault) as error:
+            self._log.error("sum failed", error=type(error).__name__)
+            self.post(SumFailed())
+            return
+        record = RoundRecord(state.round, state.attempt, state.weight_cap, slots, reference)
+        self._store.add_round(self.run_id, record)
+        self._history = (*self._history, record)
+        closing.discard()
+        self.post(SumStored())
+
+    def _discard_sum(self) -> None:
+        if self._sum is not None:
+            self._sum.discard()
+        self._sum = None
+
+    def _close_round(self, number: int) -> None:
+        seconds = time.monotonic() - self._round_started
+        self._store.set_round_seconds(self.run_id, number, seconds)
+        for agent, (sent, received) in self._traffic.items():
+            self._store.report(self.run_id, number, agent, sent_bytes=sent, received_bytes=received)
+        self._discard_sum()
+        self._log.info("round finished", round=number, seconds=round(seconds, 3))
+
+    def _finish(self) -> None:
+        state = self.state
+        self._discard_sum()
+        self._tell(state.connected, announcements.finished(self.run_id, state))
+        reason = None if state.reason is None else state.reason.name
+        self._log.info("run finished", phase=state.phase.value, reason=reason)
+        self.finished.set()
+
+    def refuse(self, agent: str, refused: Refused) -> None:
+        """Tell an agent that its step is refused."""
+        self._log.info("step refused", agent=agent, reason=refused.reason.name)
+        self._sessions.send(agent, announcements.refusal(self.run_id, self.state.round, refused))
+
+    def _tell(self, agents: Iterable[str], message: announcements.Message) -> None:
+        for agent in agents:
+            self._sessions.send(agent, message)
+
+    def _seconds_left(self) -> float:
+        return self.state.deadline - time.monotonic()
+
+
+def _policy(config: RunConfig) -> RunPolicy:
+    return RunPolicy(
+        rounds=config.rounds,
+        minimum_agents=config.cohort.minimum,
+        cohort_size=config.cohort.size,
+        needs_key=config.encoding.protection is not Protection.PLAIN,
+        gathering_seconds=config.deadlines.gathering,
+        training_seconds=config.deadlines.training,
+        upload_seconds=config.deadlines.upload,
+        applying_seconds=config.deadlines.applying,
+        seed=config.training.seed,
+    )

@@ -1,0 +1,128 @@
+"""The sum of one attempt: updates go in as they arrive, each whole or not at all."""
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import crypto
+from fedloom.artifacts import ArtifactReference
+from fedloom.errors import Reason, Refused
+from fedloom.terms import Protection
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One update as its sender announces it."""
+
+    agent: str
+    run_id: bytes
+    round: int
+    attempt: int
+    artifact: ArtifactReference
+
+
+_REASONS: dict[type[crypto.CryptoError], Reason] = {
+    crypto.NotFinite: Reason.NOT_FINITE,
+    crypto.WeightOutOfRange: Reason.WEIGHT_OUT_OF_RANGE,
+    crypto.WrongContext: Reason.WRONG_ROUND,
+    crypto.PeerFault: Reason.MALFORMED,
+}
+
+
+def refused_by_crypto(error: crypto.CryptoError) -> Refused:
+    """Return the refusal for foreign bytes; a fault of ours is not the peer's and is raised."""
+    for kind, reason in _REASONS.items():
+        if isinstance(error, kind):
+            return Refused(reason, str(error))
+    raise error
+
+
+class RoundSum:
+    """Spools, validates and adds updates; memory: one accumulator, however many agents."""
+
+    def __init__(
+        self,
+        context: crypto.UpdateContext,
+        protection: Protection,
+        members: tuple[str, ...],
+        spool: Path,
+    ) -> None:
+        self.context = context
+        self.adding: str | None = None  # the agent whose update is on its way into the sum
+        self._members = members
+        self._accumulator = crypto.protection(_NAMES[protection]).accumulator(context)
+        self._accepted: dict[str, bytes] = {}
+        self._spool = spool
+        self._lock = asyncio.Lock()
+        shutil.rmtree(spool, ignore_errors=True)
+        spool.mkdir(parents=True)
+
+    def path_for(self, upload: Upload) -> Path | None:
+        """Return where the update is spooled; None when it is in the sum already."""
+        context = self.context
+        if (upload.run_id, upload.round, upload.attempt) != (
+            context.run_id,
+            context.round,
+            context.attempt,
+        ):
+            raise Refused(
+                Reason.WRONG_ROUND,
+                f"expected round {context.round}, attempt {context.attempt}, "
+                f"found {upload.round}, {upload.attempt}",
+            )
+        if upload.agent not in self._members:
+            raise Refused(Reason.NOT_IN_COHORT, f"expected one of {len(self._members)} members")
+        expected = self._accumulator.encoded_update_size
+        if upload.artifact.size_bytes != expected:
+            larger = upload.artifact.size_bytes > expected
+            raise Refused(
+                Reason.TOO_LARGE if larger else Reason.MALFORMED,
+                f"expected an update of {expected} bytes, found {upload.artifact.size_bytes}",
+            )
+        if (accepted := self._accepted.get(upload.agent)) is not None:
+            if accepted == upload.artifact.sha256:
+                return None
+            raise Refused(Reason.WRONG_ROUND, "another update of this agent is in the sum")
+        return self._spool / f"{upload.agent}-{upload.artifact.sha256.hex()[:16]}.update"
+
+    async def add(self, upload: Upload, path: Path) -> None:
+        """Add the spooled update and delete the file; raises Refused and adds nothing."""
+        async with self._lock:
+            if self.path_for(upload) is None:
+                return
+            self.adding = upload.agent
+            try:
+                await asyncio.to_thread(self._add, self._members.index(upload.agent), path)
+            except crypto.CryptoError as error:
+                raise refused_by_crypto(error) from error
+            finally:
+                self.adding = None
+            self._accepted[upload.agent] = upload.artifact.sha256
+
+    def _add(self, slot: int, path: Path) -> None:
+        try:
+            with path.open("rb", buffering=0) as file:
+                self._accumulator.add(slot, file)
+        finally:
+            path.unlink(missing_ok=True)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The members in the sum, ascending."""
+        return self._accumulator.members
+
+    def encoded(self) -> Iterator[bytes]:
+        """Yield the encoded sum; nothing is added any more."""
+        return self._accumulator.result()
+
+    def discard(self) -> None:
+        """Delete what is spooled."""
+        shutil.rmtree(self._spool, ignore_errors=True)
+
+
+_NAMES: dict[Protection, crypto.ProtectionName] = {
+    Protection.PLAIN: "plain",
+    Protection.ENCRYPTED: "encrypted",
+}

@@ -1,0 +1,1 @@
+"""gRPC at the coordinator's edge: protobuf in, frozen values and refusals out."""

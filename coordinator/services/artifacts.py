@@ -1,0 +1,124 @@
+"""ArtifactService: bytes up into the open round, bytes down from what is published."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import structlog
+
+from coordinator.round_sum import Upload
+from coordinator.services.access import refusing, require_agent
+from coordinator.store import Store
+from fedloom.artifacts import PART_BYTES, ArtifactReference, PartialFile
+from fedloom.errors import Reason, Refused
+from fedloom.v1 import artifact_pb2, artifact_pb2_grpc
+
+_log = structlog.get_logger()
+
+
+class Rounds(Protocol):
+    """What the conductor says about uploads."""
+
+    def upload_path(self, upload: Upload) -> Path | None:
+        """Return where the update is spooled; None when it has been counted already.
+
+        Raises Refused unless exactly this upload is wanted now.
+        """
+
+    async def accept_upload(self, upload: Upload, path: Path) -> None:
+        """Validate and count the whole update, then delete the file; raises Refused."""
+
+    def count_traffic(self, agent: str, *, sent: int = 0, received: int = 0) -> None:
+        """Remember payload bytes by agent."""
+
+
+class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
+    """Moves artifacts; what they mean is the conductor's business."""
+
+    def __init__(self, published: Path, store: Store, rounds: Rounds) -> None:
+        self._published = published  # folder of files named by their SHA-256 in hex
+        self._store = store
+        self._rounds = rounds
+        self._uploading: set[Path] = set()
+
+    async def UploadArtifact(  # noqa: N802 - gRPC's name
+        self,
+        request_iterator: AsyncIterator[artifact_pb2.UploadArtifactRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[artifact_pb2.UploadArtifactResponse]:
+        """Spool the parts, then have the whole update counted."""
+        async with refusing(context, "UploadArtifact"):
+            agent = require_agent(context, self._store)
+            first = await anext(request_iterator, None)
+            if first is None or first.WhichOneof("step") != "header":
+                raise Refused(Reason.MALFORMED, "expected an upload's header first")
+            upload = _upload(agent, first.header)
+            path = self._rounds.upload_path(upload)
+            if path is None:
+                yield artifact_pb2.UploadArtifactResponse(resume_from=upload.artifact.size_bytes)
+                yield artifact_pb2.UploadArtifactResponse(stored=artifact_pb2.UploadStored())
+                return
+            if path in self._uploading:
+                raise Refused(Reason.INTERNAL, "the same upload is still open on another stream")
+            self._uploading.add(path)
+            try:
+                partial = path.with_suffix(".part")
+                with PartialFile(partial, upload.artifact) as file:
+                    yield artifact_pb2.UploadArtifactResponse(resume_from=file.size_bytes)
+                    await self._receive(agent, file, request_iterator)
+                    file.finish(path)
+                await self._rounds.accept_upload(upload, path)
+            finally:
+                self._uploading.discard(path)
+            yield artifact_pb2.UploadArtifactResponse(stored=artifact_pb2.UploadStored())
+
+    async def _receive(
+        self,
+        agent: str,
+        file: PartialFile,
+        requests: AsyncIterator[artifact_pb2.UploadArtifactRequest],
+    ) -> None:
+        while not file.complete:
+            request = await anext(requests, None)
+            if request is None or request.WhichOneof("step") != "part":
+                raise Refused(
+                    Reason.MALFORMED, f"expected a part at offset {file.size_bytes}, found none"
+                )
+            try:
+                file.append(request.part)
+            except Refused:
+                file.discard()
+                raise
+            except OSError as error:
+                raise Refused(Reason.STORAGE_FULL, "the part could not be stored") from error
+            self._rounds.count_traffic(agent, sent=len(request.part))
+
+    async def DownloadArtifact(  # noqa: N802 - gRPC's name
+        self,
+        request: artifact_pb2.DownloadArtifactRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[artifact_pb2.DownloadArtifactResponse]:
+        """Send a published artifact from the offset asked for."""
+        async with refusing(context, "DownloadArtifact"):
+            agent = require_agent(context, self._store)
+            path = self._published / request.sha256.hex()
+            if len(request.sha256) != 32 or not path.is_file():
+                raise Refused(Reason.NOT_FOUND, f"expected a published artifact: {path.name[:64]}")
+            size = path.stat().st_size
+            if request.offset > size:
+                raise Refused(Reason.MALFORMED, f"expected an offset of at most {size}")
+            yield artifact_pb2.DownloadArtifactResponse(
+                header=artifact_pb2.DownloadHeader(size_bytes=size)
+            )
+            with path.open("rb") as file:
+                file.seek(request.offset)
+                while part := await asyncio.to_thread(file.read, PART_BYTES):
+                    yield artifact_pb2.DownloadArtifactResponse(part=part)
+                    self._rounds.count_traffic(agent, received=len(part))
+
+
+def _upload(agent: str, header: artifact_pb2.UploadHeader) -> Upload:
+    artifact = ArtifactReference(header.sha256, header.size_bytes)
+    return Upload(agent, header.run_id, header.round, header.attempt, artifact)

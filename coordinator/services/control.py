@@ -1,0 +1,183 @@
+"""ControlService: one stream per agent, turned into events of the run."""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from google.protobuf.duration_pb2 import Duration
+
+from coordinator.events import Applied, Declined, Evaluation, KeyShared, Ready
+from coordinator.services.access import refusing, require_agent
+from coordinator.sessions import Session, Sessions
+from coordinator.store import Store
+from fedloom.errors import Reason, Refused, refused_from_details
+from fedloom.terms import MAX_CAPACITY, MAX_WEIGHT_CLASS, Protection
+from fedloom.v1 import control_pb2, control_pb2_grpc
+from fedloom.version import OLDEST_SERVED_PROTOCOL, PROTOCOL_VERSION
+
+HELLO_SECONDS = 20.0
+HEARTBEAT_SECONDS = 15
+MAX_CERTIFICATE_BYTES = 4096
+MAX_ENVELOPE_BYTES = 16_384
+MAX_COUNT = 1 << 62
+AgentEvent = KeyShared | Ready | Applied | Declined
+_log = structlog.get_logger()
+
+
+class Conversation(Protocol):
+    """What listens to agents; everything it hears has been validated."""
+
+    def heard(self, run_id: bytes, event: AgentEvent) -> None:
+        """An agent's step in a run."""
+
+    def heard_progress(self, agent: str, run_id: bytes, round_number: int, share: float) -> None:
+        """An agent is alive; `share` of its local training is done."""
+
+
+class ControlService(control_pb2_grpc.ControlServiceServicer):
+    """Keeps an agent's stream open and hands its messages on."""
+
+    def __init__(self, sessions: Sessions, store: Store, conversation: Conversation) -> None:
+        self._sessions = sessions
+        self._store = store
+        self._conversation = conversation
+
+    async def Connect(  # noqa: N802 - gRPC's name
+        self,
+        request_iterator: AsyncIterator[control_pb2.ConnectRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[control_pb2.ConnectResponse]:
+        """Admit the agent, then read and write until either side ends."""
+        async with refusing(context, "Connect"):
+            agent_id = require_agent(context, self._store)
+            session = _session(agent_id, await _first(request_iterator))
+            yield control_pb2.ConnectResponse(
+                welcome=control_pb2.Welcome(
+                    protocol_version=PROTOCOL_VERSION,
+                    heartbeat_interval=Duration(seconds=HEARTBEAT_SECONDS),
+                )
+            )
+            self._sessions.open(session)
+            _log.info("agent connected", agent=agent_id)
+            reader = asyncio.create_task(self._read(session, request_iterator))
+            try:
+                while not isinstance(message := await session.outbox.get(), Refused):
+                    yield message
+                if message is not _END:
+                    raise message
+            finally:
+                reader.cancel()
+                self._sessions.close(session)
+                _log.info("agent disconnected", agent=agent_id)
+
+    async def _read(
+        self, session: Session, requests: AsyncIterator[control_pb2.ConnectRequest]
+    ) -> None:
+        ending: Refused = _END
+        try:
+            async for request in requests:
+                self._dispatch(session.agent_id, request)
+        except Refused as refused:
+            ending = refused
+        except Exception:
+            # The top of the agent's messages: a bug of ours ends this stream, not the coordinator.
+            _log.exception("message failed", agent=session.agent_id)
+            ending = Refused(Reason.INTERNAL, "the coordinator failed on this message")
+        with contextlib.suppress(asyncio.QueueFull):
+            session.outbox.put_nowait(ending)
+
+    def _dispatch(self, agent: str, request: control_pb2.ConnectRequest) -> None:
+        match request.WhichOneof("step"):
+            case "heartbeat":
+                beat = request.heartbeat
+                _require(0 <= beat.progress <= 1, "progress in 0..1")
+                self._conversation.heard_progress(agent, beat.run_id, beat.round, beat.progress)
+            case "wrapped_key":
+                self._conversation.heard(request.wrapped_key.run_id, _key_shared(agent, request))
+            case "ready":
+                self._conversation.heard(request.ready.run_id, _ready(agent, request.ready))
+            case "applied":
+                self._conversation.heard(request.applied.run_id, _applied(agent, request.applied))
+            case "refusal":
+                message = request.refusal
+                refused = refused_from_details(message.details)
+                _log.info(
+                    "agent declined",
+                    agent=agent,
+                    reason=refused.reason.name,
+                    subject=refused.subject,
+                )
+                self._conversation.heard(
+                    message.run_id, Declined(agent, message.round, refused.reason)
+                )
+            case "hello":
+                raise Refused(Reason.MALFORMED, "expected one hello, found a second")
+            case None:
+                _log.info("unknown step ignored", agent=agent)  # a newer agent's
+
+
+_END = Refused(Reason.INTERNAL, "the agent ended the stream")  # never sent: marks the queue's end
+
+
+async def _first(requests: AsyncIterator[control_pb2.ConnectRequest]) -> control_pb2.Hello:
+    try:
+        request = await asyncio.wait_for(anext(requests), HELLO_SECONDS)
+    except (TimeoutError, StopAsyncIteration):
+        raise Refused(Reason.MALFORMED, f"expected a hello within {HELLO_SECONDS} s") from None
+    if request.WhichOneof("step") != "hello":
+        raise Refused(Reason.MALFORMED, f"expected hello first, found {request.WhichOneof('step')}")
+    return request.hello
+
+
+def _session(agent_id: str, hello: control_pb2.Hello) -> Session:
+    if not OLDEST_SERVED_PROTOCOL <= hello.protocol_version <= PROTOCOL_VERSION:
+        raise Refused(
+            Reason.PROTOCOL_UNSUPPORTED,
+            f"expected protocol {OLDEST_SERVED_PROTOCOL}..{PROTOCOL_VERSION}, "
+            f"found {hello.protocol_version}",
+        )
+    known = {protection.value for protection in Protection}
+    key = hello.exchange_key if hello.HasField("exchange_key") else None
+    if key is not None and (
+        len(key.public_key) != 32
+        or max(len(key.signature), len(key.certificate)) > MAX_CERTIFICATE_BYTES
+    ):
+        raise Refused(Reason.MALFORMED, "expected a 32-byte X25519 key with its certificate")
+    return Session(agent_id, frozenset(Protection(p) for p in hello.protections if p in known), key)
+
+
+def _require(condition: bool, expected: str) -> None:
+    if not condition:
+        raise Refused(Reason.MALFORMED, f"expected {expected}")
+
+
+def _key_shared(agent: str, request: control_pb2.ConnectRequest) -> KeyShared:
+    message = request.wrapped_key
+    _require(len(message.envelopes) <= MAX_CAPACITY, f"at most {MAX_CAPACITY} envelopes")
+    envelopes = {e.recipient_id: e.SerializeToString() for e in message.envelopes}
+    _require(all(len(e) <= MAX_ENVELOPE_BYTES for e in envelopes.values()), "small envelopes")
+    return KeyShared(agent, message.key_id, envelopes)
+
+
+def _ready(agent: str, message: control_pb2.Ready) -> Ready:
+    _require(message.weight_class <= MAX_WEIGHT_CLASS, f"a weight class up to {MAX_WEIGHT_CLASS}")
+    _require(math.isfinite(message.training_loss), "a finite training loss")
+    seconds = message.training_time.ToTimedelta().total_seconds()
+    return Ready(agent, message.round, message.weight_class, message.training_loss, seconds)
+
+
+def _applied(agent: str, message: control_pb2.Applied) -> Applied:
+    _require(len(message.state_sha256) == 32, "a SHA-256 of 32 bytes")
+    _require(message.saturated < MAX_COUNT, "a count below 2^62")
+    evaluation = None
+    if message.HasField("evaluation"):
+        found = message.evaluation
+        _require(1 <= found.count < MAX_COUNT, "a count in 1..2^62")
+        _require(found.correct <= found.count, "at most `count` correct rows")
+        _require(math.isfinite(found.loss), "a finite loss")
+        evaluation = Evaluation(found.count, found.correct, found.loss)
+    return Applied(agent, message.round, message.state_sha256, evaluation, message.saturated)
