@@ -1,11 +1,11 @@
 """What agents may download: plans, their members and sums, each a file named by its SHA-256."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedloom.artifacts import ArtifactReference, write_artifact
+from fedloom.exports import link_or_copy
 from fedloom.plans import PLAN_FILE, Plan, load_plan, verify_members
 
 
@@ -37,19 +37,12 @@ class Published:
         for member in plan.members:
             destination = self.path(member.sha256)
             if not destination.exists():
-                _link_or_copy(folder / member.name, destination)
+                partial = destination.with_suffix(".part")
+                partial.unlink(missing_ok=True)
+                link_or_copy(folder / member.name, partial)
+                partial.replace(destination)
         return plan, self.put(iter([(folder / PLAN_FILE).read_bytes()]))
 
     def has_plan(self, plan: Plan) -> bool:
         """Whether every member is still here."""
         return all(self.path(member.sha256).is_file() for member in plan.members)
-
-
-def _link_or_copy(source: Path, destination: Path) -> None:
-    partial = destination.with_suffix(".part")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source.resolve(), partial)
-    except OSError:  # another file system
-        shutil.copyfile(source, partial)
-    partial.replace(destination)

@@ -47,7 +47,7 @@ MAX_ROUND_FAILURES = 3
 KEY_SECONDS = 60.0  # an agent that has not wrapped the run key by then is passed over
 
 
-class IllegalEvent(Exception):  # noqa: N818 - says what it is
+class IllegalEvent(Exception):
     """Our own code sent an event that the state does not allow."""
 
 
@@ -139,7 +139,9 @@ def _ask_for_key(state: RunState, candidates: frozenset[str], now: float) -> Ste
         return state, ()  # a new key could not open the sums so far: wait for an agent that has it
     holder = min(holders or candidates)
     recipients = candidates - holders
-    asked = replace(state, key_asked=holder, key_deadline=now + KEY_SECONDS)
+    asked = replace(
+        state, key_asked=holder, key_recipients=recipients, key_deadline=now + KEY_SECONDS
+    )
     if not holders:
         asked = replace(asked, key_holders=frozenset())
     return asked, (ShareKey(holder, recipients, fresh=not holders),)
@@ -159,6 +161,8 @@ def _gathering_key_shared(state: RunState, event: KeyShared, now: float) -> Step
     if event.agent != state.key_asked:
         return state, ()
     holders = state.key_holders | set(event.envelopes)
+    for agent in state.key_recipients - set(event.envelopes):
+        state = _exclude(state, agent, Reason.KEY_UNAVAILABLE)  # its key did not verify
     return _gather(replace(state, key_holders=holders, key_asked=None), now)
 
 

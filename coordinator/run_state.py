@@ -53,6 +53,7 @@ class RunState:
     excluded: Mapping[str, Reason] = field(default_factory=dict)  # until they connect again
     key_holders: frozenset[str] = frozenset()
     key_asked: str | None = None  # the agent that shall wrap the run key
+    key_recipients: frozenset[str] = frozenset()  # whom it shall wrap it for
     key_deadline: float = 0.0
     invited: frozenset[str] = frozenset()
     ready: Mapping[str, int] = field(default_factory=dict)  # agent -> weight class

@@ -31,7 +31,7 @@ class Evaluation:
 class Engine(Protocol):
     """Executes one plan over this device's data. Methods block; the session calls them in threads.
 
-    They raise Refused with a Reason that tells the coordinator why: DATA_*, PLAN_*, TRAINING_FAILED.
+    They raise Refused with a Reason for the coordinator: DATA_*, PLAN_*, TRAINING_FAILED.
     """
 
     def train(

@@ -90,4 +90,6 @@ async def refusing(context: grpc.aio.ServicerContext[Any, Any], rpc: str) -> Asy
         yield
     except Refused as refused:
         _log.info("rpc refused", rpc=rpc, reason=refused.reason.name, subject=refused.subject)
-        await context.abort(RULES[refused.reason].code, str(refused), refusal_trailers(refused))
+        await context.abort(
+            RULES[refused.reason].code, refused.reason.name, refusal_trailers(refused)
+        )

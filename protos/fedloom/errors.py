@@ -60,6 +60,7 @@ class Reaction(Enum):
 
     RECONNECT = "connect again with backoff"
     SKIP_STEP = "drop the step and wait for the next invitation"
+    RESYNC = "forget the run's global state and apply its history anew"
     STOP = "stop and tell the operator"
 
 
@@ -95,7 +96,7 @@ RULES: dict[Reason, Rule] = {
     Reason.TRAINING_FAILED: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
     Reason.KEY_UNAVAILABLE: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
     Reason.SUM_NOT_VERIFIED: Rule(_Code.DATA_LOSS, Reaction.SKIP_STEP),
-    Reason.STATE_DIVERGED: Rule(_Code.DATA_LOSS, Reaction.STOP),
+    Reason.STATE_DIVERGED: Rule(_Code.DATA_LOSS, Reaction.RESYNC),
     Reason.QUORUM_NOT_REACHED: Rule(_Code.ABORTED, Reaction.SKIP_STEP),
     Reason.DEADLINE_PASSED: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
     Reason.RUN_CANCELLED: Rule(_Code.ABORTED, Reaction.SKIP_STEP),
@@ -109,7 +110,7 @@ class FedloomError(Exception):
     """Root of the errors that this project raises on purpose."""
 
 
-class Refused(FedloomError):  # noqa: N818 - the domain's word: a peer refuses
+class Refused(FedloomError):
     """A step is refused. `subject` says what was expected and found; it never holds a secret."""
 
     def __init__(self, reason: Reason, subject: str) -> None:

@@ -168,6 +168,7 @@ def clip_of(encoding: Encoding, terms: LocalTraining, weight_cap: int) -> float:
     """
     if encoding.clip:
         return encoding.clip
+    _require(terms.optimizer is Optimizer.ADAMW, "a clip above 0 for SGD, which implies none", 0.0)
     steps = terms.epochs * -(-weight_cap // terms.batch_size)
     return CLIP_MARGIN * terms.learning_rate * steps
 

@@ -1,0 +1,65 @@
+"""The adapter of a finished run as a deployable model, where the coordinator can read it."""
+
+import tomllib
+from pathlib import Path
+
+import crypto
+from coordinator.config import RunConfig, parse_run_config
+from coordinator.published import Published
+from coordinator.store import RoundRecord, RunRecord, Store
+from fedloom.adapters import read_adapter
+from fedloom.errors import ConfigError
+from fedloom.exports import export_model, link_or_copy
+from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, parse_plan
+from fedloom.strategies import algorithm
+from fedloom.terms import Protection, clip_of
+
+
+def export_run(store: Store, published: Published, run: RunRecord, out: Path) -> Path:
+    """Repeat the run's rounds from its sums and write the model; raises ConfigError if blind."""
+    config = parse_run_config(tomllib.loads(run.config), Path(run.name))
+    if config.encoding.protection is not Protection.PLAIN:
+        raise ConfigError(
+            run.name,
+            "this coordinator never could read the adapter; every agent has exported it to its "
+            "own `models` folder",
+        )
+    plan = parse_plan(published.path(run.plan.sha256).read_bytes())
+    rule = algorithm(config.training)
+    initial = published.path(plan.member(ADAPTER_FILE).sha256)
+    state = rule.init(read_adapter(initial, plan.layout))
+    for record in store.rounds(run.run_id):
+        with published.path(record.sum.sha256).open("rb") as file:
+            context = _context(run.run_id, config, plan, record)
+            opened = crypto.protection("plain").open_sum(context, None, record.slots, file)
+        state = rule.apply(state, opened.mean)
+    folder = out.with_name(out.name + ".plan")
+    _lay_out(plan, run, published, folder)
+    export_model(folder, plan, state.theta, out)
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    return out
+
+
+def _context(
+    run_id: bytes, config: RunConfig, plan: Plan, record: RoundRecord
+) -> crypto.UpdateContext:
+    return crypto.UpdateContext(
+        run_id=run_id,
+        round=record.round,
+        attempt=record.attempt,
+        parameter_count=plan.parameter_count,
+        capacity=config.encoding.capacity,
+        weight_cap=record.weight_cap,
+        clip=clip_of(config.encoding, config.training, record.weight_cap),
+        update_bits=config.encoding.update_bits,
+    )
+
+
+def _lay_out(plan: Plan, run: RunRecord, published: Published, folder: Path) -> None:
+    """Give the published artifacts their names as plan members again."""
+    folder.mkdir(parents=True)
+    (folder / PLAN_FILE).write_bytes(published.path(run.plan.sha256).read_bytes())
+    for member in plan.members:
+        link_or_copy(published.path(member.sha256), folder / member.name)

@@ -1,0 +1,85 @@
+"""The build: load, export, write, compare with torch, and only then appear at its place."""
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+
+from coordinator.plans import files, parity
+from coordinator.plans.cache import cached_graphs
+from coordinator.plans.model import AdaptedModel, find_model, load_model
+from coordinator.plans.onnx_rewrite import attach_weights, used_weights
+from coordinator.plans.request import PlanRequest
+from fedloom.errors import ConfigError
+from fedloom.plans import PLAN_FILE, Plan, PlanOrigin, TextClassification
+
+Report = Callable[[str], None]
+
+
+def build(request: PlanRequest, out: Path, report: Report, cache: Path | None) -> Plan:
+    """Build a plan; see `coordinator.plans.build_plan`."""
+    with _appearing_at(out) as folder:
+        source = find_model(request.model)
+        report(f"loading {source.name}")
+        adapted = load_model(request, source)
+        tokenizer = files.load_tokenizer(source, adapted.config.vocab_size)
+        count = f"{len(adapted.theta):,} trainable values in {len(adapted.layout)} tensors"
+        report(f"adapted with rank {request.rank}: {count}")
+        graphs = cached_graphs(adapted, cache, report)
+        _write_model(folder, adapted, graphs, source.name)
+        files.write_tokenizer(folder, tokenizer)
+        _compare(folder, adapted, report)
+        plan = Plan(
+            name=request.name or source.name,
+            members=tuple(files.member(folder, path.name) for path in sorted(folder.iterdir())),
+            layout=adapted.layout,
+            task=TextClassification(request.labels, request.max_tokens, tokenizer.pad_token_id),
+            origin=PlanOrigin(source.name, request.rank, request.alpha, request.targets),
+        )
+        (folder / PLAN_FILE).write_bytes(plan.encode())
+    megabytes = sum(entry.size_bytes for entry in plan.members) / 1e6
+    report(f"plan {plan.name} is ready: {len(plan.members)} members, {megabytes:.1f} MB")
+    return plan
+
+
+def _write_model(
+    folder: Path, adapted: AdaptedModel, graphs: dict[str, onnx.ModelProto], base_model: str
+) -> None:
+    used = set[str]().union(*(used_weights(graph) for graph in graphs.values()))
+    frozen = files.frozen_layout(adapted, used)
+    files.write_base(folder, adapted, frozen)
+    files.write_adapter_files(folder, adapted, base_model)
+    for name, graph in graphs.items():
+        attach_weights(graph, frozen, adapted.layout)
+        (folder / name).write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def _compare(folder: Path, adapted: AdaptedModel, report: Report) -> None:
+    report("comparing the graphs with torch")
+    with parity.one_thread():
+        train = parity.check_train(folder, adapted)
+        logits = parity.check_infer(folder, adapted)
+    report(
+        f"equal to torch within: loss {train.loss:.1e}, gradient {train.gradient:.1e}, "
+        f"logits {logits:.1e}"
+    )
+
+
+@contextmanager
+def _appearing_at(out: Path) -> Iterator[Path]:
+    """Give a folder beside `out` that takes its place at the end, or vanishes on an error."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("out", f"expected a new or an empty folder, found {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.part"
+    folder.mkdir()
+    try:
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # already gone when it took its place

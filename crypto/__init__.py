@@ -1,0 +1,90 @@
+"""Updates, and what may be learnt from them: pure mathematics on arrays and bytes.
+
+A run names a protection; `protection(name)` returns its three functions: `encoder` on the device,
+`accumulator` at the coordinator, `open_sum` on the device. TenSEAL is imported only when the
+protection `encrypted` is asked for. The picture is in README.md.
+"""
+
+from .errors import (
+    BackendMissing,
+    CapacityExceeded,
+    CryptoError,
+    DuplicateMember,
+    EmptyTotal,
+    InvalidContext,
+    InvalidUpdate,
+    LocalFault,
+    MalformedChunk,
+    MissingKey,
+    NotFinite,
+    OpeningFailed,
+    PeerFault,
+    SpoiledTotal,
+    UnusableUpdate,
+    UnwrapFailed,
+    WeightOutOfRange,
+    WrapRefused,
+    WrongContext,
+)
+from .parameters import BfvParameters, PlainParameters, UpdateContext
+from .protection import (
+    Accumulator,
+    Encoder,
+    OpenedSum,
+    Protection,
+    ProtectionName,
+    protection,
+)
+from .run_key import (
+    RUN_KEY_SIZE,
+    WRAPPED_KEY_SIZE,
+    RunKey,
+    WrapContext,
+    generate_exchange_key,
+    generate_run_key,
+    key_advertisement_bytes,
+    unwrap,
+    wrap,
+)
+from .wire import Source
+
+__all__ = [
+    "RUN_KEY_SIZE",
+    "WRAPPED_KEY_SIZE",
+    "Accumulator",
+    "BackendMissing",
+    "BfvParameters",
+    "CapacityExceeded",
+    "CryptoError",
+    "DuplicateMember",
+    "EmptyTotal",
+    "Encoder",
+    "InvalidContext",
+    "InvalidUpdate",
+    "LocalFault",
+    "MalformedChunk",
+    "MissingKey",
+    "NotFinite",
+    "OpenedSum",
+    "OpeningFailed",
+    "PeerFault",
+    "PlainParameters",
+    "Protection",
+    "ProtectionName",
+    "RunKey",
+    "Source",
+    "SpoiledTotal",
+    "UnusableUpdate",
+    "UnwrapFailed",
+    "UpdateContext",
+    "WeightOutOfRange",
+    "WrapContext",
+    "WrapRefused",
+    "WrongContext",
+    "generate_exchange_key",
+    "generate_run_key",
+    "key_advertisement_bytes",
+    "protection",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,118 @@
+"""Everything that this package refuses, as one tree.
+
+    CryptoError
+    ├── LocalFault              the caller's doing, or this machine's
+    │   ├── InvalidContext      no parameters exist for what the context asks for
+    │   ├── InvalidUpdate       not a one-dimensional float32 array of the agreed length
+    │   ├── MissingKey          the protection needs a run key and got none, or the reverse
+    │   ├── EmptyTotal          a sum of nothing was asked for
+    │   ├── SpoiledTotal        an upload changed while it was being added: build the total anew
+    │   └── BackendMissing      TenSEAL or zstandard is not installed, or is another SEAL
+    ├── UnusableUpdate          well-formed and meaningless: the encoder's caller, or the peer
+    │   ├── NotFinite           a NaN or an infinity among the values
+    │   └── WeightOutOfRange    not in 1 .. weight_cap
+    └── PeerFault               foreign bytes that were refused; nothing has changed
+        ├── MalformedChunk      wrong length, magic, version, kind, order, or an impossible residue
+        ├── WrongContext        well-formed, and bound to another run, round, attempt, member …
+        ├── DuplicateMember     this member's update is in the sum already
+        ├── CapacityExceeded    the sum holds as many updates as it can stay exact for
+        ├── OpeningFailed       the sum does not decrypt to what its members could have sent
+        ├── WrapRefused         the recipient's public key is not one that may be used
+        └── UnwrapFailed        the wrapped key is not for this recipient, run, key id and sender
+
+Every error carries `subject`, `expected` and `found`. None of them ever carries key material, a
+decrypted value or a seed: error texts end up in logs.
+"""
+# ruff: noqa: N818 - the names say what happened; "Error" after each of them says nothing more
+
+
+class CryptoError(Exception):
+    """Base of all refusals of this package."""
+
+    def __init__(self, subject: str, expected: object, found: object) -> None:
+        super().__init__(f"{subject}: expected {expected}, found {found}")
+        self.subject = subject
+        self.expected = expected
+        self.found = found
+
+
+class LocalFault(CryptoError):
+    """The caller's doing, or this machine's."""
+
+
+class InvalidContext(LocalFault):
+    """No parameters exist for what the context asks for."""
+
+
+class InvalidUpdate(LocalFault):
+    """The update is not a one-dimensional float32 array of the agreed length."""
+
+
+class MissingKey(LocalFault):
+    """The protection needs a run key and got none, or the reverse."""
+
+
+class EmptyTotal(LocalFault):
+    """A sum of nothing was asked for."""
+
+
+class SpoiledTotal(LocalFault):
+    """An upload changed, or could not be read, after it had been validated.
+
+    The total may hold half an update. Build a new one from the stored uploads.
+    """
+
+
+class BackendMissing(LocalFault):
+    """TenSEAL or zstandard is not installed, or contains a SEAL that behaves otherwise."""
+
+
+class UnusableUpdate(CryptoError):
+    """A well-formed update without meaning.
+
+    Raised by an encoder it is the caller's fault, raised by an accumulator the peer's.
+    """
+
+
+class NotFinite(UnusableUpdate):
+    """A NaN or an infinity is among the values."""
+
+
+class WeightOutOfRange(UnusableUpdate):
+    """The weight is not in 1 .. weight_cap."""
+
+
+class PeerFault(CryptoError):
+    """Foreign bytes were refused; nothing has changed."""
+
+
+class MalformedChunk(PeerFault):
+    """The bytes are not of the one shape that the context implies."""
+
+
+class WrongContext(PeerFault):
+    """The bytes are well-formed and bound to something else."""
+
+
+class DuplicateMember(PeerFault):
+    """This member's update is in the sum already."""
+
+
+class CapacityExceeded(PeerFault):
+    """The sum holds as many updates as it can stay exact for."""
+
+
+class OpeningFailed(PeerFault):
+    """The sum does not decrypt to anything that its members could have sent together.
+
+    A wrong key, a wrong list of members, or a sum that was tampered with. Count these: an answer
+    to a chosen ciphertext tells its maker up to one bit about the key, so rotate after 8.
+    """
+
+
+class WrapRefused(PeerFault):
+    """The recipient's public key is not one that may be used."""
+
+
+class UnwrapFailed(PeerFault):
+    """The wrapped key was tampered with, or is not for this recipient, run, key id and sender."""

@@ -1,0 +1,176 @@
+"""Protection `plain`: float32 values as they are; the coordinator reads every update.
+
+    update   header(52)  weight u64        P x float32     one member's values
+    sum      header(52)  total weight u64  P x float32     the weighted mean
+
+The mean is that of FedAvg (McMahan et al., arXiv 1602.05629v4, algorithm 1). All numbers are
+little-endian; the header is that of `wire` with 0 ciphertexts and chunk 0.
+
+The total is Σ w·x in float64. Its last bit depends on the order of the additions, so two
+coordinators that add in different orders may publish means that differ by one unit in the last
+place of float32. (`encrypted` adds integers: there the order never shows.)
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .codec import check_finite, check_update, check_weight
+from .errors import MalformedChunk, MissingKey, NotFinite
+from .members import SummedMembers, check_members
+from .parameters import PlainParameters, UpdateContext
+from .protection import OpenedSum
+from .run_key import RunKey
+from .wire import HEADER_SIZE, Binding, Kind, Source, check_size, fill
+
+_WEIGHT = struct.Struct("<Q")
+_BODY = HEADER_SIZE + _WEIGHT.size  # offset of the first value
+_BLOCK = 1 << 15  # values: 128 KiB of float32 and 256 KiB of float64 stay in the cache
+
+
+def encoder(
+    context: UpdateContext, member: int, run_key: RunKey | None, rng: np.random.Generator
+) -> "PlainEncoder":
+    """Make the encoder of one member. It takes no key, and never uses `rng`."""
+    del rng
+    _refuse_key(run_key)
+    return PlainEncoder(context, member)
+
+
+def accumulator(context: UpdateContext) -> "PlainAccumulator":
+    """Make an empty total."""
+    return PlainAccumulator(context)
+
+
+def open_sum(
+    context: UpdateContext, run_key: RunKey | None, members: Sequence[int], source: Source
+) -> OpenedSum:
+    """Read the mean of these members' updates, as the coordinator says it is."""
+    _refuse_key(run_key)
+    check_members(tuple(members), context)
+    binding = Binding.of(context, Kind.PLAIN_SUM, len(members), PlainParameters(context).id)
+    check_size(source, _encoded_size(context))
+    total_weight = _read_prefix(source, binding)
+    low, high = len(members), len(members) * context.weight_cap
+    if not low <= total_weight <= high:
+        raise MalformedChunk("total weight", f"{low} .. {high}", total_weight)
+    mean = np.empty(context.parameter_count, np.float32)
+    for start, block in _blocks(source, context):
+        _check_mean(block, start)
+        mean[start : start + len(block)] = block
+    return OpenedSum(mean, total_weight, saturated=0, count=len(members))
+
+
+class PlainEncoder:
+    """See `protection.Encoder`."""
+
+    def __init__(self, context: UpdateContext, member: int) -> None:
+        self._context = context
+        self._binding = Binding.of(context, Kind.PLAIN_UPDATE, member, PlainParameters(context).id)
+
+    @property
+    def encoded_size(self) -> int:
+        return _encoded_size(self._context)
+
+    def encode(self, update: NDArray[np.float32], weight: int) -> Iterator[bytes]:
+        check_update(update, weight, self._context)
+        return self._chunks(update, weight)
+
+    def _chunks(self, update: NDArray[np.float32], weight: int) -> Iterator[bytes]:
+        yield self._binding.header(0, 0) + _WEIGHT.pack(weight)
+        for start in range(0, len(update), _BLOCK):
+            yield update[start : start + _BLOCK].astype("<f4", copy=False).tobytes()
+
+
+class PlainAccumulator:
+    """See `protection.Accumulator`. Memory: 8 bytes per parameter."""
+
+    def __init__(self, context: UpdateContext) -> None:
+        self._context = context
+        self._parameters_id = PlainParameters(context).id
+        self._total = np.zeros(context.parameter_count, np.float64)  # (P,), Σ w·x
+        self._total_weight = 0
+        self._members = SummedMembers(context)
+
+    @property
+    def encoded_sum_size(self) -> int:
+        return _encoded_size(self._context)
+
+    @property
+    def encoded_update_size(self) -> int:
+        return _encoded_size(self._context)
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return self._members.ascending()
+
+    def add(self, member: int, source: Source) -> None:
+        binding = Binding.of(self._context, Kind.PLAIN_UPDATE, member, self._parameters_id)
+        self._members.check_admissible(member)
+        check_size(source, _encoded_size(self._context))
+        weight = _read_prefix(source, binding)
+        check_weight(weight, self._context)
+        for start, block in _blocks(source, self._context):
+            check_finite(block, start)
+        with self._members.adding(member):
+            source.seek(_BODY)
+            self._add_values(source, weight)
+            self._total_weight += weight
+
+    def result(self) -> Iterator[bytes]:
+        self._members.check_summed()
+        return self._chunks()
+
+    def _chunks(self) -> Iterator[bytes]:
+        binding = Binding.of(self._context, Kind.PLAIN_SUM, len(self._members), self._parameters_id)
+        yield binding.header(0, 0) + _WEIGHT.pack(self._total_weight)
+        mean = np.empty(min(_BLOCK, len(self._total)), "<f4")
+        for start in range(0, len(self._total), _BLOCK):
+            block = self._total[start : start + _BLOCK]
+            out = mean[: len(block)]
+            np.divide(block, np.float64(self._total_weight), out=out, casting="same_kind")
+            yield out.tobytes()
+
+    def _add_values(self, source: Source, weight: int) -> None:
+        weighted = np.empty(min(_BLOCK, len(self._total)), np.float64)
+        for start, block in _blocks(source, self._context):
+            out = weighted[: len(block)]
+            np.multiply(block, np.float64(weight), out=out, dtype=np.float64)
+            self._total[start : start + len(block)] += out
+
+
+def _encoded_size(context: UpdateContext) -> int:
+    return _BODY + 4 * context.parameter_count
+
+
+def _read_prefix(source: Source, binding: Binding) -> int:
+    """Check the header and return the weight after it."""
+    prefix = memoryview(bytearray(_BODY))
+    fill(source, prefix)
+    binding.check(prefix[:HEADER_SIZE], 0, 0)
+    (weight,) = _WEIGHT.unpack(prefix[HEADER_SIZE:])
+    return int(weight)
+
+
+def _blocks(source: Source, context: UpdateContext) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Read the values block by block into one buffer: (start, (n,) float32)."""
+    count = context.parameter_count
+    buffer = memoryview(bytearray(4 * min(_BLOCK, count)))
+    for start in range(0, count, _BLOCK):
+        part = buffer[: 4 * min(_BLOCK, count - start)]
+        fill(source, part)
+        yield start, np.frombuffer(part, "<f4")
+
+
+def _check_mean(block: NDArray[np.float32], start: int) -> None:
+    try:
+        check_finite(block, start)
+    except NotFinite as error:
+        raise MalformedChunk("mean", "finite values", "NaN or infinity") from error
+
+
+def _refuse_key(run_key: RunKey | None) -> None:
+    if run_key is not None:
+        raise MissingKey("run key of protection plain", "none", "one")

@@ -1,0 +1,123 @@
+"""`agent.toml`: the device's data and policy, as frozen values. Unknown keys are errors.
+
+[data]
+path = "train.csv"           # CSV, JSONL or Parquet; relative to this file
+text = "text"                # column names
+label = "label"
+
+[held_out]                   # optional: quality is measured on it after every round
+path = "test.csv"
+
+[policy]
+minimum_protection = "encrypted"   # runs with less are declined
+
+[engine]
+threads = 0                  # 0: as many as the device has cores
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_agent.data import DataSource
+from fedloom.errors import ConfigError
+from fedloom.terms import Protection
+
+CONFIG_FILE = "agent.toml"
+_KEYS = {
+    "data": {"path", "text", "label"},
+    "held_out": {"path", "text", "label"},
+    "policy": {"minimum_protection"},
+    "engine": {"threads"},
+}
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """What this device trains on, and what it agrees to."""
+
+    data: DataSource
+    held_out: DataSource | None = None
+    minimum_protection: Protection = Protection.ENCRYPTED
+    threads: int = 0
+
+
+def load_agent_config(home: Path) -> AgentConfig:
+    """Read `agent.toml`; raises ConfigError that names the wrong key."""
+    path = home / CONFIG_FILE
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            str(path), f"cannot be read: join first, with --data ({error.strerror})"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"is not TOML: {error}") from error
+    for section, values in table.items():
+        if section not in _KEYS or not isinstance(values, dict):
+            raise ConfigError(str(path), f"[{section}]: expected one of {sorted(_KEYS)}")
+        for key in values:
+            if key not in _KEYS[section]:
+                expected = sorted(_KEYS[section])
+                raise ConfigError(str(path), f"{section}.{key}: expected one of {expected}")
+    data = _source(path, table, "data")
+    if data is None:
+        raise ConfigError(str(path), "data.path: expected the file to train on")
+    return AgentConfig(
+        data,
+        _source(path, table, "held_out"),
+        _protection(path, table.get("policy", {})),
+        _threads(path, table.get("engine", {})),
+    )
+
+
+def write_agent_config(
+    home: Path, data: Path, text: str, label: str, held_out: Path | None, minimum: Protection
+) -> None:
+    """Write a first `agent.toml`."""
+    lines = ["[data]", *_source_lines(data, text, label), ""]
+    if held_out is not None:
+        lines += ["[held_out]", *_source_lines(held_out, text, label), ""]
+    lines += ["[policy]", f'minimum_protection = "{minimum.name.lower()}"', ""]
+    (home / CONFIG_FILE).write_text("\n".join(lines))
+
+
+def _source_lines(path: Path, text: str, label: str) -> list[str]:
+    return [f"path = {_quoted(str(path))}", f"text = {_quoted(text)}", f"label = {_quoted(label)}"]
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _source(path: Path, table: Mapping[str, Any], section: str) -> DataSource | None:
+    values = table.get(section, {})
+    if "path" not in values:
+        return None
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise ConfigError(str(path), f"{section}.{key}: expected text, found {value!r}")
+    return DataSource(
+        (path.parent / values["path"]).resolve(),
+        values.get("text", "text"),
+        values.get("label", "label"),
+    )
+
+
+def _protection(path: Path, policy: Mapping[str, Any]) -> Protection:
+    name = policy.get("minimum_protection", Protection.ENCRYPTED.name.lower())
+    names = {protection.name.lower(): protection for protection in Protection}
+    if name not in names:
+        raise ConfigError(
+            str(path), f"policy.minimum_protection: expected one of {sorted(names)}, found {name!r}"
+        )
+    return names[name]
+
+
+def _threads(path: Path, engine: Mapping[str, Any]) -> int:
+    threads = engine.get("threads", 0)
+    if type(threads) is not int or not 0 <= threads <= 1024:
+        raise ConfigError(str(path), f"engine.threads: expected 0..1024, found {threads!r}")
+    return threads

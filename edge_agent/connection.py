@@ -1,0 +1,40 @@
+"""Channels to the coordinator, and what a failed call means."""
+
+import grpc
+
+from fedloom.channels import CLIENT_OPTIONS
+from fedloom.errors import FedloomError, refused_from_rpc
+
+_TLS_PROBLEMS = {
+    "CERTIFICATE_VERIFY_FAILED": (
+        "the server's certificate is not of the authority that this device pinned: "
+        "join again with a new token if the coordinator was set up anew"
+    ),
+    "WRONG_VERSION_NUMBER": "the port does not speak TLS: check the address",
+    "Hostname Verification": "the server's certificate is for another host name",
+}
+
+
+class Unreachable(FedloomError):
+    """No answer from the coordinator; `hopeless` when trying again cannot help."""
+
+    def __init__(self, address: str, problem: str, hopeless: bool) -> None:
+        super().__init__(f"{address}: {problem}")
+        self.hopeless = hopeless
+
+
+def open_channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.aio.Channel:
+    """Return a channel that is kept alive; nothing is connected yet."""
+    return grpc.aio.secure_channel(address, credentials, options=CLIENT_OPTIONS)
+
+
+def understood(error: grpc.aio.AioRpcError, address: str) -> FedloomError:
+    """Return what a failed call means: the coordinator's refusal, or that it is unreachable."""
+    refused = refused_from_rpc(error)
+    if refused is not None:
+        return refused
+    found = f"{error.details()} {error.debug_error_string()}"
+    for sign, problem in _TLS_PROBLEMS.items():
+        if sign in found:
+            return Unreachable(address, problem, hopeless=True)
+    return Unreachable(address, f"{error.code().name}: {error.details()}", hopeless=False)

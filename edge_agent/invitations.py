@@ -1,0 +1,64 @@
+"""What the coordinator proposes, validated: nothing past this file trusts its messages."""
+
+from dataclasses import dataclass
+
+from fedloom.artifacts import ArtifactReference
+from fedloom.errors import Reason, Refused
+from fedloom.plans import MAX_PLAN_BYTES
+from fedloom.terms import MAX_CAPACITY, MAX_WEIGHT_CLASS, Encoding, LocalTraining
+from fedloom.v1 import control_pb2
+
+RUN_ID_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Terms:
+    """An invitation, validated."""
+
+    run_id: bytes
+    round: int
+    plan: ArtifactReference
+    training: LocalTraining
+    encoding: Encoding
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished round, validated: its sum and what the sum is bound to."""
+
+    round: int
+    attempt: int
+    weight_cap: int
+    slots: tuple[int, ...]
+    sum: ArtifactReference
+
+
+def read_terms(message: control_pb2.Invitation) -> Terms:
+    """Validate an invitation; raises Refused(MALFORMED)."""
+    _require(len(message.run_id) == RUN_ID_BYTES, "a run id of 16 bytes")
+    _require(1 <= message.round <= message.rounds, "a round in 1..rounds")
+    plan = ArtifactReference(message.plan.sha256, message.plan.size_bytes)
+    _require(plan.size_bytes <= MAX_PLAN_BYTES, f"a plan of at most {MAX_PLAN_BYTES} bytes")
+    return Terms(
+        message.run_id,
+        message.round,
+        plan,
+        LocalTraining.from_message(message.training),
+        Encoding.from_message(message.encoding),
+    )
+
+
+def read_outcome(message: control_pb2.RoundOutcome) -> Outcome:
+    """Validate a finished round; raises Refused(MALFORMED)."""
+    slots = tuple(message.slots)
+    _require(message.round >= 1, "a round of at least 1")
+    _require(1 <= len(slots) <= MAX_CAPACITY, f"1..{MAX_CAPACITY} updates in a sum")
+    _require(slots == tuple(sorted(set(slots))), "distinct slots in ascending order")
+    _require(1 <= message.weight_cap <= 1 << MAX_WEIGHT_CLASS, "a weight cap of 1..2^24")
+    reference = ArtifactReference(message.sum.sha256, message.sum.size_bytes)
+    return Outcome(message.round, message.attempt, message.weight_cap, slots, reference)
+
+
+def _require(condition: bool, expected: str) -> None:
+    if not condition:
+        raise Refused(Reason.MALFORMED, f"expected {expected}")

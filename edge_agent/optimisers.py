@@ -1,0 +1,107 @@
+"""Local optimisers on the flat vector of trainable values: AdamW and SGD, in place, in float32.
+
+AdamW: Loshchilov, Hutter, arXiv:1711.05101v3, Algorithm 2 (decoupled weight decay). theta is the
+vector of trainable values, g the gradient, m and v the moments, alpha the learning rate. Deviation:
+the decay is scaled by alpha, as everyone's implementations do (the paper keeps the two apart).
+"""
+
+import math
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedloom.adapters import Theta
+from fedloom.terms import LocalTraining
+from fedloom.terms import Optimizer as Kind
+
+Gradient = NDArray[np.float32]  # (P,) in the order of theta
+
+
+class Optimizer(Protocol):
+    """One optimiser with its state, for one round."""
+
+    def step(self, theta: Theta, gradient: Gradient) -> None:
+        """Move `theta` (P,) in place against `gradient` (P,), which stays as it is."""
+        ...
+
+
+class AdamW:
+    """Adam with decoupled weight decay; keeps three vectors of P float32."""
+
+    def __init__(
+        self,
+        parameter_count: int,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+    ) -> None:
+        self._learning_rate = learning_rate
+        self._weight_decay = weight_decay
+        self._beta1 = beta1
+        self._beta2 = beta2
+        self._epsilon = epsilon
+        self._steps = 0
+        self._m = np.zeros(parameter_count, np.float32)
+        self._v = np.zeros(parameter_count, np.float32)
+        self._scratch = np.empty(parameter_count, np.float32)
+
+    def step(self, theta: Theta, gradient: Gradient) -> None:
+        """See Optimizer."""
+        self._steps += 1
+        m, v, scratch = self._m, self._v, self._scratch
+        np.subtract(gradient, m, out=scratch)
+        scratch *= 1 - self._beta1
+        m += scratch  # m = beta1 m + (1 - beta1) g
+        np.multiply(gradient, gradient, out=scratch)
+        scratch *= 1 - self._beta2
+        v *= self._beta2
+        v += scratch  # v = beta2 v + (1 - beta2) g^2
+        np.sqrt(v, out=scratch)
+        scratch /= math.sqrt(1 - self._beta2**self._steps)
+        scratch += self._epsilon
+        np.divide(m, scratch, out=scratch)
+        scratch *= self._learning_rate / (1 - self._beta1**self._steps)
+        if self._weight_decay:
+            theta *= 1 - self._learning_rate * self._weight_decay
+        theta -= scratch
+
+
+class Sgd:
+    """Stochastic gradient descent with heavy-ball momentum; the decay is part of the gradient."""
+
+    def __init__(
+        self,
+        parameter_count: int,
+        learning_rate: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self._learning_rate = learning_rate
+        self._momentum = momentum
+        self._weight_decay = weight_decay
+        self._velocity = np.zeros(parameter_count if momentum else 0, np.float32)
+        self._scratch = np.empty(parameter_count, np.float32)
+
+    def step(self, theta: Theta, gradient: Gradient) -> None:
+        """See Optimizer."""
+        scratch = self._scratch
+        np.multiply(theta, self._weight_decay, out=scratch)
+        scratch += gradient
+        if self._momentum:
+            self._velocity *= self._momentum
+            self._velocity += scratch
+            np.copyto(scratch, self._velocity)
+        scratch *= self._learning_rate
+        theta -= scratch
+
+
+def optimizer_for(terms: LocalTraining, parameter_count: int) -> Optimizer:
+    """Return a fresh optimiser as the run's terms say."""
+    match terms.optimizer:
+        case Kind.SGD:
+            return Sgd(parameter_count, terms.learning_rate, terms.momentum, terms.weight_decay)
+        case Kind.ADAMW:
+            return AdamW(parameter_count, terms.learning_rate, terms.weight_decay)

@@ -1,0 +1,299 @@
+"""One run on this device: train, encode, upload, open, apply.
+
+The update's way out is `invited` → `cohort`; the sum's way in is `result`. Every step may be asked
+for twice (a lost answer, a reconnection) and then answers again without doing the work again.
+Steps raise Refused; the session tells the coordinator.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+from google.protobuf.duration_pb2 import Duration
+
+from edge_agent.engine import Engine, LocalUpdate
+from edge_agent.global_state import GlobalState
+from edge_agent.identity import Identity
+from edge_agent.invitations import Outcome, Terms, read_outcome, read_terms
+from edge_agent.protection import UpdateProtection
+from edge_agent.run_keys import open_envelope
+from edge_agent.transfer import Transfer
+from fedloom.adapters import Theta
+from fedloom.artifacts import ArtifactReference
+from fedloom.errors import Reason, Refused, refused_from_details
+from fedloom.plans import PLAN_FILE, Plan, parse_plan
+from fedloom.strategies import algorithm
+from fedloom.terms import Protection, weight_class
+from fedloom.v1 import artifact_pb2, control_pb2
+
+EngineFactory = Callable[[Path, Plan], Engine]  # (plan folder, plan)
+Exporter = Callable[[Path, Plan, Theta, Path], None]  # (plan folder, plan, theta, new folder)
+Send = Callable[[control_pb2.ConnectRequest], None]
+_log = structlog.get_logger()
+_T = TypeVar("_T")
+
+
+class Interrupted(Exception):
+    """The round went on without this device's training."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a run needs from the device that it happens on."""
+
+    home: Path
+    identity: Identity
+    minimum_protection: Protection
+    engine: EngineFactory
+    export: Exporter
+
+
+class Participation:
+    """This device's part in one run."""
+
+    def __init__(self, device: Device, transfer: Transfer, send: Send, run_id: bytes) -> None:
+        self._device = device
+        self._transfer = transfer
+        self._send = send
+        self.run_id = run_id
+        self._folder = device.home / "runs" / run_id.hex()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._terms: Terms | None = None
+        self._plan: Plan | None = None
+        self._engine: Engine | None = None
+        self._state: GlobalState | None = None
+        self._protection: UpdateProtection | None = None
+        self._trained: tuple[int, LocalUpdate, float] | None = None  # (round, update, seconds)
+        self._encoded: tuple[int, int, ArtifactReference] | None = None  # (round, attempt, bytes)
+        self._interrupted = False
+        self.progress = 0.0  # of the training in hand, 0..1
+        self._log = _log.bind(run=run_id.hex()[:8])
+
+    @property
+    def round(self) -> int:
+        """The round that this device was invited to last; 0 before the first."""
+        return 0 if self._terms is None else self._terms.round
+
+    def forget_state(self) -> None:
+        """Go back to the plan's adapter; the next invitation's history is applied from there."""
+        if self._state is not None:
+            self._state.reset(self.plan_folder)
+        self._trained = None
+
+    def interrupt(self) -> None:
+        """Stop the training in hand: the run goes on without it."""
+        self._interrupted = True
+
+    # the way out
+
+    async def invited(self, message: control_pb2.Invitation) -> None:
+        """Bring the state up to date, train, and say READY."""
+        terms = read_terms(message)
+        self._check_policy(terms)
+        await self._prepare(terms, message)
+        for outcome in message.history:
+            await self._apply(read_outcome(outcome))
+        if self._trained is None or self._trained[0] != terms.round:
+            await self._train(terms)
+        _, update, seconds = _present(self._trained)
+        self._send(
+            control_pb2.ConnectRequest(
+                ready=control_pb2.Ready(
+                    run_id=terms.run_id,
+                    round=terms.round,
+                    weight_class=weight_class(update.samples),
+                    training_loss=update.mean_loss,
+                    training_time=Duration(seconds=int(seconds)),
+                )
+            )
+        )
+
+    def _check_policy(self, terms: Terms) -> None:
+        minimum = self._device.minimum_protection
+        if terms.encoding.protection < minimum:
+            raise Refused(
+                Reason.PROTECTION_TOO_WEAK,
+                f"expected at least {minimum.name}, found {terms.encoding.protection.name}: "
+                "policy.minimum_protection in agent.toml decides",
+            )
+
+    async def _prepare(self, terms: Terms, message: control_pb2.Invitation) -> None:
+        """Have the plan, the engine, the key and the state of this run at hand."""
+        if self._terms is not None and self._terms.plan != terms.plan:
+            raise Refused(Reason.PLAN_MISMATCH, "expected one plan for the whole run")
+        self._terms = terms
+        if self._plan is None or self._engine is None:
+            await self._take_up_plan(terms)
+        run_key = None
+        if terms.encoding.protection is not Protection.PLAIN:
+            if not message.HasField("envelope"):
+                raise Refused(Reason.KEY_UNAVAILABLE, "expected the run key with the invitation")
+            run_key = open_envelope(self._device.identity, terms.run_id, message.envelope)
+        parameters = _present(self._plan).parameter_count
+        self._protection = UpdateProtection(terms, parameters, run_key)
+
+    async def _take_up_plan(self, terms: Terms) -> None:
+        folder = self.plan_folder
+        plan = await self._fetch_plan(terms.plan, folder)
+        self._engine = await asyncio.to_thread(self._device.engine, folder, plan)
+        self._state = GlobalState(self._folder, plan, folder, algorithm(terms.training))
+        self._plan = plan
+
+    @property
+    def plan_folder(self) -> Path:
+        """Where the run's plan lies on this device."""
+        return self._device.home / "plans" / _present(self._terms).plan.sha256.hex()
+
+    async def _fetch_plan(self, reference: ArtifactReference, folder: Path) -> Plan:
+        path = folder / PLAN_FILE
+        await self._transfer.download(reference, path)
+        plan = parse_plan(await asyncio.to_thread(path.read_bytes))
+        for member in plan.members:
+            wanted = ArtifactReference(member.sha256, member.size_bytes)
+            await self._transfer.download(wanted, folder / member.name)
+        self._log.info("plan ready", plan=plan.name, parameters=plan.parameter_count)
+        return plan
+
+    async def _train(self, terms: Terms) -> None:
+        engine, state = _present(self._engine), _present(self._state)
+        if state.rounds != terms.round - 1:
+            raise Refused(
+                Reason.STATE_DIVERGED,
+                f"expected {terms.round - 1} rounds in the history, found {state.rounds}",
+            )
+        self._interrupted, self.progress = False, 0.0
+        self._log.info("training", round=terms.round)
+        started = time.monotonic()
+        update = await asyncio.to_thread(
+            engine.train, state.theta, terms.training, self._order_seed(terms), self._heed
+        )
+        seconds = time.monotonic() - started
+        self._trained = (terms.round, update, seconds)
+        self._log.info(
+            "trained",
+            round=terms.round,
+            samples=update.samples,
+            loss=round(update.mean_loss, 4),
+            seconds=round(seconds, 1),
+        )
+
+    def _heed(self, share: float) -> None:
+        """Called by the engine, in its thread, after every step."""
+        self.progress = share
+        if self._interrupted:
+            raise Interrupted
+
+    def _order_seed(self, terms: Terms) -> int:
+        name = self._device.identity.agent_id
+        text = f"{terms.training.seed}/{terms.run_id.hex()}/{terms.round}/{name}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+    async def cohort(self, message: control_pb2.Cohort) -> None:
+        """Encode the update for this cohort and upload it."""
+        terms = _present(self._terms)
+        if self._trained is None or not self._trained[0] == message.round == terms.round:
+            raise Refused(Reason.WRONG_ROUND, f"expected a cohort of round {terms.round}")
+        members = list(message.members)
+        if members.count(self._device.identity.agent_id) != 1:
+            raise Refused(Reason.NOT_IN_COHORT, "expected this agent once among the members")
+        slot = members.index(self._device.identity.agent_id)
+        path = self._folder / "update.bin"
+        if self._encoded is None or self._encoded[:2] != (message.round, message.attempt):
+            # A repeated cohort gets the same bytes again: the upload resumes.
+            reference = await asyncio.to_thread(
+                _present(self._protection).write_update,
+                self._trained[1],
+                slot,
+                message.attempt,
+                message.weight_cap,
+                path,
+            )
+            self._encoded = (message.round, message.attempt, reference)
+        reference = self._encoded[2]
+        header = artifact_pb2.UploadHeader(
+            run_id=terms.run_id,
+            round=message.round,
+            attempt=message.attempt,
+            size_bytes=reference.size_bytes,
+            sha256=reference.sha256,
+        )
+        await self._transfer.upload(header, path)
+        self._log.info("uploaded", round=message.round, bytes=reference.size_bytes)
+
+    def accepted(self, message: control_pb2.Accepted) -> None:
+        """Check that our own upload stands in the accepted list as we sent it, if at all."""
+        if self._encoded is None or self._encoded[:2] != (message.round, message.attempt):
+            return
+        if self._encoded[2].sha256 not in [update.sha256 for update in message.updates]:
+            self._log.warning("our update is not in the sum", round=message.round)
+
+    # the way in
+
+    async def result(self, message: control_pb2.Result) -> None:
+        """Fetch, open and apply the round's sum, and report the state's digest and quality."""
+        outcome = read_outcome(message.outcome)
+        if self._state is None or outcome.round > self._state.rounds + 1:
+            raise Refused(Reason.WRONG_ROUND, "expected the result of the next round")
+        saturated = await self._apply(outcome)
+        self._trained = None
+        evaluation = await asyncio.to_thread(
+            _present(self._engine).evaluate, _present(self._state).theta
+        )
+        applied = control_pb2.Applied(
+            run_id=self.run_id,
+            round=outcome.round,
+            state_sha256=_present(self._state).sha256,
+            saturated=saturated,
+        )
+        if evaluation is not None:
+            applied.evaluation.count = evaluation.count
+            applied.evaluation.correct = evaluation.correct
+            applied.evaluation.loss = evaluation.mean_loss
+            self._log.info(
+                "evaluated",
+                round=outcome.round,
+                accuracy=round(evaluation.correct / evaluation.count, 4),
+            )
+        self._send(control_pb2.ConnectRequest(applied=applied))
+
+    async def finished(self, message: control_pb2.Finished) -> None:
+        """Keep the run's model: versions in `models/`, the newest named in `models/current`."""
+        if message.outcome != control_pb2.RUN_OUTCOME_COMPLETED:
+            self._log.warning("run failed", reason=str(refused_from_details(message.reason)))
+            return
+        if self._state is None or self._state.rounds == 0:
+            return
+        folder = self._device.home / "models" / self.run_id.hex()
+        plan, theta = _present(self._plan), self._state.theta
+        await asyncio.to_thread(self._device.export, self.plan_folder, plan, theta, folder)
+        (folder.parent / "current").write_text(folder.name + "\n")
+        self._log.info("model exported", folder=str(folder))
+
+    async def _apply(self, outcome: Outcome) -> int:
+        """Apply a round unless the state includes it; return the saturated values in its sum."""
+        state = _present(self._state)
+        if outcome.round <= state.rounds:
+            return 0
+        if outcome.round != state.rounds + 1:
+            raise Refused(
+                Reason.STATE_DIVERGED,
+                f"expected round {state.rounds + 1} next, found {outcome.round}",
+            )
+        path = self._folder / f"sum-{outcome.round}.bin"
+        await self._transfer.download(outcome.sum, path)
+        opened = await asyncio.to_thread(_present(self._protection).open_sum, outcome, path)
+        await asyncio.to_thread(state.apply, opened.mean)
+        path.unlink()
+        self._log.info("applied", round=outcome.round, updates=opened.count)
+        return opened.saturated
+
+
+def _present(value: _T | None) -> _T:
+    if value is None:
+        raise Refused(Reason.WRONG_ROUND, "expected an invitation to this run first")
+    return value

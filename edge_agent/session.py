@@ -1,0 +1,232 @@
+"""The agent's life: connect, take part in runs, connect again."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import grpc
+import structlog
+
+from edge_agent.connection import Unreachable, open_channel, understood
+from edge_agent.participation import Device, Interrupted, Participation
+from edge_agent.run_keys import share_run_key
+from edge_agent.transfer import Transfer
+from fedloom.errors import (
+    RULES,
+    FedloomError,
+    Reaction,
+    Reason,
+    Refused,
+    refusal_details,
+    refused_from_details,
+)
+from fedloom.terms import Protection
+from fedloom.v1 import control_pb2, control_pb2_grpc
+from fedloom.version import PROTOCOL_VERSION, software
+
+FIRST_BACKOFF_SECONDS = 0.2
+LAST_BACKOFF_SECONDS = 30.0
+PROGRESS_SECONDS = 1.0  # how often progress is looked at while training
+_log = structlog.get_logger()
+
+
+class Session:
+    """Takes part in runs until it is told to stop."""
+
+    def __init__(self, device: Device, protections: frozenset[Protection]) -> None:
+        self._device = device
+        self._protections = protections
+        self._run: Participation | None = None
+        self._outbox: asyncio.Queue[control_pb2.ConnectRequest | None] = asyncio.Queue()
+        self._steps: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
+        self._heartbeat_seconds = 15.0
+        self.finished: asyncio.Queue[control_pb2.Finished] = asyncio.Queue()
+
+    async def run(self) -> None:
+        """Stay connected; raises Refused or Unreachable when trying again cannot help."""
+        address = self._device.identity.control_address
+        backoff = FIRST_BACKOFF_SECONDS
+        credentials = self._device.identity.channel_credentials()
+        async with open_channel(address, credentials) as channel:
+            worker = asyncio.create_task(self._work(Transfer(channel, address)))
+            try:
+                while True:
+                    try:
+                        await self._converse(channel, worker)
+                        cause: FedloomError = Unreachable(address, "stream ended", hopeless=False)
+                        backoff = FIRST_BACKOFF_SECONDS
+                    except grpc.aio.AioRpcError as error:
+                        cause = understood(error, address)
+                    _raise_if_hopeless(cause)
+                    _log.info("reconnecting", cause=str(cause), seconds=round(backoff, 1))
+                    await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
+                    backoff = min(2 * backoff, LAST_BACKOFF_SECONDS)
+            finally:
+                worker.cancel()
+                if self._run is not None:
+                    self._run.interrupt()
+
+    async def _converse(self, channel: grpc.aio.Channel, worker: asyncio.Task[None]) -> None:
+        """Hold one control stream until it ends; a dead worker ends it with its error."""
+        self._outbox = asyncio.Queue()
+        self._outbox.put_nowait(self._hello())
+        call = control_pb2_grpc.ControlServiceStub(channel).Connect(self._requests())
+        heart = asyncio.create_task(self._beat())
+        reader = asyncio.create_task(self._read(call))
+        try:
+            await asyncio.wait({reader, worker}, return_when=asyncio.FIRST_COMPLETED)
+            if worker.done():
+                worker.result()
+            await reader
+        finally:
+            heart.cancel()
+            reader.cancel()
+            call.cancel()
+            self._outbox.put_nowait(None)
+
+    def _hello(self) -> control_pb2.ConnectRequest:
+        hello = control_pb2.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            software=software(),
+            protections=[control_pb2.Protection.ValueType(p) for p in sorted(self._protections)],
+        )
+        if self._protections != {Protection.PLAIN}:
+            hello.exchange_key.CopyFrom(self._device.identity.advertised_exchange_key())
+        return control_pb2.ConnectRequest(hello=hello)
+
+    async def _requests(self) -> AsyncIterator[control_pb2.ConnectRequest]:
+        outbox = self._outbox
+        while (message := await outbox.get()) is not None:
+            yield message
+
+    async def _beat(self) -> None:
+        """Tell that we live, and how far training is whenever it moved by a twentieth."""
+        told, silent = 0.0, 0.0
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            silent += PROGRESS_SECONDS
+            run = self._run
+            progress = 0.0 if run is None else run.progress
+            if abs(progress - told) < 0.05 and silent < self._heartbeat_seconds:
+                continue
+            beat = control_pb2.Heartbeat(progress=progress)
+            if run is not None:
+                beat.run_id, beat.round = run.run_id, run.round
+            self._send(control_pb2.ConnectRequest(heartbeat=beat))
+            told, silent = progress, 0.0
+
+    def _send(self, message: control_pb2.ConnectRequest) -> None:
+        self._outbox.put_nowait(message)
+
+    async def _read(
+        self,
+        call: grpc.aio.StreamStreamCall[control_pb2.ConnectRequest, control_pb2.ConnectResponse],
+    ) -> None:
+        async for message in call:
+            match message.WhichOneof("step"):
+                case "welcome":
+                    seconds = message.welcome.heartbeat_interval.ToTimedelta().total_seconds()
+                    self._heartbeat_seconds = max(1.0, seconds)
+                    _log.info("connected", agent=self._device.identity.agent_id)
+                case "refusal":
+                    self._react(refused_from_details(message.refusal.details))
+                case None:
+                    _log.info("unknown step ignored")  # a newer coordinator's
+                case "invitation" | "result" | "finished":
+                    self._interrupt_if_past(message)
+                    self._steps.put_nowait(message)
+                case _:
+                    self._steps.put_nowait(message)
+
+    def _react(self, refused: Refused) -> None:
+        _log.warning("step refused", refusal=str(refused))
+        match RULES[refused.reason].reaction:
+            case Reaction.STOP:
+                raise refused
+            case Reaction.RESYNC:
+                if self._run is not None:
+                    self._run.forget_state()
+            case Reaction.SKIP_STEP | Reaction.RECONNECT:
+                pass  # the coordinator repeats what it still wants
+
+    def _interrupt_if_past(self, message: control_pb2.ConnectResponse) -> None:
+        """The run went on: training for a round that is closed is of no use."""
+        run, invitation = self._run, message.invitation
+        repeated = run is not None and (invitation.run_id, invitation.round) == (
+            run.run_id,
+            run.round,
+        )
+        if run is not None and not repeated:
+            run.interrupt()
+
+    async def _work(self, transfer: Transfer) -> None:
+        """Do the steps one after another; a refused step is reported and the next one done."""
+        while True:
+            message = await self._steps.get()
+            try:
+                await self._step(transfer, message)
+            except Interrupted:
+                _log.info("training interrupted: the run went on")
+            except Refused as refused:
+                _log.warning("step declined", refusal=str(refused))
+                self._decline(message, refused)
+            except (OSError, MemoryError) as error:
+                _log.exception("step failed")
+                self._decline(message, Refused(Reason.INTERNAL, type(error).__name__))
+
+    async def _step(self, transfer: Transfer, message: control_pb2.ConnectResponse) -> None:
+        match message.WhichOneof("step"):
+            case "wrap_key":
+                answer = share_run_key(self._device.identity, message.wrap_key)
+                self._send(control_pb2.ConnectRequest(wrapped_key=answer))
+            case "invitation":
+                await self._run_of(message.invitation.run_id, transfer).invited(message.invitation)
+            case "cohort":
+                await self._run_of(message.cohort.run_id, transfer).cohort(message.cohort)
+            case "accepted":
+                self._run_of(message.accepted.run_id, transfer).accepted(message.accepted)
+            case "result":
+                await self._run_of(message.result.run_id, transfer).result(message.result)
+            case "finished":
+                await self._run_of(message.finished.run_id, transfer).finished(message.finished)
+                self.finished.put_nowait(message.finished)
+            case "welcome" | "refusal" | None:
+                raise AssertionError("handled as it is read")
+
+    def _run_of(self, run_id: bytes, transfer: Transfer) -> Participation:
+        """Return this device's part in the run; it takes part in one run at a time."""
+        if self._run is None or self._run.run_id != run_id:
+            self._run = Participation(self._device, transfer, self._send, run_id)
+        return self._run
+
+    def _decline(self, message: control_pb2.ConnectResponse, refused: Refused) -> None:
+        run_id, round_number = _subject_of(message)
+        refusal = control_pb2.StepRefusal(
+            run_id=run_id, round=round_number, details=refusal_details(refused)
+        )
+        self._send(control_pb2.ConnectRequest(refusal=refusal))
+
+
+def _subject_of(message: control_pb2.ConnectResponse) -> tuple[bytes, int]:
+    """Return the run and round that a step belongs to."""
+    match message.WhichOneof("step"):
+        case "wrap_key":
+            return message.wrap_key.run_id, 0
+        case "invitation":
+            return message.invitation.run_id, message.invitation.round
+        case "cohort":
+            return message.cohort.run_id, message.cohort.round
+        case "accepted":
+            return message.accepted.run_id, message.accepted.round
+        case "result":
+            return message.result.run_id, message.result.outcome.round
+        case "finished":
+            return message.finished.run_id, 0
+        case _:
+            return b"", 0
+
+
+def _raise_if_hopeless(cause: FedloomError) -> None:
+    stop = isinstance(cause, Refused) and RULES[cause.reason].reaction is Reaction.STOP
+    if stop or (isinstance(cause, Unreachable) and cause.hopeless):
+        raise cause

@@ -1,0 +1,106 @@
+"""Artifacts up and down: resumed by offset after every cut, given up only by a refusal.
+
+There is no timeout on a transfer: keepalive (`fedloom/channels.py`) ends a dead connection, and a
+slow one is welcome.
+"""
+
+import asyncio
+import hashlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import structlog
+
+from edge_agent.connection import Unreachable, understood
+from fedloom.artifacts import ArtifactReference, PartialFile, read_parts
+from fedloom.errors import Reason, Refused
+from fedloom.v1 import artifact_pb2, artifact_pb2_grpc
+
+FIRST_BACKOFF_SECONDS = 0.2
+LAST_BACKOFF_SECONDS = 30.0
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Moves artifacts over one channel."""
+
+    channel: grpc.aio.Channel
+    address: str
+
+    async def upload(self, header: artifact_pb2.UploadHeader, path: Path) -> None:
+        """Send the file until the coordinator has stored it; raises its Refused."""
+        await self._until_done(lambda: self._upload_once(header, path))
+
+    async def download(self, artifact: ArtifactReference, destination: Path) -> None:
+        """Fetch the artifact to `destination` unless a whole copy is there already."""
+        if await asyncio.to_thread(_is_whole, destination, artifact):
+            return
+        partial = destination.with_name(f"{artifact.sha256.hex()}.part")
+        await self._until_done(lambda: self._download_once(artifact, partial, destination))
+
+    async def _until_done(self, attempt: Callable[[], Awaitable[None]]) -> None:
+        backoff = FIRST_BACKOFF_SECONDS
+        while True:
+            try:
+                return await attempt()
+            except grpc.aio.AioRpcError as error:
+                cause = understood(error, self.address)
+            if isinstance(cause, Refused) and cause.reason is not Reason.INTERNAL:
+                raise cause
+            if isinstance(cause, Unreachable) and cause.hopeless:
+                raise cause
+            _log.info("transfer interrupted", cause=str(cause), retry_seconds=round(backoff, 1))
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
+            backoff = min(2 * backoff, LAST_BACKOFF_SECONDS)
+
+    async def _upload_once(self, header: artifact_pb2.UploadHeader, path: Path) -> None:
+        offset: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        stub = artifact_pb2_grpc.ArtifactServiceStub(self.channel)
+        call = stub.UploadArtifact(_upload_steps(header, path, offset))
+        try:
+            async for answer in call:
+                if answer.WhichOneof("step") == "stored":
+                    return
+                if not offset.done():
+                    offset.set_result(min(answer.resume_from, header.size_bytes))
+        finally:
+            offset.cancel()
+            call.cancel()
+        raise Refused(Reason.MALFORMED, "expected `stored`, found the end of the upload")
+
+    async def _download_once(
+        self, artifact: ArtifactReference, partial: Path, destination: Path
+    ) -> None:
+        with PartialFile(partial, artifact) as file:
+            request = artifact_pb2.DownloadArtifactRequest(
+                sha256=artifact.sha256, offset=file.size_bytes
+            )
+            call = artifact_pb2_grpc.ArtifactServiceStub(self.channel).DownloadArtifact(request)
+            async for answer in call:
+                if answer.WhichOneof("step") == "part":
+                    file.append(answer.part)
+                elif answer.header.size_bytes != artifact.size_bytes:
+                    raise Refused(
+                        Reason.DIGEST_MISMATCH,
+                        f"expected {artifact.size_bytes} bytes, found {answer.header.size_bytes}",
+                    )
+            file.finish(destination)
+
+
+async def _upload_steps(
+    header: artifact_pb2.UploadHeader, path: Path, offset: asyncio.Future[int]
+) -> AsyncIterator[artifact_pb2.UploadArtifactRequest]:
+    yield artifact_pb2.UploadArtifactRequest(header=header)
+    for part in read_parts(path, await offset):
+        yield artifact_pb2.UploadArtifactRequest(part=part)
+
+
+def _is_whole(path: Path, artifact: ArtifactReference) -> bool:
+    if not path.is_file() or path.stat().st_size != artifact.size_bytes:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest() == artifact.sha256

@@ -1,0 +1,255 @@
+"""The engine on a toy plan: it learns, exactly and reproducibly, and says why when it cannot."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.data import DataSource
+from edge_agent.engine import Engine
+from edge_agent.onnx_engine import OnnxEngine
+from fedloom.errors import Reason, Refused
+from fedloom.plans import TRAIN_GRAPH, TextClassification
+from fedloom.terms import LocalTraining, Optimizer, Strategy
+
+TERMS = LocalTraining(epochs=3, batch_size=16, learning_rate=0.05)
+
+
+def _quiet(_: float) -> None:
+    pass
+
+
+def _train(engine: Engine, toy, terms: LocalTraining = TERMS, seed: int = 5) -> np.ndarray:
+    return engine.train(toy.theta, terms, seed, _quiet).delta
+
+
+def _refusal(toy, train_data: DataSource) -> Refused:
+    with pytest.raises(Refused) as caught:
+        _train(OnnxEngine(toy.folder, toy.plan, train_data, None, threads=1), toy)
+    return caught.value
+
+
+@pytest.fixture
+def engine(toy, train_data: DataSource, held_out: DataSource) -> OnnxEngine:
+    return OnnxEngine(toy.folder, toy.plan, train_data, held_out, threads=1)
+
+
+def test_it_learns_the_toy_problem(engine: OnnxEngine, toy) -> None:
+    before = engine.evaluate(toy.theta)
+    start = toy.theta.copy()
+    update = engine.train(toy.theta, TERMS, 0, _quiet)
+    after = engine.evaluate(toy.theta + update.delta)
+    assert before is not None
+    assert after is not None
+    assert before.count == after.count == 100
+    assert before.correct < 60
+    assert after.correct > 90
+    assert after.mean_loss < before.mean_loss
+    assert update.samples == 200
+    assert 0 < update.mean_loss < before.mean_loss
+    np.testing.assert_array_equal(toy.theta, start)
+
+
+def test_without_held_out_data_there_is_no_evaluation(toy, train_data: DataSource) -> None:
+    assert OnnxEngine(toy.folder, toy.plan, train_data, None).evaluate(toy.theta) is None
+
+
+def test_one_plain_step_over_all_is_the_gradient_of_the_evaluated_loss(
+    toy, train_data: DataSource
+) -> None:
+    """Independent oracle: the slope of evaluate's mean loss, which numpy computes from logits."""
+    engine = OnnxEngine(toy.folder, toy.plan, train_data, train_data, threads=1)
+    terms = replace(TERMS, epochs=1, batch_size=200, learning_rate=1.0, optimizer=Optimizer.SGD)
+    gradient = -_train(engine, toy, terms).astype(np.float64)
+    for index in (0, 40, 96, 98):
+        nudge = np.zeros_like(toy.theta)
+        nudge[index] = 0.01
+        losses = [engine.evaluate(toy.theta + sign * nudge) for sign in (1, -1)]
+        assert losses[0] is not None
+        assert losses[1] is not None
+        slope = (losses[0].mean_loss - losses[1].mean_loss) / 0.02
+        assert gradient[index] == pytest.approx(slope, abs=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 64])
+def test_micro_batches_change_nothing_but_rounding(
+    engine: OnnxEngine, toy, train_data: DataSource, micro_batch: int
+) -> None:
+    terms = replace(TERMS, optimizer=Optimizer.SGD, learning_rate=0.1, momentum=0.9)
+    other = OnnxEngine(toy.folder, toy.plan, train_data, None, threads=1, micro_batch=micro_batch)
+    whole = _train(engine, toy, terms)
+    assert np.linalg.norm(_train(other, toy, terms) - whole) < 1e-5 * np.linalg.norm(whole)
+
+
+def test_the_seed_fixes_every_bit_of_the_update(engine: OnnxEngine, toy) -> None:
+    first = _train(engine, toy, seed=11)
+    np.testing.assert_array_equal(first, _train(engine, toy, seed=11))
+    assert not np.array_equal(first, _train(engine, toy, seed=12))
+
+
+def test_fedprox_keeps_the_update_smaller(engine: OnnxEngine, toy) -> None:
+    terms = replace(TERMS, optimizer=Optimizer.SGD, learning_rate=0.1)
+    free = np.linalg.norm(_train(engine, toy, terms))
+    held = replace(terms, strategy=Strategy.FED_PROX, proximal_mu=1.0)
+    assert np.linalg.norm(_train(engine, toy, held)) < 0.9 * free
+    loose = replace(terms, strategy=Strategy.FED_PROX, proximal_mu=0.0)
+    assert np.linalg.norm(_train(engine, toy, loose)) == free
+
+
+def test_data_are_read_once(engine: OnnxEngine, toy, train_data: DataSource) -> None:
+    first = _train(engine, toy)
+    train_data.path.unlink()
+    np.testing.assert_array_equal(_train(engine, toy), first)
+
+
+def test_progress_rises_to_one_with_every_step(engine: OnnxEngine, toy) -> None:
+    seen: list[float] = []
+    engine.train(toy.theta, TERMS, 0, seen.append)
+    assert len(seen) == 3 * 13  # ceil(200 / 16) steps in each of 3 epochs
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 1
+
+
+def test_what_progress_raises_interrupts_the_training(engine: OnnxEngine, toy) -> None:
+    class EnoughError(Exception):
+        pass
+
+    calls: list[float] = []
+
+    def stop(share: float) -> None:
+        calls.append(share)
+        raise EnoughError
+
+    with pytest.raises(EnoughError):
+        engine.train(toy.theta, TERMS, 0, stop)
+    assert len(calls) == 1
+    assert _train(engine, toy).any()
+
+
+def test_texts_are_cut_to_the_tasks_length(
+    make_toy: Callable[..., object], write_csv: Callable[..., DataSource]
+) -> None:
+    """Words beyond max_tokens, special tokens included, make no difference."""
+    toy = make_toy(max_tokens=4)
+    short = write_csv("short.csv", [("lamp dim", "lights"), ("song play", "music")])
+    long = write_csv("long.csv", [("lamp dim rain", "lights"), ("song play storm me", "music")])
+    deltas = [
+        _train(OnnxEngine(toy.folder, toy.plan, source, None), toy) for source in (short, long)
+    ]
+    np.testing.assert_array_equal(deltas[0], deltas[1])
+
+
+def test_broken_rows_are_left_out_and_counted(toy, write_csv: Callable[..., DataSource]) -> None:
+    good = [("lamp dim", "lights"), ("song play", "music")]
+    engine = OnnxEngine(toy.folder, toy.plan, write_csv("a.csv", [*good, ("", "music")]), None)
+    assert engine.train(toy.theta, TERMS, 0, _quiet).samples == 2
+    assert engine.broken_rows == 1
+
+
+def test_the_datas_refusals_reach_the_caller(toy, write_csv: Callable[..., DataSource]) -> None:
+    refused = _refusal(toy, write_csv("a.csv", [("lamp", "lights"), ("rain", "wether")]))
+    assert refused.reason is Reason.DATA_LABEL_UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("probability = Exp(log_probability)", "probability = Log(logits)"),
+        ("loss_sum = Neg(log_sum)", "loss_sum = Sqrt(log_sum)"),
+        (
+            "weight_sum = ReduceSum<keepdims = 0>(sample_weight)",
+            "weight_sum = Sub(loss_sum, loss_sum)",
+        ),
+    ],
+    ids=["gradient", "loss", "weight"],
+)
+def test_divergence_is_a_refusal_that_names_the_step(
+    make_toy: Callable[..., object], train_data: DataSource, edit: tuple[str, str]
+) -> None:
+    refused = _refusal(make_toy(train_edit=edit), train_data)
+    assert refused.reason is Reason.TRAINING_FAILED
+    assert "step 1" in refused.subject
+
+
+def test_an_update_that_overflows_is_refused(engine: OnnxEngine, toy) -> None:
+    terms = replace(TERMS, optimizer=Optimizer.SGD, learning_rate=1e38, epochs=1)
+    with pytest.raises(Refused, match="not finite") as caught:
+        _train(engine, toy, terms)
+    assert caught.value.reason is Reason.TRAINING_FAILED
+
+
+def test_an_update_without_any_change_is_refused(
+    make_toy: Callable[..., object], train_data: DataSource
+) -> None:
+    toy = make_toy(train_edit=("error = Sub(probability, target)", "error = Sub(target, target)"))
+    refused = _refusal(toy, train_data)
+    assert refused.reason is Reason.TRAINING_FAILED
+    assert "no value changed" in refused.subject
+
+
+def test_a_graph_that_fails_when_run_is_refused(
+    make_toy: Callable[..., object], train_data: DataSource
+) -> None:
+    toy = make_toy(train_edit=("Gather(embeddings, input_ids)", "Gather(embeddings, shifted)"))
+    assert _refusal(toy, train_data).reason is Reason.PLAN_UNSUPPORTED  # "shifted" does not exist
+    beyond = make_toy(
+        "beyond",
+        train_edit=(
+            "words = Gather(embeddings, input_ids)",
+            "shifted = Add(input_ids, last)\n words = Gather(embeddings, shifted)",
+        ),
+    )
+    assert _refusal(beyond, train_data).reason is Reason.TRAINING_FAILED
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (("int64[B,S] input_ids", "int64[4,S] input_ids"), "input_ids"),
+        (("int64[B,S] attention_mask", "int64[B,8] attention_mask"), "attention_mask"),
+        (("=> (float loss_sum,", "=> ("), "loss_sum"),
+        (("float[B] sample_weight)", "float[B] sample_weight, float[B] clip)"), "clip"),
+        (("correct = ReduceSum<keepdims = 0>", "correct = ReduceSum<keepdims = 1>"), "correct"),
+        (("float[B] sample_weight", "double[B] sample_weight"), "ONNX Runtime"),
+    ],
+    ids=["fixed batch", "fixed length", "no output", "another input", "rank", "ill-typed"],
+)
+def test_a_graph_with_another_contract_is_refused(
+    make_toy: Callable[..., object],
+    train_data: DataSource,
+    edit: tuple[str, str],
+    named: str,
+) -> None:
+    refused = _refusal(make_toy(train_edit=edit), train_data)
+    assert refused.reason is Reason.PLAN_UNSUPPORTED
+    assert named in refused.subject
+
+
+def test_a_graph_for_other_sizes_than_the_plans_is_refused(
+    toy, train_data: DataSource, held_out: DataSource
+) -> None:
+    task = TextClassification(("lights", "music", "weather", "news"), 16, 0)
+    four_labels = OnnxEngine(toy.folder, replace(toy.plan, task=task), train_data, held_out)
+    with pytest.raises(Refused, match="logits") as caught:
+        four_labels.evaluate(toy.theta)
+    assert caught.value.reason is Reason.PLAN_UNSUPPORTED
+    shorter = replace(toy.plan, layout=toy.plan.layout[:1])
+    with pytest.raises(Refused, match="theta") as caught:
+        _train(OnnxEngine(toy.folder, shorter, train_data, None), toy)
+    assert caught.value.reason is Reason.PLAN_UNSUPPORTED
+
+
+@pytest.mark.parametrize("name", [TRAIN_GRAPH, "tokenizer.json", "base.safetensors"])
+@pytest.mark.parametrize("content", [None, b"garbage"])
+def test_a_damaged_plan_folder_is_refused(
+    toy, train_data: DataSource, name: str, content: bytes | None
+) -> None:
+    path: Path = toy.folder / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    refused = _refusal(toy, train_data)
+    assert refused.reason is Reason.PLAN_UNSUPPORTED
+    assert str(toy.folder) not in refused.subject
