@@ -1,5 +1,6 @@
 """Compile the protos into the `fedloom` package when the project is installed or built."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,13 @@ class ProtoBuildHook(BuildHookInterface):
         root = Path(self.root) / "protos"
         sources = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.proto"))
         well_known = Path(protoc.__file__).parent / "_proto"
-        scripts = Path(sys.executable).parent
         status = protoc.main(
             [
                 "protoc",
                 f"--proto_path={root}",
                 f"--proto_path={well_known}",
-                f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",
-                f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}",
+                f"--plugin=protoc-gen-mypy={_program('protoc-gen-mypy')}",
+                f"--plugin=protoc-gen-mypy_grpc={_program('protoc-gen-mypy_grpc')}",
                 f"--python_out={root}",
                 f"--grpc_python_out={root}",
                 f"--mypy_out=quiet:{root}",
@@ -33,3 +33,9 @@ class ProtoBuildHook(BuildHookInterface):
         )
         if status != 0:
             raise RuntimeError(f"protoc failed with status {status} on {sources}")
+
+
+def _program(name: str) -> str:
+    """Find a build requirement's program: in an isolated build it is on PATH, not beside Python."""
+    beside = Path(sys.executable).parent / name
+    return shutil.which(name) or str(beside)

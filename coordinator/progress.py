@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -123,10 +124,10 @@ def _agent(row: dict[str, Any]) -> AgentProgress:
 
 def show(progress: RunProgress) -> RenderableType:
     """Draw the run as a table with a row for each round."""
-    table = Table(title=f"run {progress.name}")
+    table = Table(title=escape(f"run {progress.name}"))
     for heading in ("round", "accuracy", "train loss", "seconds", "up/agent", "down/agent"):
         table.add_column(heading, justify="right")
-    table.add_column("the coordinator could read")
+    table.add_column("coordinator\ncould read")
     for entry in progress.history:
         table.add_row(
             f"{entry.round}/{progress.rounds}",
@@ -165,7 +166,7 @@ def watch(store: Store, first: RunProgress, console: Console) -> RunProgress:
     told = ""
     for last in _follow(store, first):
         if (line := _line(last)) != told:
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
             told = line
     console.print(show(last))
     return last
@@ -191,5 +192,5 @@ def _line(progress: RunProgress) -> str:
         parts.append(f"accuracy {entry.accuracy:.1%}")
     elif entry.seconds is None:
         done = sum(agent.progress for agent in entry.agents) / len(entry.agents)
-        parts.append(f"trained {5 * round(20 * done)}%")
+        parts.append(f"trained {25 * int(4 * done)}%")
     return ", ".join(parts)

@@ -54,6 +54,7 @@ def _join(options: argparse.Namespace) -> int:
             options.label,
             None if options.held_out is None else options.held_out.resolve(),
             Protection[options.minimum_protection.upper()],
+            options.threads,
         )
     _print(
         options,
@@ -181,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=[protection.name.lower() for protection in Protection],
         default=Protection.ENCRYPTED.name.lower(),
         help="decline runs that protect updates less",
+    )
+    command.add_argument(
+        "--threads", type=int, default=0, help="threads to train with; 0: one for each core"
     )
     command.set_defaults(command=_join)
 

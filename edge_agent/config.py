@@ -74,13 +74,20 @@ def load_agent_config(home: Path) -> AgentConfig:
 
 
 def write_agent_config(
-    home: Path, data: Path, text: str, label: str, held_out: Path | None, minimum: Protection
+    home: Path,
+    data: Path,
+    text: str,
+    label: str,
+    held_out: Path | None,
+    minimum: Protection,
+    threads: int,
 ) -> None:
     """Write a first `agent.toml`."""
     lines = ["[data]", *_source_lines(data, text, label), ""]
     if held_out is not None:
         lines += ["[held_out]", *_source_lines(held_out, text, label), ""]
     lines += ["[policy]", f'minimum_protection = "{minimum.name.lower()}"', ""]
+    lines += ["[engine]", f"threads = {threads}", ""]
     (home / CONFIG_FILE).write_text("\n".join(lines))
 
 

@@ -5,11 +5,13 @@ import grpc
 from fedloom.channels import CLIENT_OPTIONS
 from fedloom.errors import FedloomError, refused_from_rpc
 
+_FOREIGN_SERVER = (
+    "the server's certificate is not of the authority that this device pinned: "
+    "join again with a new token if the coordinator was set up anew"
+)
 _TLS_PROBLEMS = {
-    "CERTIFICATE_VERIFY_FAILED": (
-        "the server's certificate is not of the authority that this device pinned: "
-        "join again with a new token if the coordinator was set up anew"
-    ),
+    "CERTIFICATE_VERIFY_FAILED": _FOREIGN_SERVER,
+    "certificate signature failure": _FOREIGN_SERVER,  # an authority of the same name as ours
     "WRONG_VERSION_NUMBER": "the port does not speak TLS: check the address",
     "Hostname Verification": "the server's certificate is for another host name",
 }

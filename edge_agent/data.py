@@ -65,11 +65,11 @@ class Rows:
         usable = 0
         self.broken = 0
         for number, record in enumerate(_records(self._source), start=1):
-            text, label = (None, None) if record is None else map(_as_text, record)
-            if not text or not label or len(text) > MAX_FIELD_CHARACTERS:
+            if (row := _usable(record)) is None:
                 self.broken += 1
                 continue
             usable += 1
+            text, label = row
             yield Row(text, self._class_of(label, number), number)
         if not usable:
             raise Refused(
@@ -94,6 +94,20 @@ class Rows:
         if len(label) > 2 * self._longest_label + 8:
             return f"a value of {len(label)} characters"
         return repr(label[:MAX_LABEL_CHARACTERS])
+
+
+def read_texts(source: DataSource) -> Iterator[tuple[str, str]]:
+    """Yield (text, label) of every usable row, whatever the label; raises Refused as `Rows`."""
+    for record in _records(source):
+        if (row := _usable(record)) is not None:
+            yield row
+
+
+def _usable(record: _Fields | None) -> tuple[str, str] | None:
+    text, label = (None, None) if record is None else map(_as_text, record)
+    if not text or not label or len(text) > MAX_FIELD_CHARACTERS:
+        return None
+    return text, label
 
 
 class _BrokenLineError(Exception):

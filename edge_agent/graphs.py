@@ -18,7 +18,7 @@ from fedloom.errors import Reason, Refused
 from fedloom.plans import INFER_GRAPH, TOKENIZER_FILE, TRAIN_GRAPH, Plan
 
 _MAX_INFERENCE_ROWS = 64
-_MAX_INFERENCE_TOKENS = 2048  # padded tokens in one run: bounds the memory of activations
+_MAX_INFERENCE_TOKENS = 512  # padded tokens in one run: bounds the memory of activations
 _TOKENISED_AT_ONCE = 1024
 
 # ONNX Runtime's exceptions have no common type of their own.
@@ -145,11 +145,11 @@ def _check_contract(session: ort.InferenceSession, graph: Graph, plan: Plan) -> 
 def _port_fits(
     port: Port, found_type: str, shape: list[int | str | None], extents: Mapping[str, int]
 ) -> bool:
-    """A name or None in `shape` stands for an extent that is known only when the graph runs."""
+    """Compare a declared shape, in which a name or None stands for a free extent."""
     if found_type != port.type or len(shape) != len(port.axes):
         return False
     return all(
-        not isinstance(extent, int) or extent == extents.get(axis)
+        extent == extents[axis] if axis in extents else not isinstance(extent, int)
         for axis, extent in zip(port.axes, shape, strict=True)
     )
 

@@ -48,6 +48,8 @@ def parse_token(text: str) -> EnrolmentToken:
         message = enrolment_pb2.EnrolmentToken.FromString(data)
     except (binascii.Error, DecodeError, ValueError):
         raise wrong from None
-    if len(message.secret) != SECRET_BYTES or ":" not in message.address:
+    # Without its last field a token cut short would parse, and trust no authority or every one.
+    whole = len(message.secret) == SECRET_BYTES and message.authority_certificate
+    if not whole or ":" not in message.address:
         raise wrong
     return EnrolmentToken(message.address, message.secret, message.authority_certificate)

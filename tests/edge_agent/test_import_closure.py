@@ -23,7 +23,7 @@ theta = read_adapter(folder / "adapter_model.safetensors", plan.layout)
 engine = edge_agent.onnx_engine.OnnxEngine(folder, plan, data, data, threads=1)
 theta = theta + engine.train(theta, LocalTraining(), 0, lambda share: None).delta
 engine.evaluate(theta)
-edge_agent.inference.export_model(folder, plan, theta, folder.parent / "out")
+fedloom.exports.export_model(folder, plan, theta, folder.parent / "out")
 edge_agent.inference.Classifier(folder.parent / "out").classify(["lamp"])
 print(*sys.modules)
 """

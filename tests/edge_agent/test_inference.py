@@ -10,7 +10,8 @@ import onnxruntime as ort
 import pytest
 
 from edge_agent.data import DataSource, Rows
-from edge_agent.inference import Classifier, Prediction, export_model
+from edge_agent.inference import Classifier, Prediction
+from fedloom.exports import export_model
 from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import read_adapter, write_adapter
 from fedloom.errors import ConfigError, Reason, Refused

@@ -180,6 +180,12 @@ def test_an_update_that_overflows_is_refused(engine: OnnxEngine, toy) -> None:
     assert caught.value.reason is Reason.TRAINING_FAILED
 
 
+def test_an_adapter_that_diverged_is_not_evaluated(engine: OnnxEngine, toy) -> None:
+    with pytest.raises(Refused, match="held-out") as caught:
+        engine.evaluate(np.full_like(toy.theta, np.inf))
+    assert caught.value.reason is Reason.TRAINING_FAILED
+
+
 def test_an_update_without_any_change_is_refused(
     make_toy: Callable[..., object], train_data: DataSource
 ) -> None:
