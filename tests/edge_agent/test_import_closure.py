@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 import edge_agent.onnx_engine, edge_agent.inference
 from edge_agent.data import DataSource
+from fedloom.exports import export_model
 from fedloom.plans import load_plan
 from fedloom.terms import LocalTraining
 from fedloom.adapters import read_adapter
@@ -23,7 +24,7 @@ theta = read_adapter(folder / "adapter_model.safetensors", plan.layout)
 engine = edge_agent.onnx_engine.OnnxEngine(folder, plan, data, data, threads=1)
 theta = theta + engine.train(theta, LocalTraining(), 0, lambda share: None).delta
 engine.evaluate(theta)
-fedloom.exports.export_model(folder, plan, theta, folder.parent / "out")
+export_model(folder, plan, theta, folder.parent / "out")
 edge_agent.inference.Classifier(folder.parent / "out").classify(["lamp"])
 print(*sys.modules)
 """

@@ -11,10 +11,10 @@ import pytest
 
 from edge_agent.data import DataSource, Rows
 from edge_agent.inference import Classifier, Prediction
-from fedloom.exports import export_model
 from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import read_adapter, write_adapter
 from fedloom.errors import ConfigError, Reason, Refused
+from fedloom.exports import export_model
 from fedloom.plans import ADAPTER_FILE, BASE_FILE, INFER_GRAPH, PLAN_FILE, TRAIN_GRAPH, load_plan
 from fedloom.terms import LocalTraining
 
