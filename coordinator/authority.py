@@ -181,7 +181,11 @@ def _alternative(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
+        pass
+    try:
         return x509.DNSName(host)
+    except ValueError as error:
+        raise ConfigError(host, "expected an IP address or a host name in ASCII") from error
 
 
 def _key_usage(signs_certificates: bool) -> x509.KeyUsage:

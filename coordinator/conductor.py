@@ -53,16 +53,22 @@ class Conductor:
                 await asyncio.sleep(TICK_SECONDS)
 
     async def _execute(self, record: RunRecord) -> None:
-        plan = parse_plan(self._published.path(record.plan.sha256).read_bytes())
-        config = parse_run_config(tomllib.loads(record.config), Path(record.name))
+        try:
+            plan = self._published.plan(record.plan)
+            config = parse_run_config(tomllib.loads(record.config), Path(record.name))
+        except (ConfigError, Refused) as error:  # the operator's to mend; other runs go on
+            reason = error.reason if isinstance(error, Refused) else Reason.MALFORMED
+            _log.error("run cannot be opened", run=record.name, problem=str(error))  # noqa: TRY400
+            run_id, number, attempt = record.run_id, record.round, record.attempt
+            self._store.update_run(run_id, Phase.FAILED, number, attempt, reason)
+            return
         execution = Execution(
             record, config, plan, self._store, self._sessions, self._published, self._spool
         )
         _log.info("run opened", run=record.name, round=execution.state.round)
-        execution.start()
         self._open = execution
-        for session in self._sessions:
-            self._agent_connected(session)
+        protection = config.encoding.protection
+        execution.start({s.agent_id for s in self._sessions if s.can(protection)})
         while not execution.finished.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(execution.finished.wait(), TICK_SECONDS)

@@ -30,8 +30,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import crypto
 from fedloom.errors import ConfigError, Refused
-from fedloom.terms import Encoding, LocalTraining, Optimizer, Protection, Strategy
+from fedloom.terms import (
+    MAX_WEIGHT_CLASS,
+    Encoding,
+    LocalTraining,
+    Optimizer,
+    Protection,
+    Strategy,
+    clip_of,
+)
+
+MAX_DEADLINE_SECONDS = 366 * 86_400.0
+_ANY_CLIP = 1.0  # `plain` clips nothing, and still binds its updates to a number
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ def load_run_config(path: Path) -> RunConfig:
         table = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # syntax, encoding, or a number of too many digits
         raise ConfigError(str(path), f"is not TOML: {error}") from error
     return parse_run_config(table, path)
 
@@ -94,22 +106,26 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         }
     )
     encoding = reader.checked(lambda: _encoding(reader, cohort), Encoding(Protection.ENCRYPTED))
-    reader.require(bool(plan), "plan: expected the folder of a plan")
+    reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
     reader.require(
         1 <= cohort.minimum <= cohort.size,
         f"cohort: expected 1 <= minimum <= size, found {cohort.minimum} and {cohort.size}",
     )
     reader.require(
-        all(getattr(deadlines, field.name) > 0 for field in fields(Deadlines)),
-        f"deadlines: expected seconds above 0, found {deadlines}",
+        all(
+            0 < getattr(deadlines, field.name) <= MAX_DEADLINE_SECONDS
+            for field in fields(Deadlines)
+        ),
+        f"deadlines: expected seconds above 0, {MAX_DEADLINE_SECONDS:.0f} at most, "
+        f"found {deadlines}",
     )
     reader.require(
-        encoding.protection is Protection.PLAIN
-        or training.optimizer is Optimizer.ADAMW
-        or encoding.clip > 0,
+        training.optimizer is Optimizer.ADAMW or encoding.clip > 0,
         "protection.clip: expected a range for the updates' values, because sgd implies none",
     )
+    unencodable = _unencodable(encoding, training)
+    reader.require(not unencodable, f"protection: {unencodable}")
     reader.finish(path)
     return RunConfig(
         name, (path.parent / plan).resolve(), rounds, cohort, training, encoding, deadlines
@@ -131,12 +147,38 @@ def _training(reader: "_Reader") -> LocalTraining:
 
 
 def _encoding(reader: "_Reader", cohort: CohortTerms) -> Encoding:
+    protection = reader.member("protection.kind", Protection, Protection.ENCRYPTED)
+    clip = reader.value("protection.clip", float, 0.0)
     return Encoding(
-        protection=reader.member("protection.kind", Protection, Protection.ENCRYPTED),
+        protection=protection,
         capacity=cohort.size,
-        clip=reader.value("protection.clip", float, 0.0),
+        clip=_ANY_CLIP if protection is Protection.PLAIN and clip == 0 else clip,
         update_bits=reader.value("protection.update_bits", int, 16),
     )
+
+
+def _unencodable(encoding: Encoding, training: LocalTraining) -> str:
+    """Say why a cohort's updates could not be encoded: better now than after they are trained."""
+    stated = encoding.clip > 0 or training.optimizer is Optimizer.ADAMW
+    if encoding.protection is Protection.PLAIN or not stated:
+        return ""
+    for weight_cap in (1, 1 << MAX_WEIGHT_CLASS):
+        try:
+            crypto.BfvParameters.derive(
+                crypto.UpdateContext(
+                    run_id=bytes(16),
+                    round=1,
+                    attempt=1,
+                    parameter_count=1,
+                    capacity=encoding.capacity,
+                    weight_cap=weight_cap,
+                    clip=clip_of(encoding, training, weight_cap),
+                    update_bits=encoding.update_bits,
+                )
+            )
+        except crypto.CryptoError as error:
+            return str(error)
+    return ""
 
 
 class _Reader:
@@ -150,7 +192,7 @@ class _Reader:
     def value(self, key: str, kind: type, default: Any) -> Any:
         self._asked.add(key)
         found = self._values.get(key, default)
-        if kind is float and type(found) is int:
+        if kind is float and type(found) is int and abs(found) < 1 << 63:  # TOML's integers
             found = float(found)
         if type(found) is kind:
             return found
@@ -177,17 +219,21 @@ class _Reader:
             self._problems.append(problem)
 
     def finish(self, path: Path) -> None:
-        unknown = sorted(set(self._values) - self._asked)
+        unknown = sorted(key for key in self._values if not self._is_known(key))
         known = ", ".join(sorted(self._asked))
         self._problems += [f"{key}: unknown key; known are {known}" for key in unknown]
         if self._problems:
             raise ConfigError(str(path), "; ".join(self._problems))
 
+    def _is_known(self, key: str) -> bool:
+        a_table = self._values[key] == {} and any(k.startswith(f"{key}.") for k in self._asked)
+        return key in self._asked or a_table
+
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     flat: list[tuple[str, Any]] = []
     for key, value in table.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             flat += _flatten(value, f"{prefix}{key}.")
         else:
             flat.append((f"{prefix}{key}", value))

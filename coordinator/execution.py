@@ -7,7 +7,8 @@ handled, remembered and acted upon before the next one is looked at.
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from coordinator import announcements
 from coordinator.config import RunConfig
 from coordinator.events import (
     AbandonRound,
+    AgentConnected,
     Applied,
     CloseCohort,
     CloseRound,
@@ -76,6 +78,8 @@ class Execution:
         self._history = store.rounds(record.run_id)
         self._envelopes = store.envelopes(record.run_id, record.key_id)
         self._sum: RoundSum | None = None
+        self._one_by_one = asyncio.Lock()
+        self._counting: set[asyncio.Task[None]] = set()
         self._storing: asyncio.Task[None] | None = None
         self._key_id = record.key_id
         self._round_started = 0.0
@@ -97,11 +101,17 @@ class Execution:
             key_holders=frozenset(self._envelopes),
         )
 
-    def start(self) -> None:
-        """Take up the run; a run whose last round was stored before a crash is complete."""
+    def start(self, connected: Set[str]) -> None:
+        """Take up the run with those who are here; a run of which all rounds are stored is complete.
+
+        They count as one: else the round would begin with the first `minimum` of them.
+        """
         if self.state.round > self.config.rounds:
             self._store.update_run(self.run_id, Phase.COMPLETED, self.config.rounds, 0)
             self.finished.set()
+        elif connected:
+            self.state = replace(self.state, connected=frozenset(connected))
+            self.post(AgentConnected(min(connected)))
 
     # events
 
@@ -179,25 +189,36 @@ class Execution:
 
     def upload_path(self, upload: Upload) -> Path | None:
         """Return where to spool the update; None when it is counted; raises Refused."""
-        if self._sum is None or self.state.phase is not Phase.COLLECTING:
-            if self._sum is not None and self.state.uploaded.get(upload.agent):
-                return self._sum.path_for(upload)
+        state = self.state
+        late = state.phase is not Phase.COLLECTING and upload.agent not in state.uploaded
+        if self._sum is None or late:
             raise Refused(
                 Reason.WRONG_ROUND,
-                f"expected no upload in round {self.state.round}, {self.state.phase.value}",
+                f"expected no upload in round {state.round}, {state.phase.value}",
             )
+        if upload.agent in state.excluded:
+            raise Refused(Reason.NOT_IN_COHORT, "expected a member that did not decline the round")
         return self._sum.path_for(upload)
 
     async def accept_upload(self, upload: Upload, path: Path) -> None:
         """Add the spooled update to the sum; raises Refused and leaves nothing."""
-        collecting = self._sum
-        if collecting is None:
-            raise Refused(Reason.DEADLINE_PASSED, "the cohort was closed before the upload's end")
-        await collecting.add(upload, path)
-        if collecting is not self._sum or self.state.phase is not Phase.COLLECTING:
-            raise Refused(Reason.DEADLINE_PASSED, "the cohort was closed before the update was in")
-        self._log.info("update accepted", agent=upload.agent, bytes=upload.artifact.size_bytes)
-        self.post(Uploaded(upload.agent, upload.artifact.sha256))
+        counting = asyncio.create_task(self._count(upload, path))
+        self._counting.add(counting)  # the loop itself keeps only weak references
+        counting.add_done_callback(self._counting.discard)
+        # To the end even when the agent is cut meanwhile: what is in the sum must be counted.
+        await asyncio.shield(counting)
+
+    async def _count(self, upload: Upload, path: Path) -> None:
+        """Bring one update after another into the sum, if it is wanted still."""
+        async with self._one_by_one:
+            try:
+                if self.upload_path(upload) is None or self._sum is None:
+                    return
+                await self._sum.add(upload, path)
+            finally:
+                path.unlink(missing_ok=True)
+            self._log.info("update accepted", agent=upload.agent, bytes=upload.artifact.size_bytes)
+            self.post(Uploaded(upload.agent, upload.artifact.sha256))
 
     def count_traffic(self, agent: str, sent: int, received: int) -> None:
         """Count payload bytes of the agent's artifacts towards the round."""
@@ -214,7 +235,7 @@ class Execution:
             case ShareKey():
                 self._share_key(effect)
             case Invite(agents):
-                self._invite(agents)
+                self._invite(agents, before)
             case OpenCohort():
                 self._open_cohort()
             case RepeatCohort(agent):
@@ -246,8 +267,9 @@ class Execution:
         request = announcements.wrap_key(self.run_id, self._key_id, recipients, envelope)
         self._sessions.send(effect.holder, request)
 
-    def _invite(self, agents: frozenset[str]) -> None:
-        if agents == self.state.invited and self.state.phase is Phase.TRAINING:
+    def _invite(self, agents: frozenset[str], before: RunState) -> None:
+        # A repeated invitation keeps the deadline: the round goes on, it does not start anew.
+        if self.state.phase is Phase.TRAINING and before.deadline != self.state.deadline:
             self._round_started = time.monotonic()
             self._traffic.clear()
             self._log.info("round started", round=self.state.round, invited=len(agents))

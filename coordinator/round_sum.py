@@ -55,7 +55,7 @@ class RoundSum:
         self._accumulator = crypto.protection(_NAMES[protection]).accumulator(context)
         self._accepted: dict[str, bytes] = {}
         self._spool = spool
-        self._lock = asyncio.Lock()
+        self._closed = False
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(parents=True)
 
@@ -88,25 +88,19 @@ class RoundSum:
         return self._spool / f"{upload.agent}-{upload.artifact.sha256.hex()[:16]}.update"
 
     async def add(self, upload: Upload, path: Path) -> None:
-        """Add the spooled update and delete the file; raises Refused and adds nothing."""
-        async with self._lock:
-            if self.path_for(upload) is None:
-                return
-            self.adding = upload.agent
-            try:
-                await asyncio.to_thread(self._add, self._members.index(upload.agent), path)
-            except crypto.CryptoError as error:
-                raise refused_by_crypto(error) from error
-            finally:
-                self.adding = None
-            self._accepted[upload.agent] = upload.artifact.sha256
+        """Add the spooled update, alone; raises Refused and adds nothing."""
+        self.adding = upload.agent
+        try:
+            await asyncio.to_thread(self._add, self._members.index(upload.agent), path)
+        except crypto.CryptoError as error:
+            raise refused_by_crypto(error) from error
+        finally:
+            self.adding = None
+        self._accepted[upload.agent] = upload.artifact.sha256
 
     def _add(self, slot: int, path: Path) -> None:
-        try:
-            with path.open("rb", buffering=0) as file:
-                self._accumulator.add(slot, file)
-        finally:
-            path.unlink(missing_ok=True)
+        with path.open("rb", buffering=0) as file:
+            self._accumulator.add(slot, file)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -115,11 +109,16 @@ class RoundSum:
 
     def encoded(self) -> Iterator[bytes]:
         """Yield the encoded sum; nothing is added any more."""
+        self._closed = True
         return self._accumulator.result()
 
     def discard(self) -> None:
         """Delete what is spooled."""
         shutil.rmtree(self._spool, ignore_errors=True)
+
+
+def _forget(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 _NAMES: dict[Protection, crypto.ProtectionName] = {

@@ -315,8 +315,11 @@ def _applying_declined(state: RunState, event: Declined, now: float) -> Step:
 
 
 def _close_round_when_all_applied(state: RunState, now: float) -> Step:
-    waiting = (state.invited & state.connected) - set(state.excluded) - set(state.applied)
-    return (state, ()) if waiting else _close_round(state, now)
+    missing = state.invited - set(state.excluded) - set(state.applied)
+    # Those who are away are not waited for, unless nobody has applied: a cut ends no run.
+    if missing & state.connected or (missing and not state.applied):
+        return state, ()
+    return _close_round(state, now)
 
 
 def _applying_tick(state: RunState, event: Tick, now: float) -> Step:
@@ -349,6 +352,7 @@ def _close_round(state: RunState, now: float) -> Step:
         failures=0,
         invited=frozenset(),
         cohort=(),
+        uploaded={},
     )
     gathered, effects = _gather(following, now)
     return gathered, (*rejects, CloseRound(), *effects)

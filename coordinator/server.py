@@ -3,6 +3,8 @@
 import asyncio
 import signal
 import tomllib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -81,8 +83,9 @@ def open_published(home: Path) -> Published:
     return Published(home / "artifacts")
 
 
-async def serve(home: Path, until_idle: bool) -> None:
-    """Serve until SIGINT or SIGTERM, or until the queued runs are done."""
+@asynccontextmanager
+async def serving(home: Path) -> AsyncIterator[Conductor]:
+    """Answer on both ports while the block runs; nothing happens until the conductor conducts."""
     config = load_server_config(home)
     store, published, sessions = open_store(home), open_published(home), Sessions()
     conductor = Conductor(store, sessions, published, home / "spool")
@@ -96,19 +99,26 @@ async def serve(home: Path, until_idle: bool) -> None:
     enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(
         EnrolmentService(Authority.load(home), store, config.control_address), server
     )
-    _add_ports(server, home, config)
-    await server.start()
-    _log.info("serving", control=config.control_address, enrolment=config.enrolment_address)
-    conducting = asyncio.create_task(conductor.conduct(until_idle))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, conducting.cancel)
     try:
-        await conducting
-    except asyncio.CancelledError:
-        _log.info("stopping")
+        _add_ports(server, home, config)
+        await server.start()
+        _log.info("serving", control=config.control_address, enrolment=config.enrolment_address)
+        yield conductor
     finally:
         await server.stop(SHUTDOWN_SECONDS)
         store.close()
+
+
+async def serve(home: Path, until_idle: bool) -> None:
+    """Serve until SIGINT or SIGTERM, or until the queued runs are done."""
+    async with serving(home) as conductor:
+        conducting = asyncio.create_task(conductor.conduct(until_idle))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, conducting.cancel)
+        try:
+            await conducting
+        except asyncio.CancelledError:
+            _log.info("stopping")
 
 
 def _add_ports(server: grpc.aio.Server, home: Path, config: ServerConfig) -> None:

@@ -143,19 +143,21 @@ class Store:
         The same key may ask again: its first answer may have been lost.
         Raises Refused(INVALID_TOKEN or TOKEN_EXPIRED).
         """
+        this = _invitations.c.secret_sha256 == secret_sha256
+        unused = _invitations.c.public_key_sha256.is_(None)
+        ours = unused | (_invitations.c.public_key_sha256 == key_sha256)
         with self._engine.begin() as db:
-            row = db.execute(
-                sa.select(_invitations).where(_invitations.c.secret_sha256 == secret_sha256)
-            ).one_or_none()
-            if row is None or row.public_key_sha256 not in (None, key_sha256):
-                raise Refused(Reason.INVALID_TOKEN, "expected an unused enrolment token")
-            if now >= row.expires_at:
-                raise Refused(Reason.TOKEN_EXPIRED, "the enrolment token has expired")
-            db.execute(
+            # Bound before it is read: a read takes no lock, and two keys would both see it unused.
+            bound = db.execute(
                 sa.update(_invitations)
-                .where(_invitations.c.secret_sha256 == secret_sha256)
+                .where(this & ours & (_invitations.c.expires_at > now))
                 .values(public_key_sha256=key_sha256)
             )
+            row = db.execute(sa.select(_invitations).where(this)).one_or_none()
+            if row is None or row.public_key_sha256 not in (None, key_sha256):
+                raise Refused(Reason.INVALID_TOKEN, "expected an unused enrolment token")
+            if bound.rowcount != 1:
+                raise Refused(Reason.TOKEN_EXPIRED, "the enrolment token has expired")
             agent = {
                 "agent_id": row.agent_id,
                 "public_key_sha256": key_sha256,
@@ -295,6 +297,8 @@ class Store:
             index_elements=["run_id", "recipient"],
             set_={"key_id": statement.excluded.key_id, "envelope": statement.excluded.envelope},
         )
+        if not rows:
+            return  # to SQLAlchemy no rows mean one row of defaults
         with self._engine.begin() as db:
             db.execute(statement, rows)
 

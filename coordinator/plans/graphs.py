@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.func import functional_call
 
-from coordinator.plans.model import AdaptedModel, position_limit
+from coordinator.plans.model import AdaptedModel, counts_from_padding, position_limit
 from fedloom.plans import INFER_GRAPH, TRAIN_GRAPH
 
 BATCH = "batch"
@@ -121,7 +121,7 @@ def example_shape(adapted: AdaptedModel) -> tuple[int, int]:
     taken.add(adapted.config.num_labels)
     heads = getattr(adapted.config, "num_attention_heads", 1)
     taken.add(adapted.config.hidden_size // heads)
-    limit = position_limit(adapted.config) or max(_PRIMES)
+    limit = position_limit(adapted.network) or max(_PRIMES)
     sequence = next(n for n in _PRIMES if n not in taken and n <= limit)
     batch = next(n for n in (3, 5, *_PRIMES) if n not in taken and n != sequence)
     return batch, sequence
@@ -152,8 +152,7 @@ def _logits(
     accepted = inspect.signature(core.forward).parameters
     if "token_type_ids" in accepted:
         arguments["token_type_ids"] = torch.zeros_like(input_ids)
-    counts_padding = any(hasattr(m, "create_position_ids_from_input_ids") for m in core.modules())
-    if "position_ids" in accepted and not counts_padding:
+    if "position_ids" in accepted and not counts_from_padding(core):
         arguments["position_ids"] = torch.arange(input_ids.shape[1])[None]
     output = functional_call(adapted.network, parameters, (), arguments)
     logits: torch.Tensor = output.logits

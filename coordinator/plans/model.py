@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import safetensors
 import torch
 import transformers
 
@@ -71,14 +72,27 @@ def find_model(model: str) -> ModelSource:
     return ModelSource(model, model)
 
 
-def position_limit(config: Any) -> int | None:
+def counts_from_padding(network: torch.nn.Module) -> bool:
+    """Tell whether positions depend on which tokens are padding, as RoBERTa's and MPNet's do."""
+    return _padding_position(network) is not None
+
+
+def position_limit(network: torch.nn.Module) -> int | None:
     """Return the longest sequence in tokens that the model's position table allows."""
+    config: Any = network.config
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return None
-    # RoBERTa and its kin start counting after the padding token's index.
-    offset_by_padding = config.model_type in {"camembert", "roberta", "xlm-roberta", "longformer"}
-    return positions - config.pad_token_id - 1 if offset_by_padding else positions
+    padding = _padding_position(network)
+    return positions if padding is None else positions - padding - 1
+
+
+def _padding_position(network: torch.nn.Module) -> int | None:
+    """Return the position of padding where real tokens are counted from the one after it."""
+    for module in network.modules():
+        if hasattr(module, "create_position_ids_from_inputs_embeds"):
+            return int(getattr(module, "padding_idx", 0))
+    return None
 
 
 def load_model(request: PlanRequest, source: ModelSource) -> AdaptedModel:
@@ -86,7 +100,7 @@ def load_model(request: PlanRequest, source: ModelSource) -> AdaptedModel:
     with torch.random.fork_rng(devices=[]), _quiet_transformers():
         torch.manual_seed(request.seed)
         classifier, fresh = _load_classifier(source, len(request.labels))
-        limit = position_limit(classifier.config)
+        limit = position_limit(classifier)
         if limit is not None and request.max_tokens > limit:
             raise ConfigError(
                 "max_tokens", f"expected at most {limit} for this model, found {request.max_tokens}"
@@ -120,7 +134,7 @@ def _load_classifier(source: ModelSource, label_count: int) -> tuple[Any, frozen
             use_safetensors=True,  # never unpickle a checkpoint
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ConfigError(
             "model",
             "expected a folder with a sequence-classification or encoder checkpoint in "

@@ -172,7 +172,7 @@ def _perturbed(adapted: AdaptedModel) -> Theta:
 
 
 def _shapes(adapted: AdaptedModel) -> tuple[tuple[int, int], ...]:
-    limit = position_limit(adapted.config)
+    limit = position_limit(adapted.network)
     return tuple((batch, min(sequence, limit or sequence)) for batch, sequence in _SHAPES)
 
 

@@ -85,11 +85,15 @@ def public_key_sha256(holder: x509.Certificate | x509.CertificateSigningRequest)
 
 @asynccontextmanager
 async def refusing(context: grpc.aio.ServicerContext[Any, Any], rpc: str) -> AsyncIterator[None]:
-    """End the RPC with the refusal that the body raises."""
+    """End the RPC with the refusal that the body raises; a fault of ours tells no details."""
     try:
         yield
     except Refused as refused:
         _log.info("rpc refused", rpc=rpc, reason=refused.reason.name, subject=refused.subject)
-        await context.abort(
-            RULES[refused.reason].code, refused.reason.name, refusal_trailers(refused)
-        )
+        ending = refused
+    except Exception:  # the top of an RPC: gRPC would tell the peer the error's text
+        _log.exception("rpc failed", rpc=rpc)
+        ending = Refused(Reason.INTERNAL, "the coordinator failed on this call")
+    else:
+        return
+    await context.abort(RULES[ending.reason].code, ending.reason.name, refusal_trailers(ending))

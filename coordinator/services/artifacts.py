@@ -68,6 +68,7 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
                 with PartialFile(partial, upload.artifact) as file:
                     yield artifact_pb2.UploadArtifactResponse(resume_from=file.size_bytes)
                     await self._receive(agent, file, request_iterator)
+                    self._rounds.upload_path(upload)  # still wanted? its folder may be gone
                     file.finish(path)
                 await self._rounds.accept_upload(upload, path)
             finally:

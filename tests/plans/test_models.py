@@ -63,3 +63,13 @@ def test_what_cannot_be_exported_is_named(bert, tmp_path, monkeypatch, forward, 
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("bert", 48), ("roberta", 47), ("distilbert", 48)])
+def test_position_limit(kind, limit, tiny_model):
+    """RoBERTa counts from the position after its padding token's, here 0."""
+    import transformers
+
+    from coordinator.plans.model import position_limit
+
+    assert position_limit(transformers.AutoModel.from_pretrained(tiny_model(kind))) == limit

@@ -69,6 +69,13 @@ def test_folder_without_weights(build, broken):
         build(model=str(broken))
 
 
+def test_damaged_weights(build, broken):
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="safetensors"):
+        build(model=str(broken))
+
+
 def test_pickled_weights_are_not_read(build, broken):
     (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="safetensors"):
