@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coordinator.authority import Authority
-from coordinator.config import load_run_config
+from coordinator.config import load_run_config, unencodable
 from coordinator.export import export_run
 from coordinator.progress import read_progress, watch
 from coordinator.server import (
@@ -28,6 +28,7 @@ from coordinator.server import (
 from coordinator.store import RunRecord, Store
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.logs import configure_logs
+from fedloom.memory import limit_arenas
 from fedloom.plans import load_plan, verify_members
 from fedloom.secret_files import make_private_folder
 from fedloom.tokens import SECRET_BYTES, EnrolmentToken
@@ -55,7 +56,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except FedloomError as error:
-        Console(stderr=True).print(f"fedloom-coordinator: {error}", style="red", highlight=False)
+        Console(stderr=True).print(
+            f"fedloom-coordinator: {error}", style="red", highlight=False, markup=False
+        )
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
 
 
@@ -86,6 +89,7 @@ def serve_command(
     as_json: AsJson = False,
 ) -> None:
     """Serve agents and execute runs."""
+    limit_arenas()
     configure_logs(as_json)
     asyncio.run(serve(home.expanduser(), until_idle))
 
@@ -189,7 +193,9 @@ def run_start(file: Path, home: Home = DEFAULT_HOME) -> None:
     config = load_run_config(file)
     home = home.expanduser()
     load_server_config(home)
-    _, reference = open_published(home).put_plan(config.plan)
+    plan, reference = open_published(home).put_plan(config.plan)
+    if problem := unencodable(config.encoding, config.training, plan.parameter_count):
+        raise ConfigError(str(file), f"this plan cannot be encoded for such a cohort: {problem}")
     run_id = os.urandom(16)
     open_store(home).add_run(run_id, config.name, file.read_text(), reference, time.time())
     typer.echo(run_id.hex())

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
@@ -27,6 +27,14 @@ SERVER_DAYS = 825
 AGENT_DAYS = 365
 MAX_REQUEST_BYTES = 4096
 _BACKDATED = timedelta(minutes=10)  # devices' clocks are late
+
+_NOT_A_REQUEST = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+)
 
 _CERTIFICATE_FILE = "authority.pem"
 _KEY_FILE = "authority.key"
@@ -58,16 +66,18 @@ class Authority:
         """Make the authority and a server certificate for `hosts` in a folder that has neither."""
         if (folder / _KEY_FILE).exists():
             raise ConfigError(str(folder), "has a coordinator already; choose another --home")
+        names = dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1", socket.gethostname()])
+        alternatives = [_alternative(host) for host in names]
         key = ec.generate_private_key(ec.SECP256R1())
         name = _name("Fedloom authority", "authority")
         builder = (
-            _builder(name, name, key.public_key(), AUTHORITY_DAYS)
+            _builder(name, name, key.public_key(), key.public_key(), AUTHORITY_DAYS)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_key_usage(signs_certificates=True), critical=True)
         )
         authority = cls(builder.sign(key, hashes.SHA256()), key)
         _write(folder, _CERTIFICATE_FILE, _KEY_FILE, authority.certificate, key)
-        authority._issue_server(folder, hosts)
+        authority._issue_server(folder, alternatives)
         return authority
 
     @classmethod
@@ -96,6 +106,7 @@ class Authority:
                 _name(agent_id, AGENT_ROLE),
                 self.certificate.subject,
                 request.public_key(),
+                self._key.public_key(),
                 AGENT_DAYS,
             )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -105,17 +116,17 @@ class Authority:
         certificate = builder.sign(self._key, hashes.SHA256())
         return certificate.public_bytes(serialization.Encoding.DER)
 
-    def _issue_server(self, folder: Path, hosts: Sequence[str]) -> None:
+    def _issue_server(self, folder: Path, names: Sequence[x509.GeneralName]) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
-        names = dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1", socket.gethostname()])
         builder = (
             _builder(
                 _name("Fedloom coordinator", "coordinator"),
                 self.certificate.subject,
                 key.public_key(),
+                self._key.public_key(),
                 SERVER_DAYS,
             )
-            .add_extension(x509.SubjectAlternativeName([_alternative(n) for n in names]), False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         )
@@ -142,7 +153,7 @@ def parse_certificate_request(data: bytes) -> x509.CertificateSigningRequest:
         request = x509.load_der_x509_csr(data)
         signed = request.is_signature_valid
         key = request.public_key()
-    except (ValueError, TypeError, InvalidSignature) as error:
+    except _NOT_A_REQUEST as error:
         raise Refused(Reason.MALFORMED, "expected a DER certificate signing request") from error
     p256 = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)
     if not signed or not p256:
@@ -154,8 +165,12 @@ def _builder(
     subject: x509.Name,
     issuer: x509.Name,
     key: CertificatePublicKeyTypes,
+    issuer_key: ec.EllipticCurvePublicKey,
     days: int,
 ) -> x509.CertificateBuilder:
+    # Both identifiers: strict verifiers (RFC 5280, sections 4.2.1.1 and 4.2.1.2) ask for them.
+    subject_id = x509.SubjectKeyIdentifier.from_public_key(key)
+    issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key)
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -165,6 +180,8 @@ def _builder(
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _BACKDATED)
         .not_valid_after(now + timedelta(days=days))
+        .add_extension(subject_id, critical=False)
+        .add_extension(issuer_id, critical=False)
     )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import tomllib
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from coordinator.events import (
 from coordinator.execution import Execution
 from coordinator.published import Published
 from coordinator.round_sum import Upload
+from coordinator.run_state import Phase
 from coordinator.sessions import Session, Sessions
 from coordinator.store import RunRecord, Store
-from fedloom.errors import Reason, Refused
-from fedloom.plans import parse_plan
+from fedloom.artifacts import ArtifactReference
+from fedloom.errors import ConfigError, Reason, Refused
+from fedloom.plans import Plan, parse_plan
 
 TICK_SECONDS = 0.5
 _log = structlog.get_logger()
@@ -54,26 +57,40 @@ class Conductor:
 
     async def _execute(self, record: RunRecord) -> None:
         try:
-            plan = self._published.plan(record.plan)
-            config = parse_run_config(tomllib.loads(record.config), Path(record.name))
+            execution = self._opened(record)
         except (ConfigError, Refused) as error:  # the operator's to mend; other runs go on
             reason = error.reason if isinstance(error, Refused) else Reason.MALFORMED
-            _log.error("run cannot be opened", run=record.name, problem=str(error))  # noqa: TRY400
+            _log.warning("run cannot be opened", run=record.name, problem=str(error))
             run_id, number, attempt = record.run_id, record.round, record.attempt
             self._store.update_run(run_id, Phase.FAILED, number, attempt, reason)
             return
-        execution = Execution(
-            record, config, plan, self._store, self._sessions, self._published, self._spool
-        )
         _log.info("run opened", run=record.name, round=execution.state.round)
         self._open = execution
-        protection = config.encoding.protection
+        protection = execution.config.encoding.protection
         execution.start({s.agent_id for s in self._sessions if s.can(protection)})
         while not execution.finished.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(execution.finished.wait(), TICK_SECONDS)
+            execution.check()
             execution.post(Tick())
         self._open = None
+
+    def _opened(self, record: RunRecord) -> Execution:
+        """Open a stored run; raises ConfigError or Refused when its file or plan is not right."""
+        config = parse_run_config(tomllib.loads(record.config), Path(record.name))
+        plan = self._plan(record.plan)
+        return Execution(
+            record, config, plan, self._store, self._sessions, self._published, self._spool
+        )
+
+    def _plan(self, reference: ArtifactReference) -> Plan:
+        try:
+            data = self._published.path(reference.sha256).read_bytes()
+        except OSError as error:
+            raise Refused(Reason.PLAN_MISMATCH, f"expected the plan: {error.strerror}") from error
+        if hashlib.sha256(data).digest() != reference.sha256:
+            raise Refused(Reason.PLAN_MISMATCH, "expected the plan that was queued, found another")
+        return parse_plan(data)
 
     # sessions
 

@@ -124,8 +124,8 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         training.optimizer is Optimizer.ADAMW or encoding.clip > 0,
         "protection.clip: expected a range for the updates' values, because sgd implies none",
     )
-    unencodable = _unencodable(encoding, training)
-    reader.require(not unencodable, f"protection: {unencodable}")
+    problem = unencodable(encoding, training)
+    reader.require(not problem, f"protection: {problem}")
     reader.finish(path)
     return RunConfig(
         name, (path.parent / plan).resolve(), rounds, cohort, training, encoding, deadlines
@@ -157,7 +157,7 @@ def _encoding(reader: "_Reader", cohort: CohortTerms) -> Encoding:
     )
 
 
-def _unencodable(encoding: Encoding, training: LocalTraining) -> str:
+def unencodable(encoding: Encoding, training: LocalTraining, parameter_count: int = 1) -> str:
     """Say why a cohort's updates could not be encoded: better now than after they are trained."""
     stated = encoding.clip > 0 or training.optimizer is Optimizer.ADAMW
     if encoding.protection is Protection.PLAIN or not stated:
@@ -169,7 +169,7 @@ def _unencodable(encoding: Encoding, training: LocalTraining) -> str:
                     run_id=bytes(16),
                     round=1,
                     attempt=1,
-                    parameter_count=1,
+                    parameter_count=parameter_count,
                     capacity=encoding.capacity,
                     weight_cap=weight_cap,
                     clip=clip_of(encoding, training, weight_cap),

@@ -102,9 +102,9 @@ class Execution:
         )
 
     def start(self, connected: Set[str]) -> None:
-        """Take up the run with those who are here; a run of which all rounds are stored is complete.
+        """Take up the run with those who are here; one whose last round is stored is complete.
 
-        They count as one: else the round would begin with the first `minimum` of them.
+        They come as one: else the round would begin with the first `minimum` of them.
         """
         if self.state.round > self.config.rounds:
             self._store.update_run(self.run_id, Phase.COMPLETED, self.config.rounds, 0)
@@ -112,6 +112,11 @@ class Execution:
         elif connected:
             self.state = replace(self.state, connected=frozenset(connected))
             self.post(AgentConnected(min(connected)))
+
+    def check(self) -> None:
+        """Raise what broke the sum's storing: a run that cannot go on must not seem to wait."""
+        if self._storing is not None and self._storing.done():
+            self._storing.result()
 
     # events
 
@@ -160,7 +165,8 @@ class Execution:
             case Applied():
                 self._report_applied(event)
             case Declined():
-                self._report(event.round, event.agent, refusal=event.reason.value)
+                if event.agent not in self.state.excluded:  # what it declines next follows from it
+                    self._report(event.round, event.agent, refusal=event.reason.value)
         self.post(event)
 
     def heard_progress(self, agent: str, round_number: int, share: float) -> None:
@@ -215,10 +221,11 @@ class Execution:
                 if self.upload_path(upload) is None or self._sum is None:
                     return
                 await self._sum.add(upload, path)
+                size = upload.artifact.size_bytes
+                self._log.info("update accepted", agent=upload.agent, bytes=size)
+                self.post(Uploaded(upload.agent, upload.artifact.sha256))
             finally:
-                path.unlink(missing_ok=True)
-            self._log.info("update accepted", agent=upload.agent, bytes=upload.artifact.size_bytes)
-            self.post(Uploaded(upload.agent, upload.artifact.sha256))
+                await asyncio.to_thread(path.unlink, missing_ok=True)
 
     def count_traffic(self, agent: str, sent: int, received: int) -> None:
         """Count payload bytes of the agent's artifacts towards the round."""

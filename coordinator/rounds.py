@@ -12,7 +12,7 @@ a bug and raises `IllegalEvent`.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from coordinator.events import (
@@ -44,6 +44,16 @@ from coordinator.selection import select
 from fedloom.errors import Reason
 
 MAX_ROUND_FAILURES = 3
+# What the next round will not change; an agent that declined for another reason gets a new chance.
+_LASTING = {
+    Reason.PROTECTION_TOO_WEAK,
+    Reason.PLAN_MISMATCH,
+    Reason.PLAN_UNSUPPORTED,
+    Reason.DATA_UNREADABLE,
+    Reason.DATA_COLUMN_MISSING,
+    Reason.DATA_LABEL_UNKNOWN,
+    Reason.DATA_EMPTY,
+}
 KEY_SECONDS = 60.0  # an agent that has not wrapped the run key by then is passed over
 
 
@@ -81,6 +91,10 @@ def _exclude(state: RunState, agent: str, reason: Reason) -> RunState:
     return replace(state, excluded={**state.excluded, agent: reason})
 
 
+def _only_lasting(excluded: Mapping[str, Reason]) -> dict[str, Reason]:
+    return {agent: reason for agent, reason in excluded.items() if reason in _LASTING}
+
+
 def _wrong_round(state: RunState, agent: str) -> Step:
     subject = f"expected a step of round {state.round}, {state.phase.value}"
     return state, (Reject(agent, Reason.WRONG_ROUND, subject),)
@@ -101,6 +115,7 @@ def _try_round_again(state: RunState, now: float) -> Step:
         phase=Phase.GATHERING,
         deadline=now + state.policy.gathering_seconds,
         failures=failures,
+        excluded=_only_lasting(state.excluded),
         invited=frozenset(),
         cohort=(),
         uploaded={},
@@ -117,7 +132,8 @@ def _gather(state: RunState, now: float) -> Step:
     candidates = state.connected - set(state.excluded)
     if len(candidates) < state.policy.minimum_agents:
         return state, ()
-    chosen = select(candidates, state.policy.cohort_size, state.policy.seed, state.round)
+    draw = f"{state.policy.seed}/{state.round}/{state.failures}"  # another try, other agents
+    chosen = select(candidates, state.policy.cohort_size, draw)
     if state.policy.needs_key and not chosen <= state.key_holders:
         return _ask_for_key(state, candidates, now)
     training = replace(
@@ -338,8 +354,6 @@ def _close_round(state: RunState, now: float) -> Step:
         Reject(agent, Reason.STATE_DIVERGED, f"expected state {agreed.hex()} after the round")
         for agent in diverged
     )
-    for agent in diverged:
-        state = _exclude(state, agent, Reason.STATE_DIVERGED)
     if state.round == state.policy.rounds:
         completed = replace(state, phase=Phase.COMPLETED)
         return completed, (*rejects, CloseRound(), FinishRun())
@@ -350,6 +364,7 @@ def _close_round(state: RunState, now: float) -> Step:
         round=state.round + 1,
         attempt=0,
         failures=0,
+        excluded=_only_lasting(state.excluded),
         invited=frozenset(),
         cohort=(),
         uploaded={},

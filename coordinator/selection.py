@@ -4,9 +4,9 @@ import random
 from collections.abc import Set
 
 
-def select(candidates: Set[str], count: int, seed: int, round_number: int) -> frozenset[str]:
-    """Return a uniform random sample of at most `count` candidates, fixed by seed and round."""
+def select(candidates: Set[str], count: int, draw: str) -> frozenset[str]:
+    """Return a uniform random sample of at most `count` candidates; `draw` names and fixes it."""
     if len(candidates) <= count:
         return frozenset(candidates)
-    chooser = random.Random(f"{seed}/{round_number}")  # noqa: S311 - fairness, not secrecy
+    chooser = random.Random(draw)  # noqa: S311 - fairness, not secrecy
     return frozenset(chooser.sample(sorted(candidates), count))

@@ -16,6 +16,7 @@ from edge_agent.session import Session
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.exports import export_model
 from fedloom.logs import configure_logs
+from fedloom.memory import limit_arenas
 from fedloom.plans import Plan
 from fedloom.terms import Protection
 from fedloom.v1 import control_pb2
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; errors are one line on stderr and a status that is not 0."""
     options = _parser().parse_args(arguments)
     options.home = options.home.expanduser().resolve()
+    limit_arenas()
     configure_logs(options.json)
     command: Callable[[argparse.Namespace], int] = options.command
     try:

@@ -1,6 +1,9 @@
 """What the coordinator proposes, validated: nothing past this file trusts its messages."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
 
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
@@ -9,6 +12,7 @@ from fedloom.terms import MAX_CAPACITY, MAX_WEIGHT_CLASS, Encoding, LocalTrainin
 from fedloom.v1 import control_pb2
 
 RUN_ID_BYTES = 16
+_KEPT = "invitation.binpb"
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,19 @@ class Outcome:
     sum: ArtifactReference
 
 
+def read_run_id(run_id: bytes) -> bytes:
+    """Validate a run's id; raises Refused(MALFORMED)."""
+    _require(len(run_id) == RUN_ID_BYTES, f"a run id of {RUN_ID_BYTES} bytes")
+    return run_id
+
+
 def read_terms(message: control_pb2.Invitation) -> Terms:
     """Validate an invitation; raises Refused(MALFORMED)."""
-    _require(len(message.run_id) == RUN_ID_BYTES, "a run id of 16 bytes")
     _require(1 <= message.round <= message.rounds, "a round in 1..rounds")
     plan = ArtifactReference(message.plan.sha256, message.plan.size_bytes)
     _require(plan.size_bytes <= MAX_PLAN_BYTES, f"a plan of at most {MAX_PLAN_BYTES} bytes")
     return Terms(
-        message.run_id,
+        read_run_id(message.run_id),
         message.round,
         plan,
         LocalTraining.from_message(message.training),
@@ -57,6 +66,21 @@ def read_outcome(message: control_pb2.RoundOutcome) -> Outcome:
     _require(1 <= message.weight_cap <= 1 << MAX_WEIGHT_CLASS, "a weight cap of 1..2^24")
     reference = ArtifactReference(message.sum.sha256, message.sum.size_bytes)
     return Outcome(message.round, message.attempt, message.weight_cap, slots, reference)
+
+
+def keep_invitation(folder: Path, message: control_pb2.Invitation) -> None:
+    """Remember the invitation: a process that is started again goes on from it."""
+    partial = folder / f"{_KEPT}.part"
+    partial.write_bytes(message.SerializeToString())
+    partial.replace(folder / _KEPT)
+
+
+def kept_invitation(folder: Path) -> control_pb2.Invitation | None:
+    """Return the run's last invitation; None when there was none."""
+    try:
+        return control_pb2.Invitation.FromString((folder / _KEPT).read_bytes())
+    except (OSError, DecodeError):
+        return None
 
 
 def _require(condition: bool, expected: str) -> None:

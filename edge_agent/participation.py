@@ -20,14 +20,21 @@ from google.protobuf.duration_pb2 import Duration
 from edge_agent.engine import Engine, LocalUpdate
 from edge_agent.global_state import GlobalState
 from edge_agent.identity import Identity
-from edge_agent.invitations import Outcome, Terms, read_outcome, read_terms
+from edge_agent.invitations import (
+    Outcome,
+    Terms,
+    keep_invitation,
+    kept_invitation,
+    read_outcome,
+    read_terms,
+)
 from edge_agent.protection import UpdateProtection
 from edge_agent.run_keys import open_envelope
 from edge_agent.transfer import Transfer
 from fedloom.adapters import Theta
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused, refused_from_details
-from fedloom.plans import PLAN_FILE, Plan, parse_plan
+from fedloom.plans import Plan
 from fedloom.strategies import algorithm
 from fedloom.terms import Protection, weight_class
 from fedloom.v1 import artifact_pb2, control_pb2
@@ -94,11 +101,8 @@ class Participation:
 
     async def invited(self, message: control_pb2.Invitation) -> None:
         """Bring the state up to date, train, and say READY."""
-        terms = read_terms(message)
-        self._check_policy(terms)
-        await self._prepare(terms, message)
-        for outcome in message.history:
-            await self._apply(read_outcome(outcome))
+        terms = await self._take_up(message)
+        keep_invitation(self._folder, message)
         if self._trained is None or self._trained[0] != terms.round:
             await self._train(terms)
         _, update, seconds = _present(self._trained)
@@ -113,6 +117,19 @@ class Participation:
                 )
             )
         )
+
+    async def _take_up(self, message: control_pb2.Invitation) -> Terms:
+        terms = read_terms(message)
+        self._check_policy(terms)
+        await self._prepare(terms, message)
+        for outcome in message.history:
+            await self._apply(read_outcome(outcome))
+        return terms
+
+    async def _resume(self) -> None:
+        """Go on from where a former process of this device left the run, if one took part."""
+        if self._state is None and (message := kept_invitation(self._folder)) is not None:
+            await self._take_up(message)
 
     def _check_policy(self, terms: Terms) -> None:
         minimum = self._device.minimum_protection
@@ -140,7 +157,8 @@ class Participation:
 
     async def _take_up_plan(self, terms: Terms) -> None:
         folder = self.plan_folder
-        plan = await self._fetch_plan(terms.plan, folder)
+        plan = await self._transfer.download_plan(terms.plan, folder)
+        self._log.info("plan ready", plan=plan.name, parameters=plan.parameter_count)
         self._engine = await asyncio.to_thread(self._device.engine, folder, plan)
         self._state = GlobalState(self._folder, plan, folder, algorithm(terms.training))
         self._plan = plan
@@ -149,16 +167,6 @@ class Participation:
     def plan_folder(self) -> Path:
         """Where the run's plan lies on this device."""
         return self._device.home / "plans" / _present(self._terms).plan.sha256.hex()
-
-    async def _fetch_plan(self, reference: ArtifactReference, folder: Path) -> Plan:
-        path = folder / PLAN_FILE
-        await self._transfer.download(reference, path)
-        plan = parse_plan(await asyncio.to_thread(path.read_bytes))
-        for member in plan.members:
-            wanted = ArtifactReference(member.sha256, member.size_bytes)
-            await self._transfer.download(wanted, folder / member.name)
-        self._log.info("plan ready", plan=plan.name, parameters=plan.parameter_count)
-        return plan
 
     async def _train(self, terms: Terms) -> None:
         engine, state = _present(self._engine), _present(self._state)
@@ -247,7 +255,8 @@ class Participation:
     async def result(self, message: control_pb2.Result) -> None:
         """Fetch, open and apply the round's sum, and report the state's digest and quality."""
         outcome = read_outcome(message.outcome)
-        if self._state is None or outcome.round > self._state.rounds + 1:
+        await self._resume()
+        if outcome.round > _present(self._state).rounds + 1:
             raise Refused(Reason.WRONG_ROUND, "expected the result of the next round")
         saturated = await self._apply(outcome)
         self._trained = None
@@ -276,6 +285,7 @@ class Participation:
         if message.outcome != control_pb2.RUN_OUTCOME_COMPLETED:
             self._log.warning("run failed", reason=str(refused_from_details(message.reason)))
             return
+        await self._resume()
         if self._state is None or self._state.rounds == 0:
             return
         folder = self._device.home / "models" / self.run_id.hex()

@@ -21,6 +21,7 @@ _REASONS: dict[type[crypto.CryptoError], Reason] = {
     crypto.NotFinite: Reason.NOT_FINITE,
     crypto.WeightOutOfRange: Reason.WEIGHT_OUT_OF_RANGE,
     crypto.PeerFault: Reason.SUM_NOT_VERIFIED,
+    crypto.InvalidContext: Reason.MALFORMED,  # all of it comes from the coordinator's terms
     crypto.CryptoError: Reason.INTERNAL,
 }
 

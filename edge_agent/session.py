@@ -8,6 +8,7 @@ import grpc
 import structlog
 
 from edge_agent.connection import Unreachable, open_channel, understood
+from edge_agent.invitations import read_run_id
 from edge_agent.participation import Device, Interrupted, Participation
 from edge_agent.run_keys import share_run_key
 from edge_agent.transfer import Transfer
@@ -177,6 +178,7 @@ class Session:
     async def _step(self, transfer: Transfer, message: control_pb2.ConnectResponse) -> None:
         match message.WhichOneof("step"):
             case "wrap_key":
+                read_run_id(message.wrap_key.run_id)
                 answer = share_run_key(self._device.identity, message.wrap_key)
                 self._send(control_pb2.ConnectRequest(wrapped_key=answer))
             case "invitation":
@@ -196,7 +198,7 @@ class Session:
     def _run_of(self, run_id: bytes, transfer: Transfer) -> Participation:
         """Return this device's part in the run; it takes part in one run at a time."""
         if self._run is None or self._run.run_id != run_id:
-            self._run = Participation(self._device, transfer, self._send, run_id)
+            self._run = Participation(self._device, transfer, self._send, read_run_id(run_id))
         return self._run
 
     def _decline(self, message: control_pb2.ConnectResponse, refused: Refused) -> None:

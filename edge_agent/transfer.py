@@ -17,6 +17,7 @@ import structlog
 from edge_agent.connection import Unreachable, understood
 from fedloom.artifacts import ArtifactReference, PartialFile, read_parts
 from fedloom.errors import Reason, Refused
+from fedloom.plans import PLAN_FILE, Plan, parse_plan
 from fedloom.v1 import artifact_pb2, artifact_pb2_grpc
 
 FIRST_BACKOFF_SECONDS = 0.2
@@ -41,6 +42,16 @@ class Transfer:
             return
         partial = destination.with_name(f"{artifact.sha256.hex()}.part")
         await self._until_done(lambda: self._download_once(artifact, partial, destination))
+
+    async def download_plan(self, reference: ArtifactReference, folder: Path) -> Plan:
+        """Fetch a plan and the members that it names to `folder`; raises Refused."""
+        path = folder / PLAN_FILE
+        await self.download(reference, path)
+        plan = parse_plan(await asyncio.to_thread(path.read_bytes))
+        for member in plan.members:
+            wanted = ArtifactReference(member.sha256, member.size_bytes)
+            await self.download(wanted, folder / member.name)
+        return plan
 
     async def _until_done(self, attempt: Callable[[], Awaitable[None]]) -> None:
         backoff = FIRST_BACKOFF_SECONDS

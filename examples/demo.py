@@ -40,7 +40,7 @@ size = 10
 [training]
 epochs = 1
 batch_size = 16
-learning_rate = 2e-3
+learning_rate = 3e-3
 
 [protection]
 kind = "encrypted"
@@ -63,7 +63,7 @@ def main() -> None:
         console.print("\ninterrupted; every process has been ended")
         sys.exit(130)
     except (FedloomError, subprocess.CalledProcessError) as error:
-        console.print(f"demo: {error}", style="red")
+        console.print(f"demo: {error}", style="red", markup=False)
         sys.exit(1)
 
 

@@ -11,7 +11,7 @@ import structlog
 from coordinator.round_sum import Upload
 from coordinator.services.access import refusing, require_agent
 from coordinator.store import Store
-from fedloom.artifacts import PART_BYTES, ArtifactReference, PartialFile
+from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference, PartialFile
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import artifact_pb2, artifact_pb2_grpc
 
@@ -115,7 +115,7 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
             )
             with path.open("rb") as file:
                 file.seek(request.offset)
-                while part := await asyncio.to_thread(file.read, PART_BYTES):
+                while part := await asyncio.to_thread(file.read, SENT_PART_BYTES):
                     yield artifact_pb2.DownloadArtifactResponse(part=part)
                     self._rounds.count_traffic(agent, received=len(part))
 

@@ -14,7 +14,9 @@ from typing import BinaryIO, Self
 
 from fedloom.errors import Reason, Refused
 
-PART_BYTES = 1 << 20  # gRPC's 4 MiB limit stays: a forgotten chunking shows as a clear error
+PART_BYTES = 1 << 20  # largest part that is accepted; gRPC's 4 MiB limit stays above it
+# Parts that we send: as fast as parts of 1 MiB, and a peer with many streams buffers much less.
+SENT_PART_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def read_parts(path: Path, offset: int = 0) -> Iterator[bytes]:
     """Yield the file's bytes from `offset` in parts."""
     with path.open("rb") as file:
         file.seek(offset)
-        while part := file.read(PART_BYTES):
+        while part := file.read(SENT_PART_BYTES):
             yield part
 
 
@@ -43,6 +45,7 @@ def write_artifact(path: Path, parts: Iterator[bytes]) -> ArtifactReference:
     """Write `parts` to `path`, replacing it, and return what they are."""
     digest, size = hashlib.sha256(), 0
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # ext4 flushes a file to disk that is truncated and rewritten
     with path.open("wb") as file:
         for part in parts:
             file.write(part)

@@ -1,0 +1,70 @@
+"""What the coordinator's tests share: a store, a run in it, and a plan folder without a model."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from coordinator.store import Store
+from fedloom.adapters import write_adapter
+from fedloom.artifacts import ArtifactReference
+from fedloom.plans import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    BASE_FILE,
+    INFER_GRAPH,
+    PLAN_FILE,
+    TOKENIZER_FILE,
+    TRAIN_GRAPH,
+    Plan,
+    PlanMember,
+    PlanOrigin,
+    TextClassification,
+)
+from tests.coordinator.samples import LAYOUT, RUN_FILE, PlanFolder
+
+settings.register_profile("any machine", deadline=None)  # a slow one is not wrong
+settings.load_profile("any machine")
+
+
+@pytest.fixture
+def store_path(tmp_path: Path) -> Path:
+    return tmp_path / "store.sqlite"
+
+
+@pytest.fixture
+def store(store_path: Path) -> Iterator[Store]:
+    opened = Store(store_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def run_id(store: Store) -> bytes:
+    """A queued run of three rounds."""
+    identity = bytes(range(16))
+    plan = ArtifactReference(hashlib.sha256(b"plan").digest(), 4)
+    store.add_run(identity, "intent", RUN_FILE, plan, now=1.0)
+    return identity
+
+
+@pytest.fixture
+def plan_folder(tmp_path: Path) -> PlanFolder:
+    """A plan of eight values; its graphs and its base are bytes that nobody here executes."""
+    folder = tmp_path / "plan"
+    folder.mkdir()
+    theta = np.arange(8, dtype=np.float32)
+    for name in (INFER_GRAPH, TRAIN_GRAPH, BASE_FILE, ADAPTER_CONFIG_FILE, TOKENIZER_FILE):
+        (folder / name).write_bytes(name.encode() * 100)
+    write_adapter(folder / ADAPTER_FILE, LAYOUT, theta)
+    members = tuple(
+        PlanMember(path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).digest())
+        for path in sorted(folder.iterdir())
+    )
+    task = TextClassification(("no", "yes"), 16, 0)
+    plan = Plan("toy", members, LAYOUT, task, PlanOrigin("toy"))
+    (folder / PLAN_FILE).write_bytes(plan.encode())
+    return PlanFolder(folder, plan, theta)

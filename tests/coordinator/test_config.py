@@ -1,0 +1,291 @@
+"""`run.toml`: a good file becomes frozen values; of a bad one every problem is named at once."""
+
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import crypto
+from coordinator.config import (
+    CohortTerms,
+    Deadlines,
+    RunConfig,
+    load_run_config,
+    parse_run_config,
+)
+from fedloom.errors import ConfigError
+from fedloom.terms import (
+    MAX_WEIGHT_CLASS,
+    LocalTraining,
+    Optimizer,
+    Protection,
+    Strategy,
+    clip_of,
+)
+
+PATH = Path("/runs/intent.toml")
+LEAST = {"plan": "plans/intent", "rounds": 5}
+GOOD = """
+name = "intent"
+plan = "plans/intent"
+rounds = 5
+[cohort]
+minimum = 3
+size = 50
+[training]
+strategy = "fed_prox"
+optimizer = "sgd"
+epochs = 2
+batch_size = 8
+learning_rate = 1
+momentum = 0.9
+proximal_mu = 0.1
+seed = 11
+[protection]
+kind = "encrypted"
+update_bits = 8
+clip = 0.05
+[deadlines]
+training = 60
+"""
+
+
+def problems(**changes: Any) -> str:
+    """Return what is wrong with the least file after the changes."""
+    with pytest.raises(ConfigError) as caught:
+        parse_run_config(LEAST | changes, PATH)
+    assert caught.value.where == str(PATH)
+    return caught.value.problem
+
+
+def test_a_good_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(GOOD)
+    config = load_run_config(path)
+    assert (config.name, config.rounds, config.cohort) == ("intent", 5, CohortTerms(3, 50))
+    assert config.plan == tmp_path.resolve() / "plans" / "intent"
+    assert config.training == LocalTraining(
+        strategy=Strategy.FED_PROX,
+        optimizer=Optimizer.SGD,
+        epochs=2,
+        batch_size=8,
+        learning_rate=1.0,
+        momentum=0.9,
+        proximal_mu=0.1,
+        seed=11,
+    )
+    assert config.encoding.protection is Protection.ENCRYPTED
+    assert (config.encoding.clip, config.encoding.update_bits) == (0.05, 8)
+    assert config.encoding.capacity == 50
+    assert config.deadlines == Deadlines(training=60.0)
+
+
+def test_what_is_not_stated_has_a_default() -> None:
+    config = parse_run_config(LEAST, PATH)
+    assert config.name == "intent"
+    assert config.training == LocalTraining()
+    assert config.encoding.protection is Protection.ENCRYPTED  # never plain by omission
+    assert (config.cohort, config.deadlines) == (CohortTerms(), Deadlines())
+    assert parse_run_config(LEAST | {"cohort": {}, "deadlines": {}}, PATH) == config
+    assert parse_run_config(LEAST | {"plan": "/abs/plan"}, PATH).plan == Path("/abs/plan")
+
+
+def test_every_problem_is_named_at_once() -> None:
+    found = problems(
+        rounds=0,
+        plan="",
+        colour="red",
+        cohort={"minimum": 5, "size": 2, "maximum": 1},
+        training={"strategy": "fed_sgd", "epochs": "two", "optimizer": "sgd"},
+        protection={"kind": "rot13"},
+        deadlines={"training": -1},
+    )
+    for key in (
+        "rounds",
+        "plan",
+        "colour",
+        "cohort",
+        "cohort.maximum",
+        "training.strategy",
+        "training.epochs",
+        "protection.kind",
+        "protection.clip",
+        "deadlines",
+    ):
+        assert f"{key}: " in found, found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"colour": "red"},
+        {"cohort": {"colour": 1}},
+        {"cohort": 5},
+        {"colour": {}},
+        {"training": {"colour": {}}},
+        {"training": {"optimizer": {"name": "sgd"}}},
+    ],
+    ids=str,
+)
+def test_an_unknown_key_is_an_error(change: dict[str, Any]) -> None:
+    assert "unknown key; known are" in problems(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rounds": True}, "rounds: expected int, found True"),
+        ({"rounds": 5.0}, "rounds: expected int, found 5.0"),
+        ({"rounds": "5"}, "rounds: expected int, found '5'"),
+        ({"rounds": {}}, "rounds: expected int, found {}"),
+        ({"name": 1}, "name: expected str, found 1"),
+        ({"plan": ["p"]}, "plan: expected str, found ['p']"),
+        ({"deadlines": {"upload": False}}, "deadlines.upload: expected float, found False"),
+        ({"training": {"learning_rate": "1e-3"}}, "training.learning_rate: expected float"),
+        ({"training": {"learning_rate": 10**400}}, "training.learning_rate: expected float"),
+        ({"training": {"strategy": 1}}, "training.strategy: expected str, found 1"),
+    ],
+    ids=str,
+)
+def test_a_wrong_type_is_an_error(change: dict[str, Any], expected: str) -> None:
+    assert expected in problems(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rounds": 0}, "rounds: expected 1..100000"),
+        ({"rounds": 100_001}, "rounds: expected 1..100000"),
+        ({"plan": ""}, "plan: expected"),
+        ({"plan": "a\0b"}, "plan: expected"),
+        ({"cohort": {"minimum": 0}}, "cohort: expected 1 <= minimum"),
+        ({"cohort": {"minimum": 3, "size": 2}}, "minimum <= size"),
+        ({"cohort": {"size": 10_001}}, "capacity in 1..10000"),
+        ({"training": {"learning_rate": 0}}, "learning_rate above 0"),
+        ({"training": {"epochs": 0}}, "epochs in 1.."),
+        ({"training": {"momentum": 1.0}}, "momentum in [0, 1)"),
+        ({"training": {"seed": -1}}, "seed in 0.."),
+        ({"training": {"strategy": "FED_AVG"}}, "expected one of ['fed_avg', 'fed_prox']"),
+        ({"protection": {"update_bits": 12}}, "update_bits in (16, 8)"),
+        ({"protection": {"clip": float("nan")}}, "clip to be finite"),
+        ({"deadlines": {"upload": 0}}, "deadlines: expected seconds above 0"),
+        ({"deadlines": {"training": float("inf")}}, "deadlines: expected seconds above 0"),
+        ({"deadlines": {"training": float("nan")}}, "deadlines: expected seconds above 0"),
+        ({"deadlines": {"training": 1e300}}, "31622400 at most"),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_an_error(change: dict[str, Any], expected: str) -> None:
+    assert expected in problems(**change)
+
+
+def test_a_proximal_term_needs_fed_prox() -> None:
+    training = {"proximal_mu": 0.1}
+    assert "proximal_mu 0 unless" in problems(training=training)
+    prox = parse_run_config(LEAST | {"training": training | {"strategy": "fed_prox"}}, PATH)
+    assert prox.training.proximal_mu == 0.1
+    without = parse_run_config(LEAST | {"training": {"strategy": "fed_prox"}}, PATH)
+    assert without.training.proximal_mu == 0.0
+
+
+def test_sgd_needs_a_clip_only_where_updates_are_encoded() -> None:
+    sgd = {"optimizer": "sgd"}
+    assert "protection.clip: expected a range" in problems(training=sgd)
+    config = parse_run_config(LEAST | {"training": sgd, "protection": {"kind": "plain"}}, PATH)
+    assert clip_of(config.encoding, config.training, weight_cap=8) > 0  # every sum asks for one
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": {"learning_rate": 1e39}},
+        {"training": {"learning_rate": 1e-30}},
+        {"protection": {"clip": 1e30}},
+        {"cohort": {"size": 10_000}, "protection": {"update_bits": 8}},
+    ],
+    ids=str,
+)
+def test_what_no_cohort_could_encode_is_an_error_before_the_run(change: dict[str, Any]) -> None:
+    assert "protection: " in problems(**change)
+    plain = change | {"protection": {"kind": "plain"}}
+    assert parse_run_config(LEAST | plain, PATH).encoding.protection is Protection.PLAIN
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"rounds = ", b"\xff\xfe", b"rounds = 1\nrounds = 2", b"rounds = " + b"9" * 5000],
+    ids=["syntax", "not UTF-8", "twice", "too many digits"],
+)
+def test_a_file_that_is_not_toml_is_an_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not TOML"):
+        load_run_config(path)
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_run_config(tmp_path / "absent.toml")
+
+
+def test_the_example_in_the_docstring_is_a_good_file() -> None:
+    import coordinator.config as module
+
+    assert module.__doc__ is not None
+    text = module.__doc__[module.__doc__.index("name =") :]
+    assert parse_run_config(tomllib.loads(text), PATH).cohort == CohortTerms(3, 100)
+
+
+_KEYS = st.sampled_from(
+    ["name", "plan", "rounds", "cohort", "training", "protection", "deadlines", "minimum", "size"]
+    + ["kind", "clip", "update_bits", "strategy", "optimizer", "", "a.b"]
+    + [field.name for field in (*fields(LocalTraining), *fields(Deadlines))]
+)
+_VALUES = st.one_of(
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([1, 2, 8, 16, 10**400, -(10**400)]),
+    st.floats(),
+    st.text(),
+    st.sampled_from(["sgd", "adamw", "fed_prox", "plain", "encrypted", "p", "\0"]),
+    st.dates(),
+)
+_TABLES = st.recursive(
+    st.dictionaries(_KEYS, _VALUES, max_size=6),
+    lambda tables: st.dictionaries(_KEYS, _VALUES | tables | st.lists(tables), max_size=6),
+    max_leaves=20,
+)
+_LIKELY = st.fixed_dictionaries(
+    {"plan": st.just("p"), "rounds": st.integers(0, 9)},
+    optional={
+        table: st.dictionaries(_KEYS, _VALUES, max_size=3)
+        for table in ("cohort", "training", "protection", "deadlines")
+    },
+)
+
+
+@given(_TABLES | _LIKELY)
+def test_any_table_is_a_config_or_a_config_error(table: dict[str, Any]) -> None:
+    try:
+        config = parse_run_config(table, PATH)
+    except ConfigError:
+        return
+    _assert_usable(config)
+
+
+def _assert_usable(config: RunConfig) -> None:
+    """Whatever is accepted opens a cohort of any weight."""
+    for weight_cap in (1, 1 << MAX_WEIGHT_CLASS):
+        context = crypto.UpdateContext(
+            run_id=bytes(16),
+            round=config.rounds,
+            attempt=1,
+            parameter_count=1000,
+            capacity=config.encoding.capacity,
+            weight_cap=weight_cap,
+            clip=clip_of(config.encoding, config.training, weight_cap),
+            update_bits=config.encoding.update_bits,
+        )
+        if config.encoding.protection is Protection.ENCRYPTED:
+            crypto.BfvParameters.derive(context)
