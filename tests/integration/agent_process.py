@@ -1,0 +1,28 @@
+"""An agent's process as `fedloom-agent run --once` makes it, but for its engine."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from edge_agent.app import _run_session
+from edge_agent.identity import load_identity
+from edge_agent.participation import Device
+from edge_agent.session import Session
+from fedloom.exports import export_model
+from fedloom.logs import configure_logs
+from fedloom.terms import Protection
+from tests.integration.engines import FakeEngine
+
+
+def main(home: Path, samples: int) -> int:
+    """Take part in one run."""
+    configure_logs(as_json=True)
+    engine = FakeEngine(samples)
+    device = Device(
+        home, load_identity(home), Protection.ENCRYPTED, lambda folder, plan: engine, export_model
+    )
+    return asyncio.run(_run_session(Session(device, frozenset(Protection)), once=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,83 @@
+"""Engines that do not train: their updates are drawn, slow, late or wrong, as a test asks."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_agent.engine import Evaluation, LocalUpdate, Progress
+from fedloom.adapters import Theta
+from fedloom.errors import Refused
+from fedloom.terms import LocalTraining
+
+LARGEST_VALUE = 2.0**-6  # of an update; below every clip that the runs of these tests imply
+GATE_SECONDS = 60
+_STEPS = 1 << 9  # values are multiples of 2^-15: their weighted sums are exact in float64
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One round of an engine: from which state, with what result."""
+
+    theta: Theta
+    update: LocalUpdate
+
+
+class Gate:
+    """Holds a function of the product in its thread."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.open = threading.Event()
+
+    def wait(self) -> None:
+        """Announce the thread and hold it."""
+        self.entered.set()
+        assert self.open.wait(GATE_SECONDS), "nobody opened the gate"
+
+
+class FakeEngine:
+    """An `edge_agent.engine.Engine` whose update follows from the round's order seed alone."""
+
+    def __init__(self, samples: int, spoil: Callable[[LocalUpdate], LocalUpdate] | None = None):
+        self.samples = samples
+        self.history: list[Trained] = []
+        self.training = threading.Event()  # set as soon as a training begins
+        self.may_finish = threading.Event()  # trainings wait for it
+        self.may_finish.set()
+        self.begun = 0
+        self.pauses_at = 0  # number of the training that clears `may_finish`, from 1
+        self.refusal: Refused | None = None  # raised instead of training
+        self.evaluation: Evaluation | None = Evaluation(count=10, correct=7, mean_loss=0.5)
+        self._spoil = spoil or (lambda update: update)
+
+    def train(
+        self, theta: Theta, terms: LocalTraining, order_seed: int, progress: Progress
+    ) -> LocalUpdate:
+        """Draw an update; while `may_finish` is clear, behave like a training that goes on."""
+        self.begun += 1
+        if self.begun == self.pauses_at:
+            self.may_finish.clear()
+        self.training.set()
+        if self.refusal is not None:
+            raise self.refusal
+        progress(0.5)
+        while not self.may_finish.wait(0.01):
+            progress(0.5)
+        levels = np.random.default_rng(order_seed).integers(-_STEPS, _STEPS + 1, len(theta))
+        delta = levels.astype(np.float32) * np.float32(LARGEST_VALUE / _STEPS)
+        update = self._spoil(LocalUpdate(delta, self.samples, mean_loss=0.25))
+        self.history.append(Trained(theta.copy(), update))
+        return update
+
+    def evaluate(self, theta: Theta) -> Evaluation | None:
+        """Return the prepared quality."""
+        return self.evaluation
+
+    def update_from(self, theta: Theta) -> LocalUpdate:
+        """Return what was trained last from exactly this state."""
+        for trained in reversed(self.history):
+            if np.array_equal(trained.theta, theta):
+                return trained.update
+        raise AssertionError(f"never trained from this state, in {len(self.history)} rounds")

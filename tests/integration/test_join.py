@@ -1,0 +1,184 @@
+"""Who may join and who may call: tokens, certificates and ports that are not the right ones."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+
+from edge_agent.connection import Unreachable
+from edge_agent.enrolment import join
+from fedloom.errors import Reason, Refused
+from fedloom.tokens import EnrolmentToken, parse_token
+from fedloom.v1 import enrolment_pb2, enrolment_pb2_grpc
+from tests.integration.federation import PATIENCE_SECONDS, Federation, free_ports
+from tests.integration.raw import RawControl, raw_channel, refused
+
+
+async def refuses_to_join(home: Path, token: str) -> Refused:
+    """Expect a refusal; a device that was refused is not a member of anything."""
+    with pytest.raises(Refused) as caught:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await join(home, token)
+    assert not (home / "agent.pem").exists()
+    return caught.value
+
+
+def altered(token: str, **fields: bytes | str) -> str:
+    """Return the token with other fields."""
+    found = parse_token(token)
+    values = {
+        "address": found.address,
+        "secret": found.secret,
+        "authority_certificate": found.authority_certificate,
+    }
+    return EnrolmentToken(**(values | fields)).encode()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("garbage", ["", "fl1_", "fl1_!!!!", "fl1_AAAA", "no token", "fl1_" * 4096])
+async def test_a_garbage_token_is_refused(
+    federation: Federation, tmp_path: Path, garbage: str
+) -> None:
+    refusal = await refuses_to_join(tmp_path / "device", garbage)
+    assert refusal.reason is Reason.INVALID_TOKEN
+    assert not (tmp_path / "device").exists()
+
+
+async def test_a_token_with_a_wrong_secret_or_without_an_authority_is_refused(
+    federation: Federation, tmp_path: Path
+) -> None:
+    token = federation.invite("device")
+    for wrong in (altered(token, secret=bytes(32)), altered(token, authority_certificate=b"x")):
+        refusal = await refuses_to_join(tmp_path / "device", wrong)
+        assert refusal.reason is Reason.INVALID_TOKEN
+    assert federation.store.agents() == []
+
+
+async def test_an_expired_token_is_refused(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = federation.invite("device", hours=1)
+    monkeypatch.setattr("coordinator.services.enrolment.time.time", lambda: 4e9)
+    refusal = await refuses_to_join(tmp_path / "device", token)
+    assert refusal.reason is Reason.TOKEN_EXPIRED
+
+
+async def test_a_used_token_serves_its_own_device_again_and_no_other(
+    federation: Federation, tmp_path: Path
+) -> None:
+    token = federation.invite("device")
+    first = await join(tmp_path / "device", token)
+    again = await join(tmp_path / "device", token)
+    assert first.agent_id == again.agent_id == "device"
+    refusal = await refuses_to_join(tmp_path / "thief", token)
+    assert refusal.reason is Reason.INVALID_TOKEN
+    assert [name for name, _ in federation.store.agents()] == ["device"]
+
+
+async def test_a_server_of_another_authority_gets_no_secret_and_a_clear_message(
+    federation: Federation, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = Federation(tmp_path / "other")
+    foreign = parse_token(other.invite("device")).authority_certificate
+    token = altered(federation.invite("device"), authority_certificate=foreign)
+    with pytest.raises(Unreachable, match="not of the authority") as caught:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await join(tmp_path / "device", token)
+    assert caught.value.hopeless
+    await other.close()
+
+
+async def test_a_port_without_tls_is_named(federation: Federation, tmp_path: Path) -> None:
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    token = altered(federation.invite("device"), address=f"127.0.0.1:{port}")
+    with pytest.raises(Unreachable, match="does not speak TLS"):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await join(tmp_path / "device", token)
+    await server.stop(None)
+
+
+async def test_nobody_there_is_said_at_once(federation: Federation, tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    token = altered(federation.invite("device"), address=f"127.0.0.1:{port}")
+    with pytest.raises(Unreachable, match="UNAVAILABLE"):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await join(tmp_path / "device", token)
+
+
+@pytest.mark.parametrize("request_bytes", [b"", b"garbage", b"\x30" * 5000])
+async def test_a_garbage_signing_request_uses_nothing_up(
+    federation: Federation, tmp_path: Path, request_bytes: bytes
+) -> None:
+    text = federation.invite("device")
+    token = parse_token(text)
+    async with enrolment_channel(federation) as channel:
+        stub = enrolment_pb2_grpc.EnrolmentServiceStub(channel)
+        request = enrolment_pb2.EnrolRequest(secret=token.secret, certificate_request=request_bytes)
+        async with refused(Reason.MALFORMED):
+            await stub.Enrol(request)
+    assert (await join(tmp_path / "device", text)).agent_id == "device"
+
+
+def enrolment_channel(federation: Federation) -> grpc.aio.Channel:
+    """Open a channel to the enrolment port, without a client certificate."""
+    pem = (federation.home / "authority.pem").read_bytes()
+    return grpc.aio.secure_channel(
+        f"127.0.0.1:{federation.enrolment_port}", grpc.ssl_channel_credentials(pem)
+    )
+
+
+async def test_the_enrolment_port_lets_nobody_control(federation: Federation) -> None:
+    member = (await federation.enrol("member")).identity
+    async with enrolment_channel(federation) as channel:
+        control = RawControl(channel)
+        async with refused(Reason.NOT_PERMITTED):
+            await control.hello(member)
+
+
+async def test_an_agent_of_a_foreign_authority_is_not_let_in(
+    federation: Federation, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = Federation(tmp_path / "other")
+    await other.start()
+    foreign = await other.enrol("member")
+    member = await federation.enrol("member")
+    disguised = replace(foreign.identity, authority=member.identity.authority)
+    disguised = replace(disguised, control_address=member.identity.control_address)
+    async with raw_channel(disguised) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await RawControl(channel).hello(disguised)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # by TLS, before any service
+    await other.close()
+
+
+async def test_a_device_that_enrols_again_shuts_its_old_key_out(
+    federation: Federation, tmp_path: Path
+) -> None:
+    old = await federation.enrol("device")
+    new = await federation.enrol("device")
+    old.start()
+    error = await old.ended()
+    assert isinstance(error, Refused)
+    assert error.reason is Reason.NOT_PERMITTED
+    async with raw_channel(new.identity) as channel:
+        await RawControl(channel).hello(new.identity)
+
+
+async def test_a_certificate_of_nobody_enrolled_is_refused(federation: Federation) -> None:
+    agent = await federation.enrol("device")
+    federation.store.close()
+    (federation.home / "store.sqlite").rename(federation.home / "lost.sqlite")
+    await federation.stop()
+    for leftover in federation.home.glob("store.sqlite-*"):
+        leftover.unlink()
+    await federation.start()
+    agent.start()
+    error = await agent.ended()
+    assert isinstance(error, Refused)
+    assert error.reason is Reason.NOT_PERMITTED

@@ -1,0 +1,123 @@
+"""Whole runs: every agent ends with the same bits, and they are the mean's."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import crypto
+from coordinator.progress import read_progress
+from coordinator.run_state import Phase
+from edge_agent.engine import Evaluation
+from fedloom.adapters import read_adapter
+from fedloom.errors import ConfigError
+from fedloom.plans import ADAPTER_FILE
+from fedloom.terms import Encoding, LocalTraining, Protection, clip_of
+from fedloom.v1 import control_pb2
+from tests.integration.federation import (
+    LAYOUT,
+    PARAMETERS,
+    Agent,
+    Federation,
+    command,
+    weighted_mean,
+)
+
+SAMPLES = (30, 50, 100)
+
+
+async def complete(federation: Federation, run_id: bytes, agents: list[Agent]) -> None:
+    """Take part with these agents until the run is over."""
+    for agent in agents:
+        agent.start()
+    for agent in agents:
+        finished = await agent.finished()
+        assert finished.outcome == control_pb2.RUN_OUTCOME_COMPLETED, finished.reason
+    assert (await federation.run_over(run_id)).phase is Phase.COMPLETED
+
+
+def quantisation_bound(weights: tuple[int, ...], cap: int) -> float:
+    """Bound the error of one round's mean: each update is off by less than one level."""
+    terms, encoding = LocalTraining(learning_rate=1e-2), Encoding(Protection.ENCRYPTED, 10)
+    clip = clip_of(encoding, terms, cap)
+    context = crypto.UpdateContext(bytes(16), 1, 1, PARAMETERS, 10, cap, clip)
+    levels = crypto.BfvParameters.derive(context).half_levels
+    return len(weights) * clip * cap / (levels * sum(weights))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+async def test_a_plain_run_is_the_weighted_mean_to_the_bit(
+    federation: Federation, count: int, tmp_path: Path
+) -> None:
+    agents = await federation.enrol_all(SAMPLES[:count])
+    run_id = federation.start_run("plain", rounds=3, minimum=count)
+    await complete(federation, run_id, agents)
+
+    theta = federation.initial_theta()
+    for _ in range(3):
+        theta = theta + weighted_mean(agents, theta)
+    for agent in agents:
+        assert np.array_equal(agent.theta(run_id), theta)
+
+    command("run", "export", "--out", tmp_path / "model", "--home", federation.home)
+    assert np.array_equal(read_adapter(tmp_path / "model" / ADAPTER_FILE, LAYOUT), theta)
+
+
+async def test_an_encrypted_run_is_the_weighted_mean_within_its_levels(
+    federation: Federation, tmp_path: Path
+) -> None:
+    agents = await federation.enrol_all(SAMPLES)
+    run_id = federation.start_run("encrypted", rounds=3)
+    await complete(federation, run_id, agents)
+
+    final = agents[0].theta(run_id)
+    for agent in agents[1:]:
+        assert np.array_equal(agent.theta(run_id), final)
+    states = [trained.theta for trained in agents[0].engine.history] + [final]
+    assert np.array_equal(states[0], federation.initial_theta())
+    bound = quantisation_bound(SAMPLES, cap=128) + 2 * np.spacing(np.float32(1))
+    for before, after in pairwise(states):
+        expected = before + weighted_mean(agents, before)
+        assert np.abs(after - expected).max() <= bound
+        assert np.abs(after - before).max() > 1000 * bound, "the bound would prove nothing"
+
+    with pytest.raises(ConfigError, match="never could read"):
+        command("run", "export", "--out", tmp_path / "model", "--home", federation.home)
+    assert not (tmp_path / "model").exists()
+
+
+async def test_a_plain_run_with_sgd_needs_no_clip(federation: Federation) -> None:
+    agents = await federation.enrol_all(SAMPLES)
+    run_id = federation.start_run("plain", rounds=1, optimizer="sgd")
+    await complete(federation, run_id, agents)
+    initial = federation.initial_theta()
+    expected = initial + weighted_mean(agents, initial)
+    assert np.array_equal(agents[0].theta(run_id), expected)
+
+
+@pytest.mark.parametrize("kind", ["plain", "encrypted"])
+async def test_the_store_knows_quality_and_bytes_of_every_round(
+    federation: Federation, kind: str
+) -> None:
+    agents = await federation.enrol_all(SAMPLES)
+    agents[0].engine.evaluation = None
+    agents[1].engine.evaluation = Evaluation(10, 10, 0.25)
+    run_id = federation.start_run(kind, rounds=2)
+    await complete(federation, run_id, agents)
+
+    progress = read_progress(federation.store, federation.run(run_id))
+    assert [entry.round for entry in progress.history] == [1, 2]
+    sums = [record.sum.size_bytes for record in federation.store.rounds(run_id)]
+    for entry, sum_bytes in zip(progress.history, sums, strict=True):
+        assert (entry.evaluated, entry.accuracy) == (20, 17 / 20)
+        assert entry.training_loss == pytest.approx(0.25)
+        assert entry.seconds is not None
+        assert entry.seconds > 0
+        assert entry.saturated == 0
+        for agent in entry.agents:
+            assert agent.progress == 1.0
+            assert agent.sent_bytes is not None
+            assert agent.received_bytes is not None
+            assert agent.sent_bytes >= 3 * PARAMETERS
+            assert agent.received_bytes >= sum_bytes
