@@ -8,7 +8,7 @@ from coordinator.config import RunConfig
 from coordinator.run_state import Phase, RunState
 from coordinator.store import RoundRecord
 from fedloom.artifacts import ArtifactReference
-from fedloom.errors import Refused, refusal_details
+from fedloom.errors import Reason, Refused, refusal_details
 from fedloom.v1 import control_pb2
 
 Message = control_pb2.ConnectResponse
@@ -93,19 +93,20 @@ def result(run_id: bytes, record: RoundRecord) -> Message:
     return Message(result=control_pb2.Result(run_id=run_id, outcome=_outcome(record)))
 
 
-def finished(run_id: bytes, state: RunState) -> Message:
-    """Tell how the run ended."""
+def finished(
+    run_id: bytes, phase: Phase, reason: Reason | None, history: Iterable[RoundRecord]
+) -> Message:
+    """Tell how the run ended, and what an agent needs that missed a part of it."""
+    completed = phase is Phase.COMPLETED
     message = control_pb2.Finished(
         run_id=run_id,
         outcome=(
-            control_pb2.RUN_OUTCOME_COMPLETED
-            if state.phase is Phase.COMPLETED
-            else control_pb2.RUN_OUTCOME_FAILED
+            control_pb2.RUN_OUTCOME_COMPLETED if completed else control_pb2.RUN_OUTCOME_FAILED
         ),
+        history=[_outcome(record) for record in history],
     )
-    if state.reason is not None:
-        why = Refused(state.reason, f"the run failed in round {state.round}")
-        message.reason.CopyFrom(refusal_details(why))
+    if reason is not None:
+        message.reason.CopyFrom(refusal_details(Refused(reason, "the run failed")))
     return Message(finished=message)
 
 

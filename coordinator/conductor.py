@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 
+from coordinator import announcements
 from coordinator.config import parse_run_config
 from coordinator.events import (
     AgentConnected,
@@ -95,9 +96,18 @@ class Conductor:
     # sessions
 
     def _agent_connected(self, session: Session) -> None:
+        self._tell_what_ended(session)
         run = self._open
         if run is not None and session.can(run.config.encoding.protection):
             run.post(AgentConnected(session.agent_id))
+
+    def _tell_what_ended(self, session: Session) -> None:
+        """An agent that was away when its run ended hears of it now."""
+        for run in self._store.runs() if session.unfinished_run_ids else ():
+            missed = run.run_id in session.unfinished_run_ids and run.phase.over
+            if missed and self._store.took_part(run.run_id, session.agent_id):
+                history = self._store.rounds(run.run_id)
+                session.send(announcements.finished(run.run_id, run.phase, run.reason, history))
 
     def _agent_disconnected(self, session: Session) -> None:
         if self._open is not None:

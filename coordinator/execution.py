@@ -108,7 +108,8 @@ class Execution:
         """
         if self.state.round > self.config.rounds:
             self._store.update_run(self.run_id, Phase.COMPLETED, self.config.rounds, 0)
-            self.finished.set()
+            self.state = replace(self.state, phase=Phase.COMPLETED, connected=frozenset(connected))
+            self._finish()
         elif connected:
             self.state = replace(self.state, connected=frozenset(connected))
             self.post(AgentConnected(min(connected)))
@@ -346,7 +347,8 @@ class Execution:
     def _finish(self) -> None:
         state = self.state
         self._discard_sum()
-        self._tell(state.connected, announcements.finished(self.run_id, state))
+        message = announcements.finished(self.run_id, state.phase, state.reason, self._history)
+        self._tell(state.connected, message)
         reason = None if state.reason is None else state.reason.name
         self._log.info("run finished", phase=state.phase.value, reason=reason)
         self.finished.set()

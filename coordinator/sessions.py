@@ -18,6 +18,7 @@ class Session:
     agent_id: str
     protections: frozenset[Protection]
     exchange_key: control_pb2.ExchangeKey | None  # carried from agent to agent, never used here
+    unfinished_run_ids: tuple[bytes, ...] = ()  # runs that the agent has not heard the end of
     outbox: asyncio.Queue[control_pb2.ConnectResponse | Refused] = field(
         default_factory=lambda: asyncio.Queue(MAX_QUEUED_MESSAGES)
     )

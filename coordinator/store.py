@@ -322,6 +322,12 @@ class Store:
                 .on_conflict_do_update(index_elements=["run_id", "round", "agent_id"], set_=values)
             )
 
+    def took_part(self, run_id: bytes, agent_id: str) -> bool:
+        """Whether the agent reported anything in the run."""
+        mine = (_reports.c.run_id == run_id) & (_reports.c.agent_id == agent_id)
+        with self._engine.connect() as db:
+            return db.execute(sa.select(sa.exists().where(mine))).scalar_one()
+
     def reports(self, run_id: bytes) -> list[dict[str, Any]]:
         """Return all reports of a run, by round and agent."""
         query = (

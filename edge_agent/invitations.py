@@ -12,6 +12,7 @@ from fedloom.terms import MAX_CAPACITY, MAX_WEIGHT_CLASS, Encoding, LocalTrainin
 from fedloom.v1 import control_pb2
 
 RUN_ID_BYTES = 16
+MAX_UNFINISHED_RUNS = 16  # what a hello names at most
 _KEPT = "invitation.binpb"
 
 
@@ -81,6 +82,17 @@ def kept_invitation(folder: Path) -> control_pb2.Invitation | None:
         return control_pb2.Invitation.FromString((folder / _KEPT).read_bytes())
     except (OSError, DecodeError):
         return None
+
+
+def forget_invitation(folder: Path) -> None:
+    """The run is over for this device: nothing goes on from there any more."""
+    (folder / _KEPT).unlink(missing_ok=True)
+
+
+def unfinished_runs(runs: Path) -> list[bytes]:
+    """Return the ids of runs that this device was invited to and has not heard the end of."""
+    kept = sorted(runs.glob(f"*/{_KEPT}"), key=lambda path: path.stat().st_mtime)
+    return [bytes.fromhex(path.parent.name) for path in kept[-MAX_UNFINISHED_RUNS:]]
 
 
 def _require(condition: bool, expected: str) -> None:

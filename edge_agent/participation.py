@@ -23,6 +23,7 @@ from edge_agent.identity import Identity
 from edge_agent.invitations import (
     Outcome,
     Terms,
+    forget_invitation,
     keep_invitation,
     kept_invitation,
     read_outcome,
@@ -282,12 +283,19 @@ class Participation:
 
     async def finished(self, message: control_pb2.Finished) -> None:
         """Keep the run's model: versions in `models/`, the newest named in `models/current`."""
-        if message.outcome != control_pb2.RUN_OUTCOME_COMPLETED:
+        if message.outcome == control_pb2.RUN_OUTCOME_COMPLETED:
+            await self._export(message)
+        else:
             self._log.warning("run failed", reason=str(refused_from_details(message.reason)))
-            return
+        forget_invitation(self._folder)
+
+    async def _export(self, message: control_pb2.Finished) -> None:
         await self._resume()
-        if self._state is None or self._state.rounds == 0:
+        if self._state is None:
+            self._log.warning("run completed without this device")
             return
+        for outcome in message.history:
+            await self._apply(read_outcome(outcome))
         folder = self._device.home / "models" / self.run_id.hex()
         plan, theta = _present(self._plan), self._state.theta
         await asyncio.to_thread(self._device.export, self.plan_folder, plan, theta, folder)

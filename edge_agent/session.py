@@ -8,7 +8,7 @@ import grpc
 import structlog
 
 from edge_agent.connection import Unreachable, open_channel, understood
-from edge_agent.invitations import read_run_id
+from edge_agent.invitations import read_run_id, unfinished_runs
 from edge_agent.participation import Device, Interrupted, Participation
 from edge_agent.run_keys import share_run_key
 from edge_agent.transfer import Transfer
@@ -93,6 +93,7 @@ class Session:
         )
         if self._protections != {Protection.PLAIN}:
             hello.exchange_key.CopyFrom(self._device.identity.advertised_exchange_key())
+        hello.unfinished_run_ids.extend(unfinished_runs(self._device.home / "runs"))
         return control_pb2.ConnectRequest(hello=hello)
 
     async def _requests(self) -> AsyncIterator[control_pb2.ConnectRequest]:

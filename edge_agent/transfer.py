@@ -44,13 +44,18 @@ class Transfer:
         await self._until_done(lambda: self._download_once(artifact, partial, destination))
 
     async def download_plan(self, reference: ArtifactReference, folder: Path) -> Plan:
-        """Fetch a plan and the members that it names to `folder`; raises Refused."""
+        """Fetch a plan and the members that it names; raises Refused, PLAN_MISMATCH for others."""
         path = folder / PLAN_FILE
-        await self.download(reference, path)
-        plan = parse_plan(await asyncio.to_thread(path.read_bytes))
-        for member in plan.members:
-            wanted = ArtifactReference(member.sha256, member.size_bytes)
-            await self.download(wanted, folder / member.name)
+        try:
+            await self.download(reference, path)
+            plan = parse_plan(await asyncio.to_thread(path.read_bytes))
+            for member in plan.members:
+                wanted = ArtifactReference(member.sha256, member.size_bytes)
+                await self.download(wanted, folder / member.name)
+        except Refused as refused:
+            if refused.reason is not Reason.DIGEST_MISMATCH:
+                raise
+            raise Refused(Reason.PLAN_MISMATCH, refused.subject) from refused
         return plan
 
     async def _until_done(self, attempt: Callable[[], Awaitable[None]]) -> None:

@@ -23,6 +23,7 @@ HELLO_SECONDS = 20.0
 HEARTBEAT_SECONDS = 15
 MAX_CERTIFICATE_BYTES = 4096
 MAX_ENVELOPE_BYTES = 16_384
+MAX_UNFINISHED_RUNS = 16
 MAX_COUNT = 1 << 62
 AgentEvent = KeyShared | Ready | Applied | Declined
 _log = structlog.get_logger()
@@ -147,7 +148,11 @@ def _session(agent_id: str, hello: control_pb2.Hello) -> Session:
         or max(len(key.signature), len(key.certificate)) > MAX_CERTIFICATE_BYTES
     ):
         raise Refused(Reason.MALFORMED, "expected a 32-byte X25519 key with its certificate")
-    return Session(agent_id, frozenset(Protection(p) for p in hello.protections if p in known), key)
+    unfinished = tuple(hello.unfinished_run_ids)
+    if len(unfinished) > MAX_UNFINISHED_RUNS or any(len(run_id) != 16 for run_id in unfinished):
+        raise Refused(Reason.MALFORMED, f"expected at most {MAX_UNFINISHED_RUNS} run ids")
+    protections = frozenset(Protection(p) for p in hello.protections if p in known)
+    return Session(agent_id, protections, key, unfinished)
 
 
 def _require(condition: bool, expected: str) -> None:

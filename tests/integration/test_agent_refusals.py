@@ -81,7 +81,7 @@ async def test_a_plan_that_is_not_what_its_hash_says(federation: Federation, wha
         for agent in agents:
             agent.start()
         await fails(federation, run_id, agents, Reason.QUORUM_NOT_REACHED)
-    assert set(refusals(federation, run_id).values()) == {Reason.DIGEST_MISMATCH}
+    assert set(refusals(federation, run_id).values()) == {Reason.PLAN_MISMATCH}
     # The right bytes are accepted afterwards: nothing wrong was kept.
     again = federation.start_run("plain", rounds=1)
     for agent in agents:
