@@ -9,7 +9,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class ProtoBuildHook(BuildHookInterface):
-    """Generate `fedloom/v1/*_pb2*.py[i]` next to their sources; they are build artefacts and never committed."""
+    """Generate `fedloom/v1/*_pb2*.py[i]` beside their sources: build artefacts, never committed."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         from grpc_tools import protoc
