@@ -1,0 +1,75 @@
+"""The store's tables."""
+
+import sqlalchemy as sa
+
+METADATA = sa.MetaData()
+
+agents = sa.Table(
+    "agents",
+    METADATA,
+    sa.Column("agent_id", sa.String, primary_key=True),
+    sa.Column("public_key_sha256", sa.LargeBinary, nullable=False),
+    sa.Column("enrolled_at", sa.Float, nullable=False),
+)
+invitations = sa.Table(
+    "invitations",
+    METADATA,
+    sa.Column("secret_sha256", sa.LargeBinary, primary_key=True),
+    sa.Column("agent_id", sa.String, nullable=False),
+    sa.Column("expires_at", sa.Float, nullable=False),
+    sa.Column("public_key_sha256", sa.LargeBinary),  # of the key that used it, or NULL
+)
+runs = sa.Table(
+    "runs",
+    METADATA,
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("run_id", sa.LargeBinary, unique=True, nullable=False),
+    sa.Column("name", sa.String, nullable=False),
+    sa.Column("config", sa.String, nullable=False),  # the run file, as TOML text
+    sa.Column("plan_sha256", sa.LargeBinary, nullable=False),
+    sa.Column("plan_size", sa.Integer, nullable=False),
+    sa.Column("phase", sa.String, nullable=False),
+    sa.Column("reason", sa.Integer),
+    sa.Column("round", sa.Integer, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),  # latest of that round, used or not
+    sa.Column("key_id", sa.Integer, nullable=False),  # latest run key; 0 before the first
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+rounds = sa.Table(
+    "rounds",
+    METADATA,
+    sa.Column("run_id", sa.LargeBinary, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("weight_cap", sa.Integer, nullable=False),
+    sa.Column("slots", sa.String, nullable=False),  # JSON list
+    sa.Column("sum_sha256", sa.LargeBinary, nullable=False),
+    sa.Column("sum_size", sa.Integer, nullable=False),
+    sa.Column("seconds", sa.Float, nullable=False),
+)
+envelopes = sa.Table(
+    "envelopes",
+    METADATA,
+    sa.Column("run_id", sa.LargeBinary, primary_key=True),
+    sa.Column("recipient", sa.String, primary_key=True),
+    sa.Column("key_id", sa.Integer, nullable=False),
+    sa.Column("envelope", sa.LargeBinary, nullable=False),  # opaque to us
+)
+reports = sa.Table(
+    "reports",
+    METADATA,
+    sa.Column("run_id", sa.LargeBinary, primary_key=True),
+    sa.Column("round", sa.Integer, primary_key=True),
+    sa.Column("agent_id", sa.String, primary_key=True),
+    sa.Column("progress", sa.Float),  # of local training, 0..1
+    sa.Column("training_loss", sa.Float),
+    sa.Column("training_seconds", sa.Float),
+    sa.Column("sent_bytes", sa.Integer),
+    sa.Column("received_bytes", sa.Integer),
+    sa.Column("state_sha256", sa.LargeBinary),
+    sa.Column("evaluated", sa.Integer),
+    sa.Column("correct", sa.Integer),
+    sa.Column("evaluation_loss", sa.Float),
+    sa.Column("saturated", sa.Integer),
+    sa.Column("refusal", sa.Integer),
+)
