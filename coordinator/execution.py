@@ -82,6 +82,7 @@ class Execution:
         self._counting: set[asyncio.Task[None]] = set()
         self._storing: asyncio.Task[None] | None = None
         self._key_id = record.key_id
+        self._known_rounds: dict[str, int] = {}  # agent -> rounds that its state surely includes
         self._round_started = 0.0
         self._traffic: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
         self._log = _log.bind(run=record.name)
@@ -125,6 +126,8 @@ class Execution:
         """Move the run by one event: first what must be remembered, then what must be done."""
         if self._is_adding(event):
             return
+        if isinstance(event, AgentConnected):
+            self._known_rounds.pop(event.agent, None)  # it may have lost what it had
         before = self.state
         self.state, effects = handle(before, event, time.monotonic())
         after = self.state
@@ -187,6 +190,8 @@ class Execution:
                 "evaluation_loss": event.evaluation.mean_loss,
             }
         self._report(event.round, event.agent, **values)
+        if event.round == len(self._history):
+            self._known_rounds[event.agent] = event.round
 
     def _report(self, round_number: int, agent: str, **values: Any) -> None:
         if round_number == self.state.round and agent in self.state.invited:
@@ -287,7 +292,7 @@ class Execution:
                 self.config,
                 self._record.plan,
                 self.state,
-                self._history,
+                self._history[self._known_rounds.get(agent, 0) :],
                 self._envelopes.get(agent),
                 self._seconds_left(),
             )
@@ -355,6 +360,7 @@ class Execution:
 
     def refuse(self, agent: str, refused: Refused) -> None:
         """Tell an agent that its step is refused."""
+        self._known_rounds.pop(agent, None)  # a diverged one starts from the plan again
         self._log.info("step refused", agent=agent, reason=refused.reason.name)
         self._sessions.send(agent, announcements.refusal(self.run_id, self.state.round, refused))
 

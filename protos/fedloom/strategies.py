@@ -32,7 +32,8 @@ class ServerState:
 class Algorithm:
     """A federated algorithm: `init(theta)`, then `apply(state, mean_update)` once per round.
 
-    `mean_update` is (P,) float32: sum_k w_k delta_k / sum_k w_k, as the protections deliver it.
+    `mean_update` is (P,) float32: sum_k w_k delta_k / sum_k w_k, as the protections deliver it. It
+    is handed over: its memory becomes the new theta's, since a device may not have room for both.
     """
 
     init: Callable[[Theta], ServerState]
@@ -44,9 +45,9 @@ def federated_averaging(server_learning_rate: float = 1.0) -> Algorithm:
     rate = np.float32(server_learning_rate)
 
     def apply(state: ServerState, mean_update: NDArray[np.float32]) -> ServerState:
-        theta = mean_update * rate
-        theta += state.theta
-        return ServerState(theta, state.rounds + 1)
+        mean_update *= rate
+        mean_update += state.theta
+        return ServerState(mean_update, state.rounds + 1)
 
     return Algorithm(init=ServerState, apply=apply)
 
