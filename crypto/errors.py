@@ -39,7 +39,6 @@
 Every error carries `subject`, `expected` and `found`. None of them ever carries key material, a
 decrypted value or a seed: error texts end up in logs.
 """
-# ruff: noqa: N818 - the names say what happened; "Error" after each of them says nothing more
 
 
 class CryptoError(Exception):
