@@ -1,4 +1,4 @@
-"""From an update to the chunks of coefficients that every protection but `plain` works on, and back.
+"""From an update to chunks of coefficients, and back: what all protections but `plain` work on.
 
 The values come first and the counters last (`parameters.update_order`); in a sum it is the other
 way round. The chunk of index `value_chunks` carries the counters: 0 updates (1 each), 1 weight,

@@ -21,7 +21,7 @@
         │   └── TagMismatch             it is not the sum of exactly the accepted updates
         │       ├── UpdateLeftOut           one accepted update is missing from it
         │       ├── UpdateCountedTwice      one accepted update is in it twice
-        │       └── MemberSwapped           another member's update took the place of an accepted one
+        │       └── MemberSwapped           another's update took the place of an accepted one
         ├── ProtocolFault       a message of the masks' protocol (`cohort`) was refused
         │   ├── MalformedMessage        not of the one length and form that it can have
         │   ├── BadSignature            not signed by the agent that it names

@@ -16,8 +16,8 @@ r is uniform up to one residue in 2^31). The counters have tags of their own, as
     key of r      HMAC-SHA256(tag key, `fedloom v1 tag vector\\0` binding chunk(u32) k(u8))
     r             the keystream of AES-256-CTR with that key from counter 0, as u32 words, each
                   without its highest bit
-    ρ             HMAC-SHA256(tag key, `fedloom v1 tag pad\\0` binding chunk(u32) k(u8) member(u16)),
-                  the first 8 bytes as u64, mod p
+    ρ             HMAC-SHA256(tag key, `fedloom v1 tag pad\\0` binding chunk(u32) k(u8)
+                  member(u16)), the first 8 bytes as u64, mod p
     binding       parameters id(16) run id(16) round(u32) attempt(u16)
 
 Little-endian. The parameters id contains protection and cohort. The chunk of counters is tagged

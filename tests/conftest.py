@@ -4,4 +4,4 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz", action="store_true", help="100,000 cases over every parser of crypto")
+    parser.addoption("--fuzz", action="store_true", help="100,000 cases over all parsers")

@@ -4,18 +4,19 @@
 each other. The picture and what each party learns are in ../README.md.
 """
 
+from .decoding import decode
 from .identity import Sign, Verify, ed25519_signer, ed25519_valid
-from .member import (
+from .member import handle as handle_member
+from .member import masks
+from .member_state import (
     Join,
     MemberPhase,
     MemberPolicy,
     MemberState,
     MemberTools,
     UploadReady,
-    masks,
     new_member,
 )
-from .member import handle as handle_member
 from .messages import (
     Acceptance,
     Advertisement,
@@ -26,7 +27,6 @@ from .messages import (
     Endorsement,
     Message,
     Release,
-    decode,
 )
 from .quorum import MASK_DEGREE, SECRET_SIZE, quorum, threshold, tolerated
 from .refusals import MAX_REFUSED_SUMS, RefusedSums

@@ -1,4 +1,4 @@
-"""The coordinator's part in one attempt, as a state machine: no I/O, no clock, no secrets of its own.
+"""The coordinator's part in one attempt, as a state machine: no I/O, no clock, no secrets.
 
     ADVERTISING ─FormCohort─▶ SHARING ─all Boxes─▶ COLLECTING ─all Uploaded, or CloseUploads─▶
     VOUCHING ─a quorum of Endorsements─▶ RELEASING ─all Releases, or CloseReleases─▶ CORRECTED

@@ -6,6 +6,7 @@ from enum import IntEnum
 
 from ..errors import MalformedMessage
 from ..masks import Correction
+from .decoding import Fields, decode
 from .messages import (
     Acceptance,
     Advertisement,
@@ -14,10 +15,8 @@ from .messages import (
     Certificate,
     Cohort,
     Endorsement,
-    Fields,
     Message,
     Release,
-    decode,
 )
 
 

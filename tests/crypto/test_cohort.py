@@ -2,14 +2,12 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crypto import OpeningFailed, ProtocolFault, TagMismatch, WrongContext
+from crypto import OpeningFailed, TagMismatch, WrongContext
 from crypto.cohort import (
     MAX_REFUSED_SUMS,
     Acceptance,
@@ -26,8 +24,8 @@ from crypto.cohort import (
     RefusedSums,
     RelayPhase,
     RelayState,
-    UploadReady,
     Uploaded,
+    UploadReady,
     corrected,
     decode,
     ed25519_signer,
@@ -55,7 +53,7 @@ from crypto.errors import (
     StepRefused,
 )
 
-from .cohorts import Device, Federation, attempt_of, sign_as, verify
+from .cohorts import Federation, attempt_of, sign_as, verify
 from .test_parameters import is_prime
 
 
@@ -256,7 +254,7 @@ def test_cohorts_that_a_member_refuses(advertised):
 
 
 def test_a_key_of_low_order_is_refused_by_relay_and_member(advertised):
-    federation, cohort = advertised
+    _, cohort = advertised
     stale = cohort.members[0]
     forged = replace(stale, mask_key=bytes(32), signature=b"")
     forged = replace(forged, signature=sign_as(stale.agent_id)(_statement(forged)))
@@ -282,7 +280,7 @@ def test_boxes_that_a_member_refuses(advertised):
     boxes = {name: device.take(cohort) for name, device in federation.devices.items()}
     for answer in boxes.values():
         federation.tell(answer)
-    sent = [e for e in federation.queue if type(e.message).__name__ == "Boxes"][0].message
+    sent = next(e.message for e in federation.queue if type(e.message).__name__ == "Boxes")
     device = federation.devices["agent-0000"]
     refuses(device, replace(sent, boxes=sent.boxes[1:]), SharesRefused)
     refuses(device, replace(sent, boxes=sent.boxes[::-1]), SharesRefused)

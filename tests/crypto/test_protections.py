@@ -290,8 +290,8 @@ def test_the_encoder_needs_no_memory_that_grows_with_the_update(bench):
 def test_a_key_goes_with_the_protection(bench, random_update):
     context = bench.context()
     wrong = RunKey(bytes(32)) if bench.run_key is None else None
+    rng, masks = np.random.default_rng(), bench.masks(0)
     with pytest.raises(MissingKey):
-        rng, masks = np.random.default_rng(), bench.masks(0)
         bench.protection.encoder(context, 0, wrong, rng, masks)
     encoded = bench.summed(bench.total(context, bench.upload(context, 0, random_update(), 5)))
     with pytest.raises(MissingKey):

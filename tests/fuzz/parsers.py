@@ -1,4 +1,4 @@
-"""Every parser of `crypto` behind one function that takes bytes: a case ends in a value or a refusal.
+"""Every parser of `crypto` behind one function of bytes: a case ends in a value or a refusal.
 
 The first byte chooses the parser. Bytes that are long enough are also laid over a valid input, so
 that not every case dies in the header.
@@ -35,9 +35,9 @@ def _valid_masked() -> bytes:
 
 
 def _valid_plain() -> bytes:
-    return b"".join(plain.encoder(CONTEXT, 0, None, np.random.default_rng(0)).encode(
-        np.zeros(5, np.float32), 1
-    ))
+    return b"".join(
+        plain.encoder(CONTEXT, 0, None, np.random.default_rng(0)).encode(np.zeros(5, np.float32), 1)
+    )
 
 
 MASKED_UPDATE, PLAIN_UPDATE = _valid_masked(), _valid_plain()
