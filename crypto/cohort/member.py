@@ -3,7 +3,7 @@
     IDLE ─Join─▶ ADVERTISED ─Cohort─▶ SHARING ─Boxes─▶ MASKED ─UploadReady─▶ UPLOADING
                      ▲                                                          │Acceptance
                      └──────── Join of a later attempt or round ◀── any ──   ENDORSED
-                              (of the same round: not once RELEASED)            │Certificate
+                              (of the same round: not once ENDORSED)            │Certificate
                                                                              RELEASED
 
 `handle` returns the new state and what to send, or raises and changes nothing. What is repeated is
@@ -13,7 +13,8 @@ and before the first byte of an upload leaves: all promises below are kept by wh
 The rules that protect the update, each checked here:
 
 1. Attempts only rise. Joining one gives up the secrets of the one before, so that its masks are
-   never released; and a round in which something was released is over.
+   never released; and a round in which we vouched for a list is over for us: whether it was opened
+   is not ours to know, and a second sum with the same update would show the difference.
 2. One cohort in an attempt, one upload under its masks, one accepted list vouched for.
 3. We vouch for a list only if it has our upload's hash and enough members, and release only for
    the list that we vouched for, once a quorum of its members vouches too.
@@ -87,6 +88,8 @@ def _join(state: MemberState, event: Join, tools: MemberTools) -> Step:
     if event.attempt.run_id != state.attempt.run_id:
         raise IllegalStep("run", state.attempt.run_id.hex(), event.attempt.run_id.hex())
     same_round = event.attempt.round == state.attempt.round
+    if state.phase >= MemberPhase.ENDORSED and same_round and event.attempt != state.attempt:
+        raise StaleAttempt("round", "one in which we vouched for nothing", event.attempt.round)
     if state.phase is MemberPhase.RELEASED and same_round:
         raise StaleAttempt("round", "one without a release of ours", event.attempt.round)
     if event.attempt == state.attempt and state.phase is not MemberPhase.IDLE:

@@ -5,7 +5,7 @@
 
 `Close…` are the caller's deadlines. Where an attempt cannot go on it ends ABANDONED with the effect
 `Abandon(survivors)`: before VOUCHING the survivors may re-form as the next attempt of the round;
-from RELEASING on, those who released are out of this round.
+from then on there are none, since who vouched is out of this round: the next round trains anew.
 
 An honest coordinator does not need to be trusted for privacy, so it checks only what would make an
 honest attempt fail: signatures, commitments, recovered keys. `repeat` gives a member that connects
@@ -181,7 +181,7 @@ def _endorse(state: RelayState, event: Endorsement, verify: Verify) -> Step:
 
 
 def _close_vouching(state: RelayState, event: CloseVouching, verify: Verify) -> Step:
-    return _abandon(state, _names(state, state.endorsements))
+    return _abandon(state, ())  # who vouched is out of this round, and the others are too few
 
 
 def _take_release(state: RelayState, event: Release, verify: Verify) -> Step:

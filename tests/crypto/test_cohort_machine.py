@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import replace
 
+import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -144,7 +145,7 @@ class HonestCoordinator(RuleBasedStateMachine):
         survivors = set(self.federation.survivors or self.federation.devices) - self.dead
         attempt = self.relay.attempt
         following = replace(attempt, attempt=attempt.attempt + 1)
-        if any(self.federation.devices[n].state.release for n in survivors) or len(survivors) < 3:
+        if len(survivors) < 3 or not self.federation.survivors:
             following = attempt_of(attempt.round + 1)  # the round is lost, the run is not
             survivors = set(self.federation.devices) - self.dead
         if len(survivors) < 3:
@@ -392,6 +393,24 @@ class LyingCoordinator(RuleBasedStateMachine):
                 n, c = len(cohort.members), len(cohort.members) - len(honest)
                 assert len(seeds) >= max(2, quorum(n) - c)
 
+    @invariant()
+    def no_combination_of_a_rounds_sums_shows_one_update(self):
+        for number in {a.round for a in self.advertised}:
+            sums = np.array(list(self.opened_sums(number))).reshape(-1, len(self.honest))
+            rank = np.linalg.matrix_rank(sums) if len(sums) else 0
+            for one in np.eye(len(self.honest)):
+                assert np.linalg.matrix_rank(np.vstack([sums, one])) == rank + 1
+
+    def opened_sums(self, number):
+        """Yield, for each sum that the coordinator can open, which honest updates are in it."""
+        for cohort in self.cohorts.values():
+            honest = self.honest_slots(cohort)
+            seeds = {slot for slot in honest if self.has(cohort, slot, "seed")}
+            stripped = {slot for slot in honest if self.has(cohort, slot, "mask key")}
+            if cohort.attempt.round == number and seeds and seeds | stripped == set(honest):
+                names = {cohort.members[slot].agent_id for slot in seeds}
+                yield [float(name in names) for name in self.honest]
+
     def honest_slots(self, cohort):
         return [i for i, m in enumerate(cohort.members) if m.agent_id in self.honest]
 
@@ -445,3 +464,19 @@ def test_the_lying_coordinator_does_obtain_releases_and_cannot_abuse_them():
     assert not machine.advertised[attempt_of(attempt=2)].keys() & {"h1", "h2", "h3", "h4"}
     machine.every_opened_sum_has_enough_honest_members()
     machine.never_both_secrets_of_a_member()
+
+
+def test_a_second_sum_without_one_voucher_cannot_be_formed():
+    """The difference of two sums of a round: n = 5, c = 2, see the README."""
+    machine = LyingCoordinator()
+    machine.start()
+    first, second = attempt_of(), attempt_of(attempt=2)
+    machine.gather(first, {"h0", "h1", "h2"})
+    cohort = machine.form(first, {"h0", "h1", "h2", "c0", "c1"}, set(machine.honest))
+    machine.pass_boxes_on(cohort, set(machine.honest))
+    acceptance = machine.accept(cohort, set(), set(machine.honest))
+    machine.certify(acceptance, set(), {"h0"})
+    assert machine.has(cohort, 4, "seed")  # opened: h0 + h1 + h2
+    machine.gather(second, {"h1", "h2", "h3"})
+    assert machine.advertised[second].keys() & set(machine.honest) == {"h3"}
+    machine.no_combination_of_a_rounds_sums_shows_one_update()
