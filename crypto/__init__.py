@@ -2,7 +2,8 @@
 
 A run names a protection; `protection(name)` returns its three functions: `encoder` on the device,
 `accumulator` at the coordinator, `open_sum` on the device. TenSEAL is imported only when the
-protection `encrypted` is asked for. The picture is in README.md.
+protection `encrypted` or `sealed` is asked for. How members agree on masks, and give them up, is
+the subpackage `cohort`. The picture is in README.md.
 """
 
 from .errors import (
@@ -15,17 +16,24 @@ from .errors import (
     InvalidUpdate,
     LocalFault,
     MalformedChunk,
+    MemberSwapped,
     MissingKey,
     NotFinite,
     OpeningFailed,
     PeerFault,
+    ProtocolFault,
     SpoiledTotal,
+    TagMismatch,
     UnusableUpdate,
     UnwrapFailed,
+    UpdateCountedTwice,
+    UpdateLeftOut,
     WeightOutOfRange,
     WrapRefused,
     WrongContext,
 )
+from .exponents import next_clip
+from .masks import Correction, Mask
 from .parameters import BfvParameters, PlainParameters, UpdateContext
 from .protection import (
     Accumulator,
@@ -55,6 +63,7 @@ __all__ = [
     "BackendMissing",
     "BfvParameters",
     "CapacityExceeded",
+    "Correction",
     "CryptoError",
     "DuplicateMember",
     "EmptyTotal",
@@ -63,6 +72,8 @@ __all__ = [
     "InvalidUpdate",
     "LocalFault",
     "MalformedChunk",
+    "Mask",
+    "MemberSwapped",
     "MissingKey",
     "NotFinite",
     "OpenedSum",
@@ -71,12 +82,16 @@ __all__ = [
     "PlainParameters",
     "Protection",
     "ProtectionName",
+    "ProtocolFault",
     "RunKey",
     "Source",
     "SpoiledTotal",
+    "TagMismatch",
     "UnusableUpdate",
     "UnwrapFailed",
     "UpdateContext",
+    "UpdateCountedTwice",
+    "UpdateLeftOut",
     "WeightOutOfRange",
     "WrapContext",
     "WrapRefused",
@@ -84,6 +99,7 @@ __all__ = [
     "generate_exchange_key",
     "generate_run_key",
     "key_advertisement_bytes",
+    "next_clip",
     "protection",
     "unwrap",
     "wrap",

@@ -128,6 +128,12 @@ class Ring:
         """Add the summand to the total, in place."""
         self._evaluator.add_inplace(total, summand)
 
+    def plus(self, total: Ciphertext, coefficients: Words) -> Ciphertext:
+        """Return a new ciphertext: the total plus a public plaintext, (4096,) u64 below t."""
+        corrected = seal.Ciphertext()
+        self._evaluator.add_plain(total, self._plaintext(coefficients), corrected)
+        return corrected
+
     def residues(self, ciphertext: Ciphertext) -> tuple[Words, Words]:
         """Return c0 and c1, (4096,) u64 below q each."""
         ciphertext.save(self._file.path)

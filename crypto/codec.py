@@ -18,6 +18,8 @@ computed in float64 in exactly this order and rounded to float32 once: every age
 platform, gets the same bits from the same sum. Σy is exact in float64, being below 2^53.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,7 @@ BLOCK = 1 << 14  # values handled at once: 64 KiB of float32 stays in the cache
 
 Update = NDArray[np.float32]
 Words = NDArray[np.uint64]
+Chunks = Iterator[tuple[int, Words]]  # (chunk, (4096·n,) u64 coefficients below 2^T)
 
 
 def check_update(update: Update, weight: int, context: UpdateContext) -> None:

@@ -1,6 +1,6 @@
-"""Whose updates are in a total: each once, no more than stay exact, and all of each."""
+"""Whose updates are in a total: each once, no more than stay exact, all of each; and masks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .errors import (
@@ -8,9 +8,12 @@ from .errors import (
     CryptoError,
     DuplicateMember,
     EmptyTotal,
+    InvalidContext,
+    MissingKey,
     SpoiledTotal,
     WrongContext,
 )
+from .masks import Correction, Mask
 from .parameters import UpdateContext
 
 
@@ -39,11 +42,14 @@ class SummedMembers:
                 "updates in the sum", f"at most {self._capacity}", len(self._members) + 1
             )
 
-    def check_summed(self) -> None:
-        """Refuse to publish a total of nothing, or of half an update."""
+    def check_summed(self, correction: Correction | None, *, masked: bool) -> None:
+        """Refuse to publish a total of nothing, of half an update, or with the masks left in."""
         self._check_whole()
         if not self._members:
             raise EmptyTotal("updates in the sum", "at least 1", 0)
+        if masked != (correction is not None):
+            wanted = ("one", "none") if masked else ("none", "one")
+            raise InvalidContext("correction of the masks", *wanted)
 
     @contextmanager
     def adding(self, member: int) -> Iterator[None]:
@@ -67,3 +73,16 @@ def check_members(members: tuple[int, ...], context: UpdateContext) -> None:
         raise CapacityExceeded("members of the sum", f"1 .. {context.capacity}", len(members))
     if len(set(members)) != len(members):
         raise WrongContext("members of the sum", "each of them once", members)
+
+
+def require_masks(masks: Sequence[Mask] | None) -> tuple[Mask, ...]:
+    """Return the masks; there must be one at least, which is the member's own."""
+    if not masks:
+        raise MissingKey("masks of the member", "its own at least", "none")
+    return tuple(masks)
+
+
+def refuse_masks(masks: Sequence[Mask] | None) -> None:
+    """Refuse masks where nobody would take them out again."""
+    if masks is not None:
+        raise MissingKey("masks of the member", "none", "some")

@@ -24,6 +24,14 @@ Since no honest sum ever decrypts wrongly, IND-CPA of the scheme implies its IND
 (Li and Micciancio, eprint 2020/1533, §3; eprint 2024/127 attacks schemes for which that fails):
 the opened sum may be published.
 
+The second unit holds whatever the number of masks: the correction is the sum of all released self
+masks and of all leftover pairwise masks, reduced modulo t, and enters once, as one plaintext.
+
+Masks and tags do not disturb the sum. Every mask is taken out modulo t = 2^T, and the sum of the
+packed coefficients is below 2^T: fields hold K·2h ≤ 2^F - 1, the counters K·max(w_max, P) < 2^T,
+the tags K·(2^31 - 2) < 2^T (`tags` refuses a larger K: above 2,219). So the sum modulo 2^T is the
+sum of integers, which is what the tags are computed over.
+
 Ring: N = 4096 and one prime of 60 bits; the Homomorphic Encryption Standard (2018, table 1,
 ternary secret) allows 109 bits at 128-bit security and 75 at 192.
 
@@ -49,12 +57,15 @@ RESERVED_SUMMANDS = 2  # dropped bits of the sum, self-mask correction
 CHUNK_CIPHERTEXTS = 32  # 0.92 MB on the wire: below gRPC's 4 MiB, and the encoder's memory
 MAX_HALF_LEVELS = (1 << 23) - 1  # h ≤ this: every level is exact in float32
 
-COUNTERS = 16  # coefficients at the start of the counter chunk, COUNTER_* and zeros
-COUNTER_SUMMANDS, COUNTER_WEIGHT, COUNTER_SATURATED = 0, 1, 2
-TAGS_PER_CHUNK = 2  # coefficients after the counters; zero but in protection `sealed`
+COUNTERS = 16  # coefficients at the start of the counter chunk: COUNTER_*, then the histogram
+COUNTER_SUMMANDS, COUNTER_WEIGHT, COUNTER_SATURATED, COUNTER_EXPONENTS = 0, 1, 2, 3
+TAGS_PER_CHUNK = 2  # coefficients after the counters, for each chunk, the counters' own last
+COHORT_DIGEST_SIZE = 32
 
 _VALUES_PER_COEFFICIENT = {16: 2, 8: 3}
 _PARAMETERS = struct.Struct("<B Q H I d B I Q B B B I B H H H")
+_MASKED = ("masked", "sealed")
+_SCHEME = 2  # rises with the meaning of a coefficient: 2 has tags and the histogram of exponents
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,7 @@ class UpdateContext:
     weight_cap: int  # public upper bound of a weight, 1 .. 2^32 - 1
     clip: float  # encrypted: values beyond ±clip saturate; rounded to float32 before use
     update_bits: int = 16  # encrypted: 16 (v = 2 values per coefficient) or 8 (v = 3)
+    cohort: bytes = b""  # masked, sealed: digest of the cohort (`cohort.Cohort.digest`), 32 bytes
 
     def __post_init__(self) -> None:
         if len(self.run_id) != 16:
@@ -84,6 +96,8 @@ class UpdateContext:
                 raise InvalidContext(name, f"{low} .. {high}", getattr(self, name))
         if self.update_bits not in _VALUES_PER_COEFFICIENT:
             raise InvalidContext("update_bits", "16 or 8", self.update_bits)
+        if len(self.cohort) not in (0, COHORT_DIGEST_SIZE):
+            raise InvalidContext("cohort's digest", "0 or 32 bytes", f"{len(self.cohort)} bytes")
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,11 @@ class PlainParameters:
 
 @dataclass(frozen=True)
 class BfvParameters:
-    """The numbers of protection `encrypted`, all derived from the context. See the module."""
+    """The numbers of every protection but `plain`, derived from the context. See the module.
+
+    `masked` encrypts nothing and could use a larger T; it keeps the others' numbers so that one
+    codec, one proof and one set of known answers serve all: its sums are theirs, bit for bit.
+    """
 
     context: UpdateContext
     clip: float  # the context's, rounded to float32
@@ -110,14 +128,16 @@ class BfvParameters:
     values_per_coefficient: int  # v
     field_bits: int  # F = ⌊T/v⌋
     half_levels: int  # h, a value is an integer in -h .. h
+    protection: str = "encrypted"  # enters the id: no chunk serves two protections
 
     @classmethod
-    def derive(cls, context: UpdateContext) -> "BfvParameters":
+    def derive(cls, context: UpdateContext, protection: str = "encrypted") -> "BfvParameters":
         """Choose the most precise parameters for which every sum is exact.
 
-        Raises InvalidContext where there are none: too large a capacity, or counters that could
-        overflow 2^T.
+        Raises InvalidContext where there are none: too large a capacity, counters that could
+        overflow 2^T, masks without a cohort or a cohort without masks.
         """
+        _check_cohort(context, protection)
         clip = float(np.float32(min(max(context.clip, 0.0), 3e38)))
         if not (math.isfinite(context.clip) and 1e-20 <= clip <= 1e20):
             raise InvalidContext("clip", "a number in 1e-20 .. 1e20", context.clip)
@@ -138,14 +158,14 @@ class BfvParameters:
                 f"less than 2^{plain_bits}",
                 largest_counter,
             )
-        return cls(context, clip, plain_bits, values, field_bits, half_levels)
+        return cls(context, clip, plain_bits, values, field_bits, half_levels, protection)
 
     @cached_property
     def id(self) -> bytes:
         """Name everything that both sides must agree on (16 bytes)."""
         c = self.context
         numbers = _PARAMETERS.pack(
-            1,  # the scheme: BFV as in this file
+            _SCHEME,
             c.parameter_count,
             c.capacity,
             c.weight_cap,
@@ -162,7 +182,8 @@ class BfvParameters:
             COUNTERS,
             TAGS_PER_CHUNK,
         )
-        return hashlib.sha256(b"fedloom v1 encrypted parameters\0" + numbers).digest()[:16]
+        label = f"fedloom v1 {self.protection} parameters\0".encode()
+        return hashlib.sha256(label + numbers + c.cohort).digest()[:16]
 
     @cached_property
     def ciphertexts(self) -> int:
@@ -183,9 +204,36 @@ class BfvParameters:
         """Count the ciphertexts of one chunk, values (0 .. value_chunks-1) or counters."""
         if chunk < self.value_chunks:
             return min(CHUNK_CIPHERTEXTS, self.ciphertexts - chunk * CHUNK_CIPHERTEXTS)
-        return -(-(COUNTERS + TAGS_PER_CHUNK * self.value_chunks) // RING_DEGREE)
+        return -(-(COUNTERS + TAGS_PER_CHUNK * (self.value_chunks + 1)) // RING_DEGREE)
+
+    def span(self, chunk: int) -> slice:
+        """Return the place of a chunk of values among all coefficients."""
+        start = chunk * CHUNK_CIPHERTEXTS * RING_DEGREE
+        return slice(start, start + self.chunk_ciphertexts(chunk) * RING_DEGREE)
+
+    @property
+    def update_order(self) -> tuple[int, ...]:
+        """List the chunks of an update: the counters last, since saturation is known last."""
+        return tuple(range(self.value_chunks + 1))
+
+    @property
+    def sum_order(self) -> tuple[int, ...]:
+        """List the chunks of a sum: the counters first, since the total weight is needed first."""
+        return (self.value_chunks, *range(self.value_chunks))
+
+    def encoded_size(self, header_size: int, per_ciphertext: int) -> int:
+        """Count the bytes of all chunks, each with a header."""
+        ciphertexts = self.ciphertexts + self.chunk_ciphertexts(self.value_chunks)
+        return (self.value_chunks + 1) * header_size + ciphertexts * per_ciphertext
 
 
 def largest_plain_bits(capacity: int) -> int:
     """Return the largest T with 59·(K + 2)·2^T < q, the bound of the module's docstring."""
     return ((MODULUS - 1) // (HALF_UNITS * (capacity + RESERVED_SUMMANDS))).bit_length() - 1
+
+
+def _check_cohort(context: UpdateContext, protection: str) -> None:
+    masked = protection in _MASKED
+    if masked != bool(context.cohort):
+        wanted, found = ("32", "0") if masked else ("0", "32")
+        raise InvalidContext(f"cohort's digest for {protection}", f"{wanted} bytes", found)

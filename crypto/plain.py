@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from .codec import check_finite, check_update, check_weight
 from .errors import MalformedChunk, MissingKey, NotFinite
-from .members import SummedMembers, check_members
+from .masks import Correction, Mask
+from .members import SummedMembers, check_members, refuse_masks
 from .parameters import PlainParameters, UpdateContext
 from .protection import OpenedSum
 from .run_key import RunKey
@@ -31,10 +32,15 @@ _BLOCK = 1 << 15  # values: 128 KiB of float32 and 256 KiB of float64 stay in th
 
 
 def encoder(
-    context: UpdateContext, member: int, run_key: RunKey | None, rng: np.random.Generator
+    context: UpdateContext,
+    member: int,
+    run_key: RunKey | None,
+    rng: np.random.Generator,
+    masks: Sequence[Mask] | None = None,
 ) -> "PlainEncoder":
-    """Make the encoder of one member. It takes no key, and never uses `rng`."""
+    """Make the encoder of one member. It takes no key and no masks, and never uses `rng`."""
     del rng
+    refuse_masks(masks)
     _refuse_key(run_key)
     return PlainEncoder(context, member)
 
@@ -119,8 +125,8 @@ class PlainAccumulator:
             self._add_values(source, weight)
             self._total_weight += weight
 
-    def result(self) -> Iterator[bytes]:
-        self._members.check_summed()
+    def result(self, correction: Correction | None = None) -> Iterator[bytes]:
+        self._members.check_summed(correction, masked=False)
         return self._chunks()
 
     def _chunks(self) -> Iterator[bytes]:

@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidContext
+from .masks import Correction, Mask
 from .parameters import UpdateContext
 from .run_key import RunKey
 from .wire import Source
 
-ProtectionName = Literal["plain", "encrypted"]
+ProtectionName = Literal["plain", "masked", "encrypted", "sealed"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class OpenedSum:
     total_weight: int
     saturated: int  # values beyond ±clip, over all members; 0 in protection `plain`
     count: int  # updates in the sum
+    exponents: tuple[int, ...] = ()  # histogram for `exponents.next_clip`; empty in `plain`
 
 
 class Encoder(Protocol):
@@ -71,20 +73,29 @@ class Accumulator(Protocol):
         change in between: if it does, the total is spoiled and every later call says so.
         """
 
-    def result(self) -> Iterator[bytes]:
+    def result(self, correction: Correction | None = None) -> Iterator[bytes]:
         """Encode the sum, chunk by chunk; add nothing before the iterator is exhausted.
 
-        Raises EmptyTotal or SpoiledTotal at the call.
+        `masked` and `sealed` need the correction that `cohort.relay` recovers, the others refuse
+        one. Raises EmptyTotal or SpoiledTotal at the call.
         """
 
 
 class Protection(Protocol):
-    """A module that protects updates: `crypto.plain`, `crypto.encrypted`."""
+    """A module that protects updates: `plain`, `masked`, `encrypted`, `sealed`."""
 
     def encoder(
-        self, context: UpdateContext, member: int, run_key: RunKey | None, rng: np.random.Generator
+        self,
+        context: UpdateContext,
+        member: int,
+        run_key: RunKey | None,
+        rng: np.random.Generator,
+        masks: Sequence[Mask] | None = None,
     ) -> Encoder:
-        """Make the encoder of one member; `rng` only rounds, nothing secret depends on it."""
+        """Make the encoder of one member; `rng` only rounds, nothing secret depends on it.
+
+        `masked` and `sealed` need the masks that `cohort.member` gives, the others refuse them.
+        """
 
     def accumulator(self, context: UpdateContext) -> Accumulator:
         """Make an empty total."""
@@ -103,7 +114,7 @@ def protection(name: ProtectionName) -> Protection:
     """Return a protection by the name that a run gives it.
 
     Raises InvalidContext for another name, BackendMissing where TenSEAL is needed and absent;
-    `plain` never imports it.
+    `plain` and `masked` never import it.
     """
     match name:
         case "plain":
@@ -114,5 +125,13 @@ def protection(name: ProtectionName) -> Protection:
             from . import encrypted
 
             return encrypted
+        case "masked":
+            from . import masked
+
+            return masked
+        case "sealed":
+            from . import sealed
+
+            return sealed
         case _:
-            raise InvalidContext("protection", "plain or encrypted", name)
+            raise InvalidContext("protection", "plain, masked, encrypted or sealed", name)

@@ -8,11 +8,12 @@ Header, 52 bytes, little-endian:
     offset  size  content
     0       4     `FDLM`
     4       1     format version, 1
-    5       1     kind: 1 plain update, 2 plain sum, 3 encrypted update, 4 encrypted sum
+    5       1     kind: 1 plain update, 2 plain sum, 3 encrypted update, 4 encrypted sum,
+                    5 masked update, 6 masked sum, 7 sealed update, 8 sealed sum
     6       2     an update: the member's slot in the cohort; a sum: how many updates are in it
     8       4     round
     12      2     attempt
-    14      2     number of ciphertexts in this chunk (plain: 0)
+    14      2     number of ciphertexts in this chunk (plain: 0; masked: 4096 words each)
     16      4     index of this chunk
     20      16    parameters id
     36      16    run id
@@ -34,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InvalidContext, MalformedChunk, WrongContext
-from .parameters import DROPPED_BITS, MODULUS, UpdateContext
+from .parameters import DROPPED_BITS, MODULUS, BfvParameters, UpdateContext
 
 MAGIC = b"FDLM"
 VERSION = 1
@@ -63,6 +64,10 @@ class Kind(IntEnum):
     PLAIN_SUM = 2
     ENCRYPTED_UPDATE = 3
     ENCRYPTED_SUM = 4
+    MASKED_UPDATE = 5
+    MASKED_SUM = 6
+    SEALED_UPDATE = 7
+    SEALED_SUM = 8
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,21 @@ def check_size(source: Source, expected: int) -> None:
     found = source.seek(0, os.SEEK_END)
     if found != expected:
         raise MalformedChunk("encoded size", f"{expected} bytes", f"{found} bytes")
+    source.seek(0)
+
+
+def check_headers(
+    source: Source, binding: Binding, parameters: BfvParameters, per_ciphertext: int
+) -> None:
+    """Refuse a file in which any chunk's header is not the one that it must be, and rewind it."""
+    header, offset = memoryview(bytearray(HEADER_SIZE)), 0
+    order = parameters.sum_order if binding.kind % 2 == 0 else parameters.update_order
+    for chunk in order:
+        n = parameters.chunk_ciphertexts(chunk)
+        source.seek(offset)
+        fill(source, header)
+        binding.check(header, chunk, n)
+        offset += HEADER_SIZE + n * per_ciphertext
     source.seek(0)
 
 

@@ -1,5 +1,6 @@
 """What the tests of `crypto` share: small contexts, uploads, and a sum to open."""
 
+import hashlib
 import io
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crypto import OpenedSum, RunKey, UpdateContext, protection
-from crypto.protection import Accumulator, ProtectionName
+from crypto import Correction, Mask, OpenedSum, RunKey, UpdateContext, protection
+from crypto.protection import Accumulator, Encoder, ProtectionName
 
 RUN_KEY = RunKey(bytes(range(32)))
+MASKED = ("masked", "sealed")
+
+
+def own_mask(member: int) -> Mask:
+    return Mask(hashlib.sha256(b"mask of %d" % member).digest())
 
 
 class Bench:
@@ -19,7 +25,8 @@ class Bench:
     def __init__(self, name: ProtectionName) -> None:
         self.name = name
         self.protection = protection(name)
-        self.run_key = RUN_KEY if name == "encrypted" else None
+        self.run_key = None if name == "plain" else RUN_KEY
+        self.masked = name in MASKED
 
     def context(self, **changes: Any) -> UpdateContext:
         fields: dict[str, Any] = {
@@ -30,17 +37,33 @@ class Bench:
             "capacity": 4,
             "weight_cap": 100,
             "clip": 0.5,
+            "cohort": bytes(range(32)) if self.masked else b"",
         }
         return UpdateContext(**(fields | changes))
 
     def upload(
         self, context: UpdateContext, member: int, update: np.ndarray, weight: int, seed: int = 0
     ) -> bytes:
-        rng = np.random.default_rng(seed)
-        encoder = self.protection.encoder(context, member, self.run_key, rng)
+        encoder = self.encoder(context, member, np.random.default_rng(seed))
         encoded = b"".join(encoder.encode(update, weight))
         assert len(encoded) == encoder.encoded_size
         return encoded
+
+    def encoder(
+        self,
+        context: UpdateContext,
+        member: int,
+        rng: np.random.Generator,
+        run_key: RunKey | None = None,
+    ) -> Encoder:
+        key = run_key or self.run_key
+        return self.protection.encoder(context, member, key, rng, self.masks(member))
+
+    def masks(self, *members: int) -> list[Mask] | None:
+        return [own_mask(member) for member in members] if self.masked else None
+
+    def correction(self, *members: int) -> Correction | None:
+        return Correction(tuple(map(own_mask, members))) if self.masked else None
 
     def total(self, context: UpdateContext, *uploads: bytes) -> Accumulator:
         total = self.protection.accumulator(context)
@@ -49,7 +72,7 @@ class Bench:
         return total
 
     def summed(self, total: Accumulator) -> bytes:
-        encoded = b"".join(total.result())
+        encoded = b"".join(total.result(self.correction(*total.members)))
         assert len(encoded) == total.encoded_sum_size
         return encoded
 
@@ -65,7 +88,7 @@ class Bench:
         return self.open(context, total.members, self.summed(total))
 
 
-@pytest.fixture(params=["plain", "encrypted"])
+@pytest.fixture(params=["plain", "masked", "encrypted", "sealed"])
 def bench(request: pytest.FixtureRequest) -> Bench:
     """Each protection in turn: the conformance suite runs against all."""
     return Bench(request.param)
@@ -74,6 +97,18 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 @pytest.fixture
 def encrypted() -> Bench:
     return Bench("encrypted")
+
+
+@pytest.fixture(params=MASKED)
+def masking(request: pytest.FixtureRequest) -> Bench:
+    """Each protection whose sums carry masks."""
+    return Bench(request.param)
+
+
+@pytest.fixture(params=["masked", "encrypted", "sealed"])
+def tagging(request: pytest.FixtureRequest) -> Bench:
+    """Each protection whose sums carry tags."""
+    return Bench(request.param)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from crypto import (
     MalformedChunk,
     OpeningFailed,
     RunKey,
+    TagMismatch,
     UpdateContext,
     WrongContext,
 )
@@ -25,6 +26,7 @@ from crypto import encrypted as encrypted_protection
 from crypto.bfv import KeyedRing
 from crypto.parameters import MODULUS
 from crypto.run_key import ternary_secret
+from crypto.tags import Tagger
 from crypto.wire import Binding, Kind, nibbles_of, planes_of
 
 RUN_KEY = RunKey(bytes(range(32)))
@@ -188,9 +190,9 @@ CHUNK = HEADER + RING * 29 // 2  # of a sum: header, c0 and c1 planes, c1 nibble
         (CHUNK + HEADER, b"\xff" * 7 * RING, MalformedChunk, "residues of c0"),
         (CHUNK + 6, b"\2\0", WrongContext, "member or count"),
         (CHUNK + 16, b"\1\0\0\0", MalformedChunk, "chunk index and ciphertexts"),
-        (HEADER, bytes(14 * RING), OpeningFailed, "counters"),
-        (HEADER + 7 * RING, bytes(7 * RING + RING // 2), OpeningFailed, "counters"),
-        (CHUNK + HEADER + 7 * RING, bytes(7 * RING), OpeningFailed, "bits above the fields"),
+        (HEADER, bytes(14 * RING), TagMismatch, "tags of chunk 1"),
+        (HEADER + 7 * RING, bytes(7 * RING + RING // 2), TagMismatch, "tags of chunk 1"),
+        (CHUNK + HEADER + 7 * RING, bytes(7 * RING), TagMismatch, "tags of chunk 0"),
     ],
 )
 def test_a_sum_that_was_tampered_with_is_refused(
@@ -222,12 +224,13 @@ def test_the_largest_residues_are_accepted_and_the_next_is_not(encrypted, random
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [(0, 0), (0, 2), (1, 0), (1, 101), (2, 5001), (3, 1), (15, 1), (16, 1), (4095, 1)],
+    [(0, 0), (0, 2), (1, 0), (1, 101), (2, 5001), (3, 0), (3, 2), (15, 1), (20, 1), (4095, 1)],
 )
-def test_counters_that_the_members_cannot_have_sent_are_refused(encrypted, place, value):
+def test_counters_that_no_member_can_have_sent_are_refused(encrypted, place, value):
+    """Even where a member made the tags for them."""
     context = encrypted.context()
     counters = np.zeros(RING, np.uint64)
-    counters[:3] = 1, 5, 0
+    counters[:4] = 1, 5, 0, 1
     assert _opened(context, counters, np.zeros(RING, np.uint64)).total_weight == 5
     counters[place] = value
     with pytest.raises(OpeningFailed):
@@ -238,7 +241,7 @@ def test_values_that_no_update_can_hold_are_refused(encrypted):
     context = encrypted.context()
     p = BfvParameters.derive(context)
     counters = np.zeros(RING, np.uint64)
-    counters[:2] = 1, 5
+    counters[:4] = 1, 5, 0, 1
     for place, value in (
         (0, 2 * p.half_levels + 1),
         (0, (2 * p.half_levels + 1) << p.field_bits),
@@ -252,12 +255,14 @@ def test_values_that_no_update_can_hold_are_refused(encrypted):
 
 
 def _opened(context, counters, values):
-    """Open a sum of one update whose coefficients are these."""
+    """Open a sum of one update whose coefficients are these, rightly tagged."""
     parameters = BfvParameters.derive(context)
     ring = KeyedRing(parameters.plain_bits, ternary_secret(RUN_KEY, context.run_id))
     binding = Binding.of(context, Kind.ENCRYPTED_SUM, 1, parameters.id)
+    chunks = iter([(0, values.copy()), (1, counters.copy())])
+    tagged = list(Tagger(parameters, RUN_KEY).tagged(chunks, 0))
     encoded = b""
-    for chunk, coefficients in ((1, counters), (0, values)):
+    for chunk, coefficients in reversed(tagged):
         c0, c1 = ring.residues(ring.seeded(*ring.encrypt(coefficients)))
         body = memoryview(bytearray(14 * RING + RING // 2))
         whole = slice(0, RING)

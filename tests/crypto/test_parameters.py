@@ -67,7 +67,19 @@ def test_known_parameters(capacity, bits, plain_bits, levels):
 
 def test_known_parameters_ids():
     assert PlainParameters(CONTEXT).id.hex() == "7f6165a057c044f830120b6ee1084bc7"
-    assert BfvParameters.derive(CONTEXT).id.hex() == "4b4b5c72662c06d3f47b7e9122422286"
+    assert BfvParameters.derive(CONTEXT).id.hex() == "97769d515d683c856a6f0a9440be0793"
+    cohort = replace(CONTEXT, cohort=bytes(range(32)))
+    assert BfvParameters.derive(cohort, "masked").id.hex() == "9b4f559f428569d30a11ba80eeb0de1d"
+    assert BfvParameters.derive(cohort, "sealed").id.hex() == "a652d07b56c8fd5c0147377e6418ef1b"
+
+
+@pytest.mark.parametrize("protection", ["masked", "encrypted", "sealed"])
+def test_masks_go_with_a_cohort(protection):
+    cohort = bytes(32) if protection == "encrypted" else b""
+    with pytest.raises(InvalidContext):
+        BfvParameters.derive(replace(CONTEXT, cohort=cohort), protection)
+    with pytest.raises(InvalidContext):
+        replace(CONTEXT, cohort=bytes(31))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +132,7 @@ def test_chunks_cover_the_update_and_nothing_else(count, bits):
     whole = (p.value_chunks - 1) * 32
     assert whole + p.chunk_ciphertexts(p.value_chunks - 1) == p.ciphertexts
     counters = p.chunk_ciphertexts(p.value_chunks)
-    assert counters * 4096 >= 16 + 2 * p.value_chunks
+    assert counters * 4096 >= 16 + 2 * (p.value_chunks + 1)
     assert counters == 1 or count > 5 * 10**8
 
 

@@ -85,7 +85,7 @@ def test_a_value_that_is_not_finite_is_refused_before_the_first_byte(
     context = bench.context()
     update = random_update()
     update[place] = bad
-    encoder = bench.protection.encoder(context, 0, bench.run_key, np.random.default_rng())
+    encoder = bench.encoder(context, 0, np.random.default_rng())
     with pytest.raises(NotFinite, match=f"value {place} "):
         encoder.encode(update, 1)
 
@@ -100,14 +100,14 @@ def test_a_value_that_is_not_finite_is_refused_before_the_first_byte(
     ],
 )
 def test_an_update_of_another_shape_or_type_is_refused(bench, update):
-    encoder = bench.protection.encoder(bench.context(), 0, bench.run_key, np.random.default_rng())
+    encoder = bench.encoder(bench.context(), 0, np.random.default_rng())
     with pytest.raises(InvalidUpdate):
         encoder.encode(update, 1)
 
 
 @pytest.mark.parametrize("weight", [0, -1, 101])
 def test_a_weight_out_of_range_is_refused_by_the_encoder(bench, random_update, weight):
-    encoder = bench.protection.encoder(bench.context(), 0, bench.run_key, np.random.default_rng())
+    encoder = bench.encoder(bench.context(), 0, np.random.default_rng())
     with pytest.raises(WeightOutOfRange):
         encoder.encode(random_update(), weight)
 
@@ -207,9 +207,7 @@ def test_capacity_is_the_end(bench, random_update):
 def test_a_member_must_fit_the_header(bench):
     for member in (-1, 1 << 16):
         with pytest.raises(InvalidContext):
-            bench.protection.encoder(
-                bench.context(), member, bench.run_key, np.random.default_rng()
-            )
+            bench.encoder(bench.context(), member, np.random.default_rng())
         with pytest.raises(InvalidContext):
             bench.protection.accumulator(bench.context()).add(member, io.BytesIO())
 
@@ -265,7 +263,7 @@ def test_an_upload_that_changes_while_it_is_added_spoils_the_total(bench, random
     context = bench.context()
     total = bench.total(context, bench.upload(context, 0, random_update(), 5))
     changing = _Shrinking(bench.upload(context, 1, random_update(), 5))
-    changing.rewinds = 1 if bench.name == "plain" else 0
+    changing.rewinds = {"plain": 1, "masked": -1}.get(bench.name, 0)
     with pytest.raises(SpoiledTotal):
         total.add(1, changing)
     with pytest.raises(SpoiledTotal):
@@ -278,7 +276,7 @@ def test_the_encoder_needs_no_memory_that_grows_with_the_update(bench):
     peaks = []
     for count in (600_000, 2_400_000):
         context = bench.context(parameter_count=count)
-        encoder = bench.protection.encoder(context, 0, bench.run_key, np.random.default_rng())
+        encoder = bench.encoder(context, 0, np.random.default_rng())
         update = np.zeros(count, np.float32)
         tracemalloc.start()
         size = sum(len(chunk) for chunk in encoder.encode(update, 1))
@@ -292,8 +290,9 @@ def test_the_encoder_needs_no_memory_that_grows_with_the_update(bench):
 def test_a_key_goes_with_the_protection(bench, random_update):
     context = bench.context()
     wrong = RunKey(bytes(32)) if bench.run_key is None else None
+    rng, masks = np.random.default_rng(), bench.masks(0)
     with pytest.raises(MissingKey):
-        bench.protection.encoder(context, 0, wrong, np.random.default_rng())
+        bench.protection.encoder(context, 0, wrong, rng, masks)
     encoded = bench.summed(bench.total(context, bench.upload(context, 0, random_update(), 5)))
     with pytest.raises(MissingKey):
         bench.protection.open_sum(context, wrong, [0], io.BytesIO(encoded))
@@ -328,7 +327,8 @@ def test_a_context_out_of_range_is_refused(bench, change):
 def test_the_header_is_what_the_readme_says(bench, random_update):
     context = bench.context()
     upload = bench.upload(context, 258, random_update(), 5)
-    kind, count = (1, 0) if bench.name == "plain" else (3, 1)
+    kinds = {"plain": (1, 0), "encrypted": (3, 1), "masked": (5, 1), "sealed": (7, 1)}
+    kind, count = kinds[bench.name]
     expected = struct.pack("<4sBBHIHHI", b"FDLM", 1, kind, 258, 7, 1, count, 0)
     assert upload[:PARAMETERS_OFFSET] == expected
     assert upload[RUN_OFFSET:52] == context.run_id
