@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from google.protobuf.duration_pb2 import Duration
 
 from coordinator.config import RunConfig
+from coordinator.masking import Masking
 from coordinator.run_state import Phase, RunState
 from coordinator.store import RoundRecord
 from fedloom.artifacts import ArtifactReference
@@ -53,14 +54,15 @@ def invitation(
         encoding=config.encoding.to_message(),
         history=[_outcome(record) for record in history],
         deadline=_duration(seconds_left),
+        attempt=state.attempt + 1,
     )
     if envelope is not None:
         message.envelope.ParseFromString(envelope)
     return Message(invitation=message)
 
 
-def cohort(run_id: bytes, state: RunState, seconds_left: float) -> Message:
-    """Tell who takes part."""
+def cohort(run_id: bytes, state: RunState, seconds_left: float, masking: Masking | None) -> Message:
+    """Tell who takes part, and under masks with which keys."""
     return Message(
         cohort=control_pb2.Cohort(
             run_id=run_id,
@@ -69,8 +71,16 @@ def cohort(run_id: bytes, state: RunState, seconds_left: float) -> Message:
             members=state.cohort,
             weight_cap=state.weight_cap,
             deadline=_duration(seconds_left),
+            mask_cohort=b"" if masking is None else masking.cohort.encode(),
+            identities=() if masking is None else masking.identities,
         )
     )
+
+
+def mask_step(run_id: bytes, round_number: int, message: bytes) -> Message:
+    """Carry a message of the cohort's protocol for masks."""
+    step = control_pb2.MaskStep(run_id=run_id, round=round_number, message=message)
+    return Message(mask_step=step)
 
 
 def accepted(run_id: bytes, state: RunState, slots: Sequence[int]) -> Message:
@@ -126,6 +136,7 @@ def _outcome(record: RoundRecord) -> control_pb2.RoundOutcome:
         weight_cap=record.weight_cap,
         slots=record.slots,
         sum=_reference(record.sum),
+        cohort_digest=record.cohort_digest,
     )
 
 

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import structlog
+from cryptography import x509
 
 from coordinator import announcements
 from coordinator.config import parse_run_config
@@ -36,11 +37,19 @@ _log = structlog.get_logger()
 class Conductor:
     """What the services talk to."""
 
-    def __init__(self, store: Store, sessions: Sessions, published: Published, spool: Path) -> None:
+    def __init__(
+        self,
+        store: Store,
+        sessions: Sessions,
+        published: Published,
+        spool: Path,
+        authority: x509.Certificate,
+    ) -> None:
         self._store = store
         self._sessions = sessions
         self._published = published
         self._spool = spool
+        self._authority = authority
         self._open: Execution | None = None
         sessions.on_open = self._agent_connected
         sessions.on_close = self._agent_disconnected
@@ -81,7 +90,14 @@ class Conductor:
         config = parse_run_config(tomllib.loads(record.config), Path(record.name))
         plan = self._plan(record.plan)
         return Execution(
-            record, config, plan, self._store, self._sessions, self._published, self._spool
+            record,
+            config,
+            plan,
+            self._store,
+            self._sessions,
+            self._published,
+            self._spool,
+            self._authority,
         )
 
     def _plan(self, reference: ArtifactReference) -> Plan:
@@ -121,6 +137,11 @@ class Conductor:
             run.heard(event)
         else:
             _log.info("step of no open run", agent=event.agent, step=type(event).__name__)
+
+    def heard_mask_step(self, agent: str, run_id: bytes, message: bytes) -> None:
+        """Hand on a message of the cohort's protocol for masks."""
+        if (run := self._run(run_id)) is not None:
+            run.heard_mask_step(agent, message)
 
     def heard_progress(self, agent: str, run_id: bytes, round_number: int, share: float) -> None:
         """Hand on how far an agent is."""

@@ -16,7 +16,7 @@ batch_size = 16
 learning_rate = 1e-3
 
 [protection]
-kind = "encrypted"             # or "plain"
+kind = "sealed"                # or "encrypted", "masked", "plain"
 update_bits = 16               # or 8
 clip = 0.05                    # needed with sgd only; adamw's follows from the cohort
 
@@ -46,11 +46,14 @@ MAX_DEADLINE_SECONDS = 366 * 86_400.0
 _ANY_CLIP = 1.0  # `plain` clips nothing, and still binds its updates to a number
 
 
+SMALLEST_MASKED_COHORT = 3  # a sum of two tells each the other's update
+
+
 @dataclass(frozen=True)
 class CohortTerms:
     """How many agents take part in a round."""
 
-    minimum: int = 2
+    minimum: int = 3
     size: int = 100
 
 
@@ -113,6 +116,11 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         f"cohort: expected 1 <= minimum <= size, found {cohort.minimum} and {cohort.size}",
     )
     reader.require(
+        cohort.minimum >= SMALLEST_MASKED_COHORT or not encoding.protection.has_masks,
+        f"cohort.minimum: expected {SMALLEST_MASKED_COHORT} under masks, found {cohort.minimum}; "
+        'two who trust each other use protection.kind = "encrypted"',
+    )
+    reader.require(
         all(
             0 < getattr(deadlines, field.name) <= MAX_DEADLINE_SECONDS
             for field in fields(Deadlines)
@@ -147,7 +155,7 @@ def _training(reader: "_Reader") -> LocalTraining:
 
 
 def _encoding(reader: "_Reader", cohort: CohortTerms) -> Encoding:
-    protection = reader.member("protection.kind", Protection, Protection.ENCRYPTED)
+    protection = reader.member("protection.kind", Protection, Protection.SEALED)
     clip = reader.value("protection.clip", float, 0.0)
     return Encoding(
         protection=protection,
@@ -174,7 +182,9 @@ def unencodable(encoding: Encoding, training: LocalTraining, parameter_count: in
                     weight_cap=weight_cap,
                     clip=clip_of(encoding, training, weight_cap),
                     update_bits=encoding.update_bits,
-                )
+                    cohort=bytes(32 if encoding.protection.has_masks else 0),
+                ),
+                encoding.protection.name.lower(),
             )
         except crypto.CryptoError as error:
             return str(error)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedloom.errors import Reason
+from fedloom.v1.control_pb2 import IdentityKey
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Ready:
     weight_class: int
     training_loss: float = 0.0
     training_seconds: float = 0.0
+    advertisement: bytes = b""  # under masks, with the identity that signed it
+    identity: IdentityKey | None = None
 
 
 @dataclass(frozen=True)

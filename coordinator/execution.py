@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from cryptography import x509
 
 import crypto
 from coordinator import announcements
@@ -40,15 +41,17 @@ from coordinator.events import (
     Tick,
     Uploaded,
 )
+from coordinator.masking import Candidate, Masking, read_candidate
 from coordinator.published import Published
 from coordinator.round_sum import RoundSum, Upload
 from coordinator.rounds import handle
 from coordinator.run_state import Phase, RunPolicy, RunState
 from coordinator.sessions import Sessions
 from coordinator.store import RoundRecord, RunRecord, Store
+from crypto import cohort
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
-from fedloom.terms import Protection, clip_of
+from fedloom.terms import clip_of
 
 _log = structlog.get_logger()
 
@@ -65,6 +68,7 @@ class Execution:
         sessions: Sessions,
         published: Published,
         spool: Path,
+        authority: x509.Certificate,
     ) -> None:
         self.run_id = record.run_id
         self.config = config
@@ -75,6 +79,9 @@ class Execution:
         self._sessions = sessions
         self._published = published
         self._spool = spool / record.run_id.hex()
+        self._authority = authority
+        self._candidates: dict[str, Candidate] = {}  # under masks: agents that said READY
+        self._masking: Masking | None = None
         self._history = store.rounds(record.run_id)
         self._envelopes = store.envelopes(record.run_id, record.key_id)
         self._sum: RoundSum | None = None
@@ -142,6 +149,8 @@ class Execution:
             self._log.info("run moved", phase=after.phase.value, round=after.round)
         for effect in effects:
             self._perform(effect, before)
+        if isinstance(event, AgentConnected) and after.phase is Phase.SUMMING and self._masking:
+            self._masking.repeat(event.agent)  # it may have missed the list that it vouches for
 
     def _is_adding(self, event: Event) -> bool:
         """While an update is on its way into the sum, nothing may close the sum without it."""
@@ -159,6 +168,8 @@ class Execution:
                 self._store.put_envelopes(self.run_id, event.key_id, list(event.envelopes.items()))
                 self._envelopes = self._store.envelopes(self.run_id, event.key_id)
             case Ready():
+                if not self._is_admitted(event):
+                    return
                 self._report(
                     event.round,
                     event.agent,
@@ -172,6 +183,32 @@ class Execution:
                 if event.agent not in self.state.excluded:  # what it declines next follows from it
                     self._report(event.round, event.agent, refusal=event.reason.value)
         self.post(event)
+
+    def _is_admitted(self, event: Ready) -> bool:
+        """Under masks, an agent is ready once its keys for the next cohort are verified."""
+        masked = self.config.encoding.protection.has_masks
+        if not masked or self.state.phase is not Phase.TRAINING:
+            return True
+        attempt = cohort.AttemptId(self.run_id, self.state.round, self.state.attempt + 1)
+        try:
+            self._candidates[event.agent] = read_candidate(
+                event.agent, attempt, event.advertisement, event.identity, self._authority
+            )
+        except Refused as refused:
+            self.refuse(event.agent, refused)
+            self.post(Declined(event.agent, event.round, refused.reason))
+            return False
+        return True
+
+    def heard_mask_step(self, agent: str, message: bytes) -> None:
+        """Carry on what a member says in its cohort's protocol."""
+        if self._masking is None:
+            self.refuse(agent, Refused(Reason.WRONG_ROUND, "expected no mask step: no cohort"))
+            return
+        try:
+            self._masking.heard(agent, message)
+        except Refused as refused:
+            self.refuse(agent, refused)
 
     def heard_progress(self, agent: str, round_number: int, share: float) -> None:
         """Remember how far an agent's training is."""
@@ -229,6 +266,9 @@ class Execution:
                 await self._sum.add(upload, path)
                 size = upload.artifact.size_bytes
                 self._log.info("update accepted", agent=upload.agent, bytes=size)
+                if self._masking is not None:
+                    slot = self.state.cohort.index(upload.agent)
+                    self._masking.counted(slot, upload.artifact.sha256)
                 self.post(Uploaded(upload.agent, upload.artifact.sha256))
             finally:
                 await asyncio.to_thread(path.unlink, missing_ok=True)
@@ -253,6 +293,8 @@ class Execution:
                 self._open_cohort()
             case RepeatCohort(agent):
                 self._sessions.send(agent, self._cohort())
+                if self._masking is not None:
+                    self._masking.repeat(agent)
             case CloseCohort():
                 self._storing = asyncio.create_task(self._store_sum())
             case PublishResult(agents):
@@ -286,6 +328,8 @@ class Execution:
             self._round_started = time.monotonic()
             self._traffic.clear()
             self._log.info("round started", round=self.state.round, invited=len(agents))
+        if self._masking is not None and self.state.phase is Phase.COLLECTING:
+            return  # an invitation is for the next attempt: joining it gives this one up
         for agent in agents:
             message = announcements.invitation(
                 self.run_id,
@@ -310,12 +354,30 @@ class Execution:
             weight_cap=state.weight_cap,
             clip=clip_of(config.encoding, config.training, state.weight_cap),
             update_bits=config.encoding.update_bits,
+            cohort=self._open_masking(),
         )
         self._sum = RoundSum(context, config.encoding.protection, state.cohort, self._spool)
         self._tell(state.cohort, self._cohort())
 
+    def _open_masking(self) -> bytes:
+        """Begin the cohort's protocol for masks, where there are any; return its digest."""
+        state = self.state
+        if not self.config.encoding.protection.has_masks:
+            return b""
+        self._masking = Masking(
+            cohort.AttemptId(self.run_id, state.round, state.attempt),
+            state.policy.minimum_agents,
+            {agent: self._candidates[agent] for agent in state.cohort},
+            self._send_mask_step,
+        )
+        return self._masking.cohort.digest
+
+    def _send_mask_step(self, agent: str, message: bytes) -> None:
+        step = announcements.mask_step(self.run_id, self.state.round, message)
+        self._sessions.send(agent, step)
+
     def _cohort(self) -> announcements.Message:
-        return announcements.cohort(self.run_id, self.state, self._seconds_left())
+        return announcements.cohort(self.run_id, self.state, self._seconds_left(), self._masking)
 
     async def _store_sum(self) -> None:
         """Publish the sum and make it history, before anyone is told of it."""
@@ -324,13 +386,28 @@ class Execution:
             raise AssertionError("a cohort is closed only after it was opened")
         slots = closing.slots
         self._tell(state.cohort, announcements.accepted(self.run_id, state, slots))
+        correction = None
+        if self._masking is not None:
+            self._masking.close_uploads()
+            correction = await self._masking.settled(self.config.deadlines.upload)
+            if correction is None:
+                self._log.warning("masks could not be taken out", round=state.round)
+                self.post(SumFailed())
+                return
         try:
-            reference = await asyncio.to_thread(self._published.put, closing.encoded())
+            reference = await asyncio.to_thread(self._published.put, closing.encoded(correction))
         except (OSError, crypto.LocalFault) as error:
             self._log.error("sum failed", error=type(error).__name__)
             self.post(SumFailed())
             return
-        record = RoundRecord(state.round, state.attempt, state.weight_cap, slots, reference)
+        record = RoundRecord(
+            state.round,
+            state.attempt,
+            state.weight_cap,
+            slots,
+            reference,
+            cohort_digest=closing.context.cohort,
+        )
         self._store.add_round(self.run_id, record)
         self._history = (*self._history, record)
         closing.discard()
@@ -340,6 +417,7 @@ class Execution:
         if self._sum is not None:
             self._sum.discard()
         self._sum = None
+        self._masking = None
 
     def _close_round(self, number: int) -> None:
         seconds = time.monotonic() - self._round_started
@@ -377,7 +455,7 @@ def _policy(config: RunConfig) -> RunPolicy:
         rounds=config.rounds,
         minimum_agents=config.cohort.minimum,
         cohort_size=config.cohort.size,
-        needs_key=config.encoding.protection is not Protection.PLAIN,
+        needs_key=config.encoding.protection.has_run_key,
         gathering_seconds=config.deadlines.gathering,
         training_seconds=config.deadlines.training,
         upload_seconds=config.deadlines.upload,

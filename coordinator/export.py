@@ -1,12 +1,14 @@
 """The adapter of a finished run as a deployable model, where the coordinator can read it."""
 
 import tomllib
+from io import BufferedReader
 from pathlib import Path
 
 import crypto
 from coordinator.config import RunConfig, parse_run_config
 from coordinator.published import Published
 from coordinator.store import RoundRecord, RunRecord, Store
+from crypto import masked
 from fedloom.adapters import read_adapter
 from fedloom.errors import ConfigError
 from fedloom.exports import export_model, link_or_copy
@@ -18,7 +20,7 @@ from fedloom.terms import Protection, clip_of
 def export_run(store: Store, published: Published, run: RunRecord, out: Path) -> Path:
     """Repeat the run's rounds from its sums and write the model; raises ConfigError if blind."""
     config = parse_run_config(tomllib.loads(run.config), Path(run.name))
-    if config.encoding.protection is not Protection.PLAIN:
+    if config.encoding.protection.needs_tenseal:
         raise ConfigError(
             run.name,
             "this coordinator never could read the adapter; every agent has exported it to its "
@@ -31,7 +33,7 @@ def export_run(store: Store, published: Published, run: RunRecord, out: Path) ->
     for record in store.rounds(run.run_id):
         with published.path(record.sum.sha256).open("rb") as file:
             context = _context(run.run_id, config, plan, record)
-            opened = crypto.protection("plain").open_sum(context, None, record.slots, file)
+            opened = _read_sum(config.encoding.protection, context, record.slots, file)
         state = rule.apply(state, opened.mean)
     folder = out.with_name(out.name + ".plan")
     _lay_out(plan, run, published, folder)
@@ -54,7 +56,20 @@ def _context(
         weight_cap=record.weight_cap,
         clip=clip_of(config.encoding, config.training, record.weight_cap),
         update_bits=config.encoding.update_bits,
+        cohort=record.cohort_digest,
     )
+
+
+def _read_sum(
+    protection: Protection,
+    context: crypto.UpdateContext,
+    slots: tuple[int, ...],
+    file: BufferedReader,
+) -> crypto.OpenedSum:
+    """Open a sum as only a coordinator that may read it can: nothing proves whose it is."""
+    if protection is Protection.MASKED:
+        return masked.read_sum(context, slots, file)
+    return crypto.protection("plain").open_sum(context, None, slots, file)
 
 
 def _lay_out(plan: Plan, run: RunRecord, published: Published, folder: Path) -> None:

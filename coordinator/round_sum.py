@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import crypto
+from crypto.masks import Correction
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
 from fedloom.terms import Protection
@@ -113,9 +114,9 @@ class RoundSum:
         """The members in the sum, ascending."""
         return self._accumulator.members
 
-    def encoded(self) -> Iterator[bytes]:
-        """Yield the encoded sum; nothing is added any more."""
-        return self._accumulator.result()
+    def encoded(self, correction: Correction | None = None) -> Iterator[bytes]:
+        """Yield the encoded sum, without the masks left in it; nothing is added any more."""
+        return self._accumulator.result(correction)
 
     def discard(self) -> None:
         """Delete what is spooled; the folder stays: removing one takes milliseconds of a round."""
@@ -125,5 +126,7 @@ class RoundSum:
 
 _NAMES: dict[Protection, crypto.ProtectionName] = {
     Protection.PLAIN: "plain",
+    Protection.MASKED: "masked",
     Protection.ENCRYPTED: "encrypted",
+    Protection.SEALED: "sealed",
 }

@@ -46,6 +46,7 @@ rounds = sa.Table(
     sa.Column("sum_sha256", sa.LargeBinary, nullable=False),
     sa.Column("sum_size", sa.Integer, nullable=False),
     sa.Column("seconds", sa.Float, nullable=False),
+    sa.Column("cohort_digest", sa.LargeBinary, nullable=False),  # empty without masks
 )
 envelopes = sa.Table(
     "envelopes",

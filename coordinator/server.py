@@ -87,8 +87,9 @@ def open_published(home: Path) -> Published:
 async def serving(home: Path) -> AsyncIterator[Conductor]:
     """Answer on both ports while the block runs; nothing happens until the conductor conducts."""
     config = load_server_config(home)
+    authority = Authority.load(home)
     store, published, sessions = open_store(home), open_published(home), Sessions()
-    conductor = Conductor(store, sessions, published, home / "spool")
+    conductor = Conductor(store, sessions, published, home / "spool", authority.certificate)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
         ArtifactService(published.folder, store, conductor), server
@@ -97,7 +98,7 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
         ControlService(sessions, store, conductor), server
     )
     enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(
-        EnrolmentService(Authority.load(home), store, config.control_address), server
+        EnrolmentService(authority, store, config.control_address), server
     )
     try:
         _add_ports(server, home, config)

@@ -44,6 +44,7 @@ class RoundRecord:
     slots: tuple[int, ...]
     sum: ArtifactReference
     seconds: float = 0.0
+    cohort_digest: bytes = b""
 
 
 class Store:
@@ -181,6 +182,7 @@ class Store:
             "sum_sha256": record.sum.sha256,
             "sum_size": record.sum.size_bytes,
             "seconds": record.seconds,
+            "cohort_digest": record.cohort_digest,
         }
         with self._engine.begin() as db:
             db.execute(insert(schema.rounds).values(row).on_conflict_do_nothing())
@@ -208,6 +210,7 @@ class Store:
                 tuple(json.loads(row.slots)),
                 ArtifactReference(row.sum_sha256, row.sum_size),
                 row.seconds,
+                row.cohort_digest,
             )
             for row in rows
         )

@@ -106,9 +106,9 @@ def _available_protections(minimum: Protection) -> frozenset[Protection]:
     """What this device can do; TenSEAL is looked for, not imported."""
     from importlib.util import find_spec
 
-    possible = {Protection.PLAIN}
+    possible = {Protection.PLAIN, Protection.MASKED}
     if find_spec("tenseal") and find_spec("zstandard"):
-        possible.add(Protection.ENCRYPTED)
+        possible |= {Protection.ENCRYPTED, Protection.SEALED}
     if max(possible) < minimum:
         raise ConfigError(
             "policy.minimum_protection",
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--minimum-protection",
         choices=[protection.name.lower() for protection in Protection],
-        default=Protection.ENCRYPTED.name.lower(),
+        default=Protection.SEALED.name.lower(),
         help="decline runs that protect updates less",
     )
     command.add_argument(

@@ -9,7 +9,7 @@ label = "label"
 path = "test.csv"
 
 [policy]
-minimum_protection = "encrypted"   # runs with less are declined
+minimum_protection = "sealed"      # runs with less are declined
 
 [engine]
 threads = 0                  # 0: as many as the device has cores
@@ -40,7 +40,7 @@ class AgentConfig:
 
     data: DataSource
     held_out: DataSource | None = None
-    minimum_protection: Protection = Protection.ENCRYPTED
+    minimum_protection: Protection = Protection.SEALED
     threads: int = 0
 
 
@@ -114,7 +114,7 @@ def _source(path: Path, table: Mapping[str, Any], section: str) -> DataSource | 
 
 
 def _protection(path: Path, policy: Mapping[str, Any]) -> Protection:
-    name = policy.get("minimum_protection", Protection.ENCRYPTED.name.lower())
+    name = policy.get("minimum_protection", Protection.SEALED.name.lower())
     names = {protection.name.lower(): protection for protection in Protection}
     if name not in names:
         raise ConfigError(

@@ -9,10 +9,12 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.x509.oid import NameOID
 
-from crypto import generate_exchange_key, key_advertisement_bytes
+from crypto import generate_exchange_key
+from fedloom.certified_keys import EXCHANGE_KEY, IDENTITY_KEY, certify, check_certified
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.secret_files import make_private_folder, write_secret
 from fedloom.v1 import control_pb2
@@ -21,6 +23,7 @@ _KEY_FILE = "agent.key"
 _CERTIFICATE_FILE = "agent.pem"
 _AUTHORITY_FILE = "authority.pem"
 _EXCHANGE_KEY_FILE = "exchange.key"
+_IDENTITY_KEY_FILE = "identity.key"
 _ADDRESS_FILE = "coordinator.address"
 _PEM = serialization.Encoding.PEM
 _DER = serialization.Encoding.DER
@@ -36,6 +39,7 @@ class Identity:
     certificate: x509.Certificate = field(repr=False)
     authority: x509.Certificate = field(repr=False)
     exchange_key: X25519PrivateKey = field(repr=False)
+    identity_key: Ed25519PrivateKey = field(repr=False)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Return mutual TLS credentials that trust the pinned authority only."""
@@ -46,37 +50,37 @@ class Identity:
         )
 
     def advertised_exchange_key(self) -> control_pb2.ExchangeKey:
-        """Return this device's X25519 key, signed with the key of its certificate."""
+        """Return this device's X25519 key, certified."""
         public = self.exchange_key.public_key().public_bytes_raw()
-        advertisement = key_advertisement_bytes(self.agent_id, public)
         return control_pb2.ExchangeKey(
             public_key=public,
-            signature=self.key.sign(advertisement, ec.ECDSA(hashes.SHA256())),
+            signature=certify(EXCHANGE_KEY, self.agent_id, public, self.key),
+            certificate=self.certificate.public_bytes(_DER),
+        )
+
+    def advertised_identity_key(self) -> control_pb2.IdentityKey:
+        """Return this device's Ed25519 key, certified."""
+        public = self.identity_key.public_key().public_bytes_raw()
+        return control_pb2.IdentityKey(
+            public_key=public,
+            signature=certify(IDENTITY_KEY, self.agent_id, public, self.key),
             certificate=self.certificate.public_bytes(_DER),
         )
 
     def verified_exchange_key(self, agent_id: str, key: control_pb2.ExchangeKey) -> bytes:
-        """Return another agent's X25519 key once its chain and signature hold.
+        """Return another agent's X25519 key once it is certified; raises KEY_UNAVAILABLE."""
+        return self._verified(EXCHANGE_KEY, agent_id, key)
 
-        The authority must have issued the certificate, for this name, and its key must have signed
-        the advertisement: the coordinator only relays. Raises Refused(KEY_UNAVAILABLE).
-        """
-        wrong = Refused(
-            Reason.KEY_UNAVAILABLE, f"expected {agent_id[:64]}'s key, signed under our authority"
+    def verified_identity_key(self, agent_id: str, key: control_pb2.IdentityKey) -> bytes:
+        """Return another agent's Ed25519 key once it is certified; raises KEY_UNAVAILABLE."""
+        return self._verified(IDENTITY_KEY, agent_id, key)
+
+    def _verified(
+        self, label: bytes, agent_id: str, key: control_pb2.ExchangeKey | control_pb2.IdentityKey
+    ) -> bytes:
+        check_certified(
+            label, agent_id, key.public_key, key.signature, key.certificate, self.authority
         )
-        try:
-            certificate = x509.load_der_x509_certificate(key.certificate)
-            certificate.verify_directly_issued_by(self.authority)
-            names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-            signer = certificate.public_key()
-            if [name.value for name in names] != [agent_id] or len(key.public_key) != 32:
-                raise wrong
-            if not isinstance(signer, ec.EllipticCurvePublicKey):
-                raise wrong
-            advertisement = key_advertisement_bytes(agent_id, key.public_key)
-            signer.verify(key.signature, advertisement, ec.ECDSA(hashes.SHA256()))
-        except (ValueError, TypeError, InvalidSignature) as error:
-            raise wrong from error
         return key.public_key
 
 
@@ -119,6 +123,8 @@ def save_membership(
     (home / _AUTHORITY_FILE).write_bytes(pinned.public_bytes(_PEM))
     if not (home / _EXCHANGE_KEY_FILE).exists():
         write_secret(home / _EXCHANGE_KEY_FILE, generate_exchange_key().private_bytes_raw())
+    if not (home / _IDENTITY_KEY_FILE).exists():
+        write_secret(home / _IDENTITY_KEY_FILE, Ed25519PrivateKey.generate().private_bytes_raw())
     (home / _ADDRESS_FILE).write_text(control_address + "\n")
     return load_identity(home)
 
@@ -129,6 +135,7 @@ def load_identity(home: Path) -> Identity:
         certificate = x509.load_pem_x509_certificate((home / _CERTIFICATE_FILE).read_bytes())
         authority = x509.load_pem_x509_certificate((home / _AUTHORITY_FILE).read_bytes())
         exchange = X25519PrivateKey.from_private_bytes((home / _EXCHANGE_KEY_FILE).read_bytes())
+        signing = Ed25519PrivateKey.from_private_bytes((home / _IDENTITY_KEY_FILE).read_bytes())
         address = (home / _ADDRESS_FILE).read_text().strip()
         key = _load_key(home / _KEY_FILE)
     except (OSError, ValueError) as error:
@@ -136,7 +143,7 @@ def load_identity(home: Path) -> Identity:
             str(home), f"expected a device that has joined: run `fedloom-agent join` ({error})"
         ) from error
     name = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
-    return Identity(str(name), address, key, certificate, authority, exchange)
+    return Identity(str(name), address, key, certificate, authority, exchange, signing)
 
 
 def fingerprint(certificate: x509.Certificate) -> str:

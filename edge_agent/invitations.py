@@ -25,6 +25,7 @@ class Terms:
     plan: ArtifactReference
     training: LocalTraining
     encoding: Encoding
+    attempt: int = 1  # that the round's next cohort will have
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Outcome:
     weight_cap: int
     slots: tuple[int, ...]
     sum: ArtifactReference
+    cohort_digest: bytes = b""  # under masks: 32 bytes
 
 
 def read_run_id(run_id: bytes) -> bytes:
@@ -55,6 +57,7 @@ def read_terms(message: control_pb2.Invitation) -> Terms:
         plan,
         LocalTraining.from_message(message.training),
         Encoding.from_message(message.encoding),
+        message.attempt,
     )
 
 
@@ -66,7 +69,9 @@ def read_outcome(message: control_pb2.RoundOutcome) -> Outcome:
     _require(slots == tuple(sorted(set(slots))), "distinct slots in ascending order")
     _require(1 <= message.weight_cap <= 1 << MAX_WEIGHT_CLASS, "a weight cap of 1..2^24")
     reference = ArtifactReference(message.sum.sha256, message.sum.size_bytes)
-    return Outcome(message.round, message.attempt, message.weight_cap, slots, reference)
+    return Outcome(
+        message.round, message.attempt, message.weight_cap, slots, reference, message.cohort_digest
+    )
 
 
 def keep_invitation(folder: Path, message: control_pb2.Invitation) -> None:

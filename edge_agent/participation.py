@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,11 +29,12 @@ from edge_agent.invitations import (
     read_outcome,
     read_terms,
 )
-from edge_agent.protection import UpdateProtection
-from edge_agent.run_keys import open_envelope
+from edge_agent.masking import Masking
+from edge_agent.protection import Place, UpdateProtection
+from edge_agent.run_keys import count_refused_sum, open_envelope, require_fresh_key
 from edge_agent.transfer import Transfer
 from fedloom.adapters import Theta
-from fedloom.artifacts import ArtifactReference
+from fedloom.artifacts import ArtifactReference, reference_of
 from fedloom.errors import Reason, Refused, refused_from_details
 from fedloom.plans import Plan
 from fedloom.strategies import algorithm
@@ -79,6 +80,8 @@ class Participation:
         self._protection: UpdateProtection | None = None
         self._trained: tuple[int, LocalUpdate, float] | None = None  # (round, update, seconds)
         self._encoded: tuple[int, int, ArtifactReference] | None = None  # (round, attempt, bytes)
+        self._masking: Masking | None = None
+        self._cohort: control_pb2.Cohort | None = None  # the open one, under masks
         self._interrupted = False
         self.progress = 0.0  # of the training in hand, 0..1
         self._log = _log.bind(run=run_id.hex()[:8])
@@ -107,17 +110,17 @@ class Participation:
         if self._trained is None or self._trained[0] != terms.round:
             await self._train(terms)
         _, update, seconds = _present(self._trained)
-        self._send(
-            control_pb2.ConnectRequest(
-                ready=control_pb2.Ready(
-                    run_id=terms.run_id,
-                    round=terms.round,
-                    weight_class=weight_class(update.samples),
-                    training_loss=update.mean_loss,
-                    training_time=Duration(seconds=int(seconds)),
-                )
-            )
+        ready = control_pb2.Ready(
+            run_id=terms.run_id,
+            round=terms.round,
+            weight_class=weight_class(update.samples),
+            training_loss=update.mean_loss,
+            training_time=Duration(seconds=int(seconds)),
         )
+        if self._masking is not None:
+            ready.advertisement = self._masking.advertise(terms.round, terms.attempt)
+            ready.identity.CopyFrom(self._device.identity.advertised_identity_key())
+        self._send(control_pb2.ConnectRequest(ready=ready))
 
     async def _take_up(self, message: control_pb2.Invitation) -> Terms:
         terms = read_terms(message)
@@ -148,8 +151,11 @@ class Participation:
         self._terms = terms
         if self._plan is None or self._engine is None:
             await self._take_up_plan(terms)
+        require_fresh_key(self._folder)
         run_key = None
-        if terms.encoding.protection is not Protection.PLAIN:
+        if terms.encoding.protection.has_masks and self._masking is None:
+            self._masking = Masking(self._folder, self._device.identity, terms.run_id)
+        if terms.encoding.protection.has_run_key:
             if not message.HasField("envelope"):
                 raise Refused(Reason.KEY_UNAVAILABLE, "expected the run key with the invitation")
             run_key = open_envelope(self._device.identity, terms.run_id, message.envelope)
@@ -208,27 +214,65 @@ class Participation:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
     async def cohort(self, message: control_pb2.Cohort) -> None:
-        """Encode the update for this cohort and upload it."""
+        """Encode the update for this cohort and upload it; under masks deal shares first."""
+        await self._resume()
+        if self._masking is not None:
+            self._cohort = message
+            self._send_mask_step(self._masking.take_up(message))
+            return
         terms = _present(self._terms)
         if self._trained is None or not self._trained[0] == message.round == terms.round:
             raise Refused(Reason.WRONG_ROUND, f"expected a cohort of round {terms.round}")
         members = list(message.members)
         if members.count(self._device.identity.agent_id) != 1:
             raise Refused(Reason.NOT_IN_COHORT, "expected this agent once among the members")
-        slot = members.index(self._device.identity.agent_id)
-        path = self._folder / "update.bin"
-        if self._encoded is None or self._encoded[:2] != (message.round, message.attempt):
-            # A repeated cohort gets the same bytes again: the upload resumes.
+        await self._upload(message, Place(members.index(self._device.identity.agent_id)))
+
+    async def mask_step(self, message: control_pb2.MaskStep) -> None:
+        """Follow a message of the cohort's protocol: shares, the accepted list, its certificate."""
+        await self._resume()
+        masking = _present(self._masking)
+        answer = masking.heard(message.message)
+        if answer is not None:
+            self._send_mask_step(answer)
+        elif self._cohort is not None and masking.has_shares:
+            await self._upload_masked(self._cohort, masking)
+
+    async def _upload_masked(self, cohort: control_pb2.Cohort, masking: Masking) -> None:
+        """Commit to one encoding under this attempt's masks, then send it; once, or again."""
+        place = Place(masking.slot, masking.digest)
+        if not masking.upload_sha256:
+            masked = replace(place, masks=masking.masks())
+            masking.fix_upload((await self._encode(cohort, masked)).sha256)
+        elif self._encoded is None:  # fixed by a former process: those very bytes, or none
+            path = self._folder / "update.bin"
+            kept = await asyncio.to_thread(reference_of, path)
+            if kept is None or kept.sha256 != masking.upload_sha256:
+                raise Refused(Reason.WRONG_ROUND, "expected the update that was fixed, found none")
+            self._encoded = (cohort.round, cohort.attempt, kept)
+        await self._upload(cohort, place)
+
+    def _send_mask_step(self, message: bytes) -> None:
+        step = control_pb2.MaskStep(run_id=self.run_id, round=self.round, message=message)
+        self._send(control_pb2.ConnectRequest(mask_step=step))
+
+    async def _encode(self, cohort: control_pb2.Cohort, place: Place) -> ArtifactReference:
+        """Encode once for each cohort: a repeated one gets the same bytes, the upload resumes."""
+        if self._encoded is None or self._encoded[:2] != (cohort.round, cohort.attempt):
             reference = await asyncio.to_thread(
                 _present(self._protection).write_update,
-                self._trained[1],
-                slot,
-                message.attempt,
-                message.weight_cap,
-                path,
+                _present(self._trained)[1],
+                place,
+                cohort.attempt,
+                cohort.weight_cap,
+                self._folder / "update.bin",
             )
-            self._encoded = (message.round, message.attempt, reference)
-        reference = self._encoded[2]
+            self._encoded = (cohort.round, cohort.attempt, reference)
+        return self._encoded[2]
+
+    async def _upload(self, message: control_pb2.Cohort, place: Place) -> None:
+        terms = _present(self._terms)
+        reference = await self._encode(message, place)
         header = artifact_pb2.UploadHeader(
             run_id=terms.run_id,
             round=message.round,
@@ -237,7 +281,7 @@ class Participation:
             sha256=reference.sha256,
         )
         try:
-            await self._transfer.upload(header, path)
+            await self._transfer.upload(header, self._folder / "update.bin")
         except Refused as refused:
             if refused.reason is Reason.WRONG_ROUND:  # too late: nothing that we must decline
                 raise Interrupted from refused
@@ -314,7 +358,12 @@ class Participation:
             )
         path = self._folder / f"sum-{outcome.round}.bin"
         await self._transfer.download(outcome.sum, path)
-        opened = await asyncio.to_thread(_present(self._protection).open_sum, outcome, path)
+        try:
+            opened = await asyncio.to_thread(_present(self._protection).open_sum, outcome, path)
+        except Refused as refused:
+            if refused.reason is Reason.SUM_NOT_VERIFIED:
+                count_refused_sum(self._folder)
+            raise
         await asyncio.to_thread(state.apply, opened.mean)
         path.unlink()
         self._log.info("applied", round=outcome.round, updates=opened.count)

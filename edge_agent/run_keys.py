@@ -1,13 +1,43 @@
 """Run keys on the device: made here, wrapped for other agents, opened from what they wrapped."""
 
+from pathlib import Path
+
 import structlog
 
 from crypto import CryptoError, RunKey, WrapContext, generate_run_key, unwrap, wrap
+from crypto.cohort import MAX_REFUSED_SUMS
 from edge_agent.identity import Identity
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import control_pb2
 
 _log = structlog.get_logger()
+
+
+_REFUSED_SUMS_FILE = "refused-sums"
+
+
+def count_refused_sum(folder: Path) -> None:
+    """Remember, in the run's folder, that its key refused a sum once more."""
+    count = _refused_sums(folder) + 1
+    (folder / _REFUSED_SUMS_FILE).write_text(f"{count}\n")
+
+
+def require_fresh_key(folder: Path) -> None:
+    """Raise Refused(KEY_UNAVAILABLE) when the run's key has refused too many sums.
+
+    Each refusal tells the maker of the sum up to one bit about the key (crypto/README.md): after
+    MAX_REFUSED_SUMS this device takes no further part in the run.
+    """
+    if _refused_sums(folder) >= MAX_REFUSED_SUMS:
+        raise Refused(
+            Reason.KEY_UNAVAILABLE,
+            f"expected a run whose key has refused fewer than {MAX_REFUSED_SUMS} sums",
+        )
+
+
+def _refused_sums(folder: Path) -> int:
+    path = folder / _REFUSED_SUMS_FILE
+    return int(path.read_text()) if path.exists() else 0
 
 
 def share_run_key(identity: Identity, request: control_pb2.WrapKey) -> control_pb2.WrappedKey:

@@ -186,6 +186,8 @@ class Session:
                 await self._run_of(message.invitation.run_id, transfer).invited(message.invitation)
             case "cohort":
                 await self._run_of(message.cohort.run_id, transfer).cohort(message.cohort)
+            case "mask_step":
+                await self._run_of(message.mask_step.run_id, transfer).mask_step(message.mask_step)
             case "accepted":
                 self._run_of(message.accepted.run_id, transfer).accepted(message.accepted)
             case "result":
@@ -219,6 +221,8 @@ def _subject_of(message: control_pb2.ConnectResponse) -> tuple[bytes, int]:
             return message.invitation.run_id, message.invitation.round
         case "cohort":
             return message.cohort.run_id, message.cohort.round
+        case "mask_step":
+            return message.mask_step.run_id, message.mask_step.round
         case "accepted":
             return message.accepted.run_id, message.accepted.round
         case "result":

@@ -5,7 +5,6 @@ slow one is welcome.
 """
 
 import asyncio
-import hashlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import grpc
 import structlog
 
 from edge_agent.connection import Unreachable, understood
-from fedloom.artifacts import ArtifactReference, PartialFile, read_parts
+from fedloom.artifacts import ArtifactReference, PartialFile, read_parts, reference_of
 from fedloom.errors import Reason, Refused
 from fedloom.plans import PLAN_FILE, Plan, parse_plan
 from fedloom.v1 import artifact_pb2, artifact_pb2_grpc
@@ -116,7 +115,5 @@ async def _upload_steps(
 
 
 def _is_whole(path: Path, artifact: ArtifactReference) -> bool:
-    if not path.is_file() or path.stat().st_size != artifact.size_bytes:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest() == artifact.sha256
+    there = path.is_file() and path.stat().st_size == artifact.size_bytes
+    return there and reference_of(path) == artifact

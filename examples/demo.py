@@ -43,7 +43,7 @@ batch_size = 16
 learning_rate = 3e-3
 
 [protection]
-kind = "encrypted"
+kind = "sealed"
 
 [deadlines]
 gathering = 300

@@ -35,6 +35,9 @@ class Conversation(Protocol):
     def heard(self, run_id: bytes, event: AgentEvent) -> None:
         """An agent's step in a run."""
 
+    def heard_mask_step(self, agent: str, run_id: bytes, message: bytes) -> None:
+        """A member's message in its cohort's protocol for masks; not validated yet."""
+
     def heard_progress(self, agent: str, run_id: bytes, round_number: int, share: float) -> None:
         """An agent is alive; `share` of its local training is done."""
 
@@ -103,6 +106,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 self._conversation.heard(request.ready.run_id, _ready(agent, request.ready))
             case "applied":
                 self._conversation.heard(request.applied.run_id, _applied(agent, request.applied))
+            case "mask_step":
+                step = request.mask_step
+                self._conversation.heard_mask_step(agent, step.run_id, step.message)
             case "refusal":
                 message = request.refusal
                 refused = refused_from_details(message.details)
@@ -172,7 +178,20 @@ def _ready(agent: str, message: control_pb2.Ready) -> Ready:
     _require(message.weight_class <= MAX_WEIGHT_CLASS, f"a weight class up to {MAX_WEIGHT_CLASS}")
     _require(math.isfinite(message.training_loss), "a finite training loss")
     seconds = message.training_time.ToTimedelta().total_seconds()
-    return Ready(agent, message.round, message.weight_class, message.training_loss, seconds)
+    identity = message.identity
+    _require(
+        max(len(identity.signature), len(identity.certificate)) <= MAX_CERTIFICATE_BYTES,
+        "an identity with a certificate",
+    )
+    return Ready(
+        agent,
+        message.round,
+        message.weight_class,
+        message.training_loss,
+        seconds,
+        message.advertisement,
+        identity if message.HasField("identity") else None,
+    )
 
 
 def _applied(agent: str, message: control_pb2.Applied) -> Applied:

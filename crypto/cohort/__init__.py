@@ -10,6 +10,7 @@ from .member import handle as handle_member
 from .member import masks
 from .member_state import (
     Join,
+    MemberEvent,
     MemberPhase,
     MemberPolicy,
     MemberState,
@@ -41,6 +42,7 @@ from .relay_state import (
     Correct,
     FormCohort,
     RelayEffect,
+    RelayEvent,
     RelayPhase,
     RelayState,
     Send,
@@ -66,6 +68,7 @@ __all__ = [
     "Endorsement",
     "FormCohort",
     "Join",
+    "MemberEvent",
     "MemberPhase",
     "MemberPolicy",
     "MemberState",
@@ -73,6 +76,7 @@ __all__ = [
     "Message",
     "RefusedSums",
     "RelayEffect",
+    "RelayEvent",
     "RelayPhase",
     "RelayState",
     "Release",

@@ -81,7 +81,10 @@ def handle(state: RelayState, event: RelayEvent, verify: Verify) -> Step:
 
 
 def repeat(state: RelayState, agent_id: str) -> tuple[Send, ...]:
-    """Return what a member that connects again may have missed; it ignores what it has."""
+    """Return what a member that connects again may have missed; it ignores what it has.
+
+    Who is not in the accepted list is told nothing of it: it would have to refuse it.
+    """
     cohort = state.cohort
     slot = None if cohort is None else cohort.slot(agent_id)
     if cohort is None or slot is None or state.phase is RelayPhase.ABANDONED:
@@ -89,7 +92,8 @@ def repeat(state: RelayState, agent_id: str) -> tuple[Send, ...]:
     missed: list[Message] = [cohort]
     if state.phase >= RelayPhase.COLLECTING:
         missed.append(_boxes_for(state, slot))
-    missed += [message for message in (state.acceptance, state.certificate) if message is not None]
+    if state.acceptance is not None and slot in state.acceptance.slots:
+        missed += [m for m in (state.acceptance, state.certificate) if m is not None]
     return tuple(Send(agent_id, message) for message in missed)
 
 

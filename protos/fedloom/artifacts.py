@@ -54,6 +54,15 @@ def write_artifact(path: Path, parts: Iterator[bytes]) -> ArtifactReference:
     return ArtifactReference(digest.digest(), size)
 
 
+def reference_of(path: Path) -> ArtifactReference | None:
+    """Return what a file is; None when there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").digest()
+        return ArtifactReference(sha256, file.tell())
+
+
 class PartialFile:
     """An artifact being received: resumable, bounded by its stated size, checked at the end."""
 

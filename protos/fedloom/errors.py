@@ -53,6 +53,7 @@ class Reason(IntEnum):
     SUPERSEDED = 27
     INTERNAL = 28
     STORAGE_FULL = 29
+    COHORT_REFUSED = 30
 
 
 class Reaction(Enum):
@@ -103,6 +104,7 @@ RULES: dict[Reason, Rule] = {
     Reason.SUPERSEDED: Rule(_Code.ABORTED, Reaction.STOP),
     Reason.INTERNAL: Rule(_Code.INTERNAL, Reaction.RECONNECT),
     Reason.STORAGE_FULL: Rule(_Code.RESOURCE_EXHAUSTED, Reaction.RECONNECT),
+    Reason.COHORT_REFUSED: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
 }
 
 

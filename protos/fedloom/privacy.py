@@ -20,6 +20,16 @@ STATEMENTS: dict[Protection, PrivacyStatement] = {
         coordinator_and_an_agent="every update",
         agents="the mean of each round's updates",
     ),
+    Protection.MASKED: PrivacyStatement(
+        coordinator="the sum",
+        coordinator_and_an_agent="the sum of the others",
+        agents="the mean of each round's updates",
+    ),
+    Protection.SEALED: PrivacyStatement(
+        coordinator="nothing",
+        coordinator_and_an_agent="the sum of the others",
+        agents="the mean of each round's updates",
+    ),
     Protection.ENCRYPTED: PrivacyStatement(
         coordinator="nothing",
         coordinator_and_an_agent="every update (the agents share one key)",

@@ -22,10 +22,27 @@ _E = TypeVar("_E", bound=IntEnum)
 
 
 class Protection(IntEnum):
-    """How updates are protected; a larger value is stronger."""
+    """How updates are protected; a larger value hides more from the coordinator alone."""
 
     PLAIN = 1
-    ENCRYPTED = 2
+    MASKED = 2
+    ENCRYPTED = 3
+    SEALED = 4
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether members of a cohort hide their updates from everyone by masks."""
+        return self in (Protection.MASKED, Protection.SEALED)
+
+    @property
+    def has_run_key(self) -> bool:
+        """Whether the agents share a key that the coordinator must not have."""
+        return self is not Protection.PLAIN
+
+    @property
+    def needs_tenseal(self) -> bool:
+        """Whether updates are homomorphically encrypted."""
+        return self in (Protection.ENCRYPTED, Protection.SEALED)
 
 
 class Optimizer(IntEnum):

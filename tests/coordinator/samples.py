@@ -37,6 +37,8 @@ rounds = 3
 [cohort]
 minimum = 2
 size = 10
+[protection]
+kind = "encrypted"
 """
 
 

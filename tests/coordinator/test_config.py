@@ -88,7 +88,7 @@ def test_what_is_not_stated_has_a_default() -> None:
     config = parse_run_config(LEAST, PATH)
     assert config.name == "intent"
     assert config.training == LocalTraining()
-    assert config.encoding.protection is Protection.ENCRYPTED  # never plain by omission
+    assert config.encoding.protection is Protection.SEALED  # never less by omission
     assert (config.cohort, config.deadlines) == (CohortTerms(), Deadlines())
     assert parse_run_config(LEAST | {"cohort": {}, "deadlines": {}}, PATH) == config
     assert parse_run_config(LEAST | {"plan": "/abs/plan"}, PATH).plan == Path("/abs/plan")
@@ -286,6 +286,7 @@ def _assert_usable(config: RunConfig) -> None:
             weight_cap=weight_cap,
             clip=clip_of(config.encoding, config.training, weight_cap),
             update_bits=config.encoding.update_bits,
+            cohort=bytes(32 if config.encoding.protection.has_masks else 0),
         )
-        if config.encoding.protection is Protection.ENCRYPTED:
-            crypto.BfvParameters.derive(context)
+        if config.encoding.protection is not Protection.PLAIN:
+            crypto.BfvParameters.derive(context, config.encoding.protection.name.lower())

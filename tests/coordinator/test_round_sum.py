@@ -71,7 +71,7 @@ class Desk:
         return module.open_sum(CONTEXT, self.key, self.sum.slots, io.BytesIO(encoded))
 
 
-@pytest.fixture(params=Protection, ids=lambda protection: protection.name.lower())
+@pytest.fixture(params=NAMES, ids=lambda protection: protection.name.lower())
 def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
     return Desk(request.param, tmp_path / "spool")
 

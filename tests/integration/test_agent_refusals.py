@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,8 +141,8 @@ async def test_a_sum_that_was_tampered_with_before_it_was_published(
 ) -> None:
     encoded = RoundSum.encoded
 
-    def tampered(self: RoundSum) -> Iterator[bytes]:
-        content = bytearray(b"".join(encoded(self)))
+    def tampered(self: RoundSum, correction: Any) -> Iterator[bytes]:
+        content = bytearray(b"".join(encoded(self, correction)))
         start = int(place * (len(content) - 4))
         content[start : start + 4] = bytes(b ^ 0x55 for b in content[start : start + 4])
         if place == 1.0:

@@ -74,7 +74,7 @@ def expected_theta(federation: Federation, cohorts: list[list[Agent]]) -> Theta:
 
 
 @pytest.mark.parametrize("interrupt", [cut, start_again])
-@pytest.mark.parametrize("kind", ["plain", "encrypted"])
+@pytest.mark.parametrize("kind", ["plain", "encrypted", "sealed"])
 @pytest.mark.parametrize("phase", list(HELD), ids=lambda phase: phase.value)
 async def test_an_agent_that_is_away_in_any_phase_loses_nothing(
     federation: Federation,

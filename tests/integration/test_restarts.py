@@ -32,7 +32,7 @@ def mean_of_all(federation: Federation, agents: list[Agent], rounds: int) -> The
     return theta
 
 
-@pytest.mark.parametrize("kind", ["plain", "encrypted"])
+@pytest.mark.parametrize("kind", ["plain", "encrypted", "sealed"])
 async def test_a_run_goes_on_after_the_coordinator_was_stopped(
     federation: Federation, kind: str
 ) -> None:
@@ -51,7 +51,7 @@ async def test_a_run_goes_on_after_the_coordinator_was_stopped(
     if kind == "plain":
         assert np.array_equal(theta, mean_of_all(federation, agents, rounds=3))
     makers = set(federation.store.envelopes(run_id, 1))
-    assert makers == ({agent.name for agent in agents} if kind == "encrypted" else set())
+    assert makers == ({agent.name for agent in agents} if kind != "plain" else set())
 
 
 async def stored(federation: Federation, run_id: bytes, rounds: int) -> None:
@@ -59,7 +59,7 @@ async def stored(federation: Federation, run_id: bytes, rounds: int) -> None:
     await until(f"{rounds} rounds", lambda: len(federation.store.rounds(run_id)) >= rounds)
 
 
-@pytest.mark.parametrize("kind", ["plain", "encrypted"])
+@pytest.mark.parametrize("kind", ["plain", "encrypted", "sealed"])
 async def test_a_run_goes_on_after_its_coordinator_was_killed_in_every_round(
     federation: Federation, tmp_path: Path, kind: str
 ) -> None:
