@@ -125,9 +125,9 @@ def _agent(row: dict[str, Any]) -> AgentProgress:
 def show(progress: RunProgress) -> RenderableType:
     """Draw the run as a table with a row for each round."""
     table = Table(title=escape(f"run {progress.name}"))
-    for heading in ("round", "accuracy", "train loss", "seconds", "up/agent", "down/agent"):
+    for heading in ("round", "accuracy", "loss", "seconds", "up/agent", "down/agent"):
         table.add_column(heading, justify="right")
-    table.add_column("coordinator\ncould read")
+    table.add_column("coordinator\ncould read", no_wrap=True)
     for entry in progress.history:
         table.add_row(
             f"{entry.round}/{progress.rounds}",
