@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import crypto
+from coordinator.run_state import RunPolicy
 from fedloom.errors import ConfigError, Refused
 from fedloom.terms import (
     MAX_WEIGHT_CLASS,
@@ -78,6 +79,21 @@ class RunConfig:
     training: LocalTraining
     encoding: Encoding
     deadlines: Deadlines
+
+    @property
+    def policy(self) -> RunPolicy:
+        """What decides how the run goes."""
+        return RunPolicy(
+            rounds=self.rounds,
+            minimum_agents=self.cohort.minimum,
+            cohort_size=self.cohort.size,
+            needs_key=self.encoding.protection.has_run_key,
+            gathering_seconds=self.deadlines.gathering,
+            training_seconds=self.deadlines.training,
+            upload_seconds=self.deadlines.upload,
+            applying_seconds=self.deadlines.applying,
+            seed=self.training.seed,
+        )
 
 
 def load_run_config(path: Path) -> RunConfig:

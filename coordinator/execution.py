@@ -6,11 +6,9 @@ handled, remembered and acted upon before the next one is looked at.
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import structlog
 from cryptography import x509
@@ -43,9 +41,10 @@ from coordinator.events import (
 )
 from coordinator.masking import Candidate, Masking, read_candidate
 from coordinator.published import Published
+from coordinator.reports import RoundReports
 from coordinator.round_sum import RoundSum, Upload
 from coordinator.rounds import handle
-from coordinator.run_state import Phase, RunPolicy, RunState
+from coordinator.run_state import Phase, RunState
 from coordinator.sessions import Sessions
 from coordinator.store import RoundRecord, RunRecord, Store
 from crypto import cohort
@@ -91,13 +90,13 @@ class Execution:
         self._key_id = record.key_id
         self._known_rounds: dict[str, int] = {}  # agent -> rounds that its state surely includes
         self._round_started = 0.0
-        self._traffic: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self._reports = RoundReports(store, record.run_id)
         self._log = _log.bind(run=record.name)
         self.state = self._restored()
 
     def _restored(self) -> RunState:
         """Continue after the history's last round; an attempt that was announced is spent."""
-        policy = _policy(self.config)
+        policy = self.config.policy
         number = len(self._history) + 1
         spent = self._record.attempt if self._record.round == number else 0
         deadline = time.monotonic() + policy.gathering_seconds
@@ -170,18 +169,13 @@ class Execution:
             case Ready():
                 if not self._is_admitted(event):
                     return
-                self._report(
-                    event.round,
-                    event.agent,
-                    progress=1.0,
-                    training_loss=event.training_loss,
-                    training_seconds=event.training_seconds,
-                )
+                self._reports.ready(self.state, event)
             case Applied():
-                self._report_applied(event)
+                self._reports.applied(self.state, event)
+                if event.round == len(self._history):
+                    self._known_rounds[event.agent] = event.round
             case Declined():
-                if event.agent not in self.state.excluded:  # what it declines next follows from it
-                    self._report(event.round, event.agent, refusal=event.reason.value)
+                self._reports.declined(self.state, event)
         self.post(event)
 
     def _is_admitted(self, event: Ready) -> bool:
@@ -212,27 +206,7 @@ class Execution:
 
     def heard_progress(self, agent: str, round_number: int, share: float) -> None:
         """Remember how far an agent's training is."""
-        if self.state.phase is Phase.TRAINING and agent in self.state.invited:
-            self._report(round_number, agent, progress=share)
-
-    def _report_applied(self, event: Applied) -> None:
-        values: dict[str, Any] = {
-            "state_sha256": event.state_sha256,
-            "saturated": event.saturated,
-        }
-        if event.evaluation is not None:
-            values |= {
-                "evaluated": event.evaluation.count,
-                "correct": event.evaluation.correct,
-                "evaluation_loss": event.evaluation.mean_loss,
-            }
-        self._report(event.round, event.agent, **values)
-        if event.round == len(self._history):
-            self._known_rounds[event.agent] = event.round
-
-    def _report(self, round_number: int, agent: str, **values: Any) -> None:
-        if round_number == self.state.round and agent in self.state.invited:
-            self._store.report(self.run_id, round_number, agent, **values)
+        self._reports.progress(self.state, agent, round_number, share)
 
     # uploads
 
@@ -275,9 +249,7 @@ class Execution:
 
     def count_traffic(self, agent: str, sent: int, received: int) -> None:
         """Count payload bytes of the agent's artifacts towards the round."""
-        counts = self._traffic[agent]
-        counts[0] += sent
-        counts[1] += received
+        self._reports.count_traffic(agent, sent, received)
 
     # effects
 
@@ -326,7 +298,7 @@ class Execution:
         # A repeated invitation keeps the deadline: the round goes on, it does not start anew.
         if self.state.phase is Phase.TRAINING and before.deadline != self.state.deadline:
             self._round_started = time.monotonic()
-            self._traffic.clear()
+            self._reports.open_round()
             self._log.info("round started", round=self.state.round, invited=len(agents))
         if self._masking is not None and self.state.phase is Phase.COLLECTING:
             return  # an invitation is for the next attempt: joining it gives this one up
@@ -421,9 +393,7 @@ class Execution:
 
     def _close_round(self, number: int) -> None:
         seconds = time.monotonic() - self._round_started
-        self._store.set_round_seconds(self.run_id, number, seconds)
-        for agent, (sent, received) in self._traffic.items():
-            self._store.report(self.run_id, number, agent, sent_bytes=sent, received_bytes=received)
+        self._reports.close_round(number, seconds)
         self._discard_sum()
         self._log.info("round finished", round=number, seconds=round(seconds, 3))
 
@@ -448,17 +418,3 @@ class Execution:
 
     def _seconds_left(self) -> float:
         return self.state.deadline - time.monotonic()
-
-
-def _policy(config: RunConfig) -> RunPolicy:
-    return RunPolicy(
-        rounds=config.rounds,
-        minimum_agents=config.cohort.minimum,
-        cohort_size=config.cohort.size,
-        needs_key=config.encoding.protection.has_run_key,
-        gathering_seconds=config.deadlines.gathering,
-        training_seconds=config.deadlines.training,
-        upload_seconds=config.deadlines.upload,
-        applying_seconds=config.deadlines.applying,
-        seed=config.training.seed,
-    )

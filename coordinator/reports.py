@@ -1,0 +1,74 @@
+"""What agents report of an open round, remembered for whoever watches the run."""
+
+from collections import defaultdict
+from typing import Any
+
+from coordinator.events import Applied, Declined, Ready
+from coordinator.run_state import Phase, RunState
+from coordinator.store import Store
+
+
+class RoundReports:
+    """Writes reports to the store; only of the state's round and of those invited to it."""
+
+    def __init__(self, store: Store, run_id: bytes) -> None:
+        self._store = store
+        self._run_id = run_id
+        self._traffic: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])  # sent, received
+
+    def open_round(self) -> None:
+        """Count bytes from here."""
+        self._traffic.clear()
+
+    def count_traffic(self, agent: str, sent: int, received: int) -> None:
+        """Count payload bytes of the agent's artifacts."""
+        counts = self._traffic[agent]
+        counts[0] += sent
+        counts[1] += received
+
+    def progress(self, state: RunState, agent: str, round_number: int, share: float) -> None:
+        """Remember how far local training is."""
+        if state.phase is Phase.TRAINING:
+            self._write(state, round_number, agent, progress=share)
+
+    def ready(self, state: RunState, event: Ready) -> None:
+        """Remember what training gave."""
+        self._write(
+            state,
+            event.round,
+            event.agent,
+            progress=1.0,
+            training_loss=event.training_loss,
+            training_seconds=event.training_seconds,
+        )
+
+    def applied(self, state: RunState, event: Applied) -> None:
+        """Remember the digest of the agent's state and its quality."""
+        values: dict[str, Any] = {
+            "state_sha256": event.state_sha256,
+            "saturated": event.saturated,
+        }
+        if event.evaluation is not None:
+            values |= {
+                "evaluated": event.evaluation.count,
+                "correct": event.evaluation.correct,
+                "evaluation_loss": event.evaluation.mean_loss,
+            }
+        self._write(state, event.round, event.agent, **values)
+
+    def declined(self, state: RunState, event: Declined) -> None:
+        """Remember why; what an excluded agent declines next follows from that."""
+        if event.agent not in state.excluded:
+            self._write(state, event.round, event.agent, refusal=event.reason.value)
+
+    def close_round(self, number: int, seconds: float) -> None:
+        """Remember how long the round took and what it moved."""
+        self._store.set_round_seconds(self._run_id, number, seconds)
+        for agent, (sent, received) in self._traffic.items():
+            self._store.report(
+                self._run_id, number, agent, sent_bytes=sent, received_bytes=received
+            )
+
+    def _write(self, state: RunState, round_number: int, agent: str, **values: Any) -> None:
+        if round_number == state.round and agent in state.invited:
+            self._store.report(self._run_id, round_number, agent, **values)
