@@ -33,9 +33,10 @@ def silence(monkeypatch: pytest.MonkeyPatch, agent: Agent, *kinds: type[cohort.M
 
 async def ends(federation: Federation, agents: list[Agent], **terms: Any) -> bytes:
     """Run one sealed round in which the last agent vanishes at some step."""
-    run_id = federation.start_run("sealed", rounds=1, upload=1.5, applying=1.5, **terms)
     for agent in agents:
         agent.start()
+    await federation.connected(agents)  # all in one cohort: a run starts with those who are here
+    run_id = federation.start_run("sealed", rounds=1, upload=1.5, applying=1.5, **terms)
     await federation.run_over(run_id)
     return run_id
 
@@ -138,14 +139,19 @@ async def test_an_agent_whose_run_key_refused_eight_sums_takes_no_further_part(
     federation: Federation,
 ) -> None:
     agents = await federation.enrol_all(FOUR)
+    agents[0].engine.pauses_at = 1
     run_id = federation.start_run("sealed", rounds=2)
     spent = agents[3].home / "runs" / run_id.hex()
     spent.mkdir(parents=True)
     for _ in range(MAX_REFUSED_SUMS):
         require_fresh_key(spent)
         count_refused_sum(spent)
-    for agent in agents:
+    for agent in agents[:3]:
         agent.start()
+    await until("round 1", lambda: agents[0].engine.begun == 1)
+    agents[3].start()
+    await federation.connected(agents)
+    agents[0].engine.may_finish.set()
     for agent in agents[:3]:
         assert (await agent.finished()).outcome == control_pb2.RUN_OUTCOME_COMPLETED
     assert all(len(record.slots) == 3 for record in federation.store.rounds(run_id))
