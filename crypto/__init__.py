@@ -50,7 +50,6 @@ from .run_key import (
     WrapContext,
     generate_exchange_key,
     generate_run_key,
-    key_advertisement_bytes,
     unwrap,
     wrap,
 )
@@ -98,7 +97,6 @@ __all__ = [
     "WrongContext",
     "generate_exchange_key",
     "generate_run_key",
-    "key_advertisement_bytes",
     "next_clip",
     "protection",
     "unwrap",

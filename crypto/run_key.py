@@ -117,8 +117,7 @@ def wrap(
 ) -> bytes:
     """Encrypt the run key for one recipient, authenticated by the sender's exchange key.
 
-    Whose `recipient_public` it is must have been verified before (a signature over
-    `key_advertisement_bytes`): this function cannot know.
+    Whose `recipient_public` it is must have been verified before: this function cannot know.
     """
     sender_public = sender.public_key().public_bytes_raw()
     info = context.info(sender_public, recipient_public)
@@ -147,16 +146,6 @@ def unwrap(
         raise UnwrapFailed("sender's public key", "a point of large order", "another") from error
     except InvalidTag as error:
         raise UnwrapFailed("wrapped key", f"one for {context}", "another, or altered") from error
-
-
-def key_advertisement_bytes(agent_id: str, public_key: bytes) -> bytes:
-    """Encode what an agent signs to say "this is my exchange key".
-
-    `fedloom v1 exchange key\\0` length(u8) agent_id(UTF-8) public key(32).
-    """
-    if len(public_key) != 32:
-        raise InvalidContext("length of an exchange key", "32 bytes", f"{len(public_key)} bytes")
-    return b"fedloom v1 exchange key\0" + _named(agent_id) + public_key
 
 
 def ternary_secret(run_key: RunKey, run_id: bytes) -> NDArray[np.int8]:

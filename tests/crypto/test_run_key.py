@@ -22,7 +22,6 @@ from crypto import (
     WrapRefused,
     generate_exchange_key,
     generate_run_key,
-    key_advertisement_bytes,
     unwrap,
     wrap,
 )
@@ -182,15 +181,6 @@ def test_a_binding_out_of_range_is_refused(change):
 def test_an_agent_id_must_fit_its_length_byte(identity):
     with pytest.raises(InvalidContext):
         wrap(RUN_KEY, SENDER, public(RECIPIENT), replace(CONTEXT, sender_id=identity))
-    with pytest.raises(InvalidContext):
-        key_advertisement_bytes(identity, bytes(32))
-
-
-def test_known_answer_of_the_advertisement():
-    expected = b"fedloom v1 exchange key\0" + b"\x0akitchen-pi" + bytes(range(32))
-    assert key_advertisement_bytes("kitchen-pi", bytes(range(32))) == expected
-    with pytest.raises(InvalidContext):
-        key_advertisement_bytes("kitchen-pi", bytes(31))
 
 
 def test_no_text_shows_a_key():
