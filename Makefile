@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: help install demo test check lint types protos bench clean
 
 help: ## Say what can be made
-	@echo "make demo                 the whole thing on one machine: plan, 3 agents, 5 encrypted rounds, ONNX answers"
+	@echo "make demo                 the whole thing on one machine: plan, 3 agents, 5 sealed rounds, ONNX answers"
 	@echo "make demo DATA=PATH       the same on your data: a folder with train.* and test.*, or one file"
 	@echo "                          (CSV, JSONL or Parquet; columns by TEXT=... and LABEL=...)"
 	@echo "make test                 all tests"

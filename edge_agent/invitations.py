@@ -12,6 +12,7 @@ from fedloom.terms import MAX_CAPACITY, MAX_WEIGHT_CLASS, Encoding, LocalTrainin
 from fedloom.v1 import control_pb2
 
 RUN_ID_BYTES = 16
+MAX_ATTEMPT = (1 << 16) - 1  # u16 in everything that is bound to it
 MAX_UNFINISHED_RUNS = 16  # what a hello names at most
 _KEPT = "invitation.binpb"
 
@@ -49,6 +50,7 @@ def read_run_id(run_id: bytes) -> bytes:
 def read_terms(message: control_pb2.Invitation) -> Terms:
     """Validate an invitation; raises Refused(MALFORMED)."""
     _require(1 <= message.round <= message.rounds, "a round in 1..rounds")
+    _require(message.attempt <= MAX_ATTEMPT, f"an attempt of at most {MAX_ATTEMPT}")
     plan = ArtifactReference(message.plan.sha256, message.plan.size_bytes)
     _require(plan.size_bytes <= MAX_PLAN_BYTES, f"a plan of at most {MAX_PLAN_BYTES} bytes")
     return Terms(

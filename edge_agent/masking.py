@@ -5,7 +5,8 @@ started again neither releases twice nor vouches for a second list. Keep the fil
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from crypto import CryptoError, LocalFault, cohort
@@ -95,7 +96,7 @@ class Masking:
         raise Refused(Reason.MALFORMED, f"expected no {type(stated).__name__} from a coordinator")
 
     def _handle(self, event: cohort.MemberEvent) -> bytes | None:
-        with refusing_steps():
+        with _refusing_steps():
             state, answer = cohort.handle_member(self._state, event, self._tools)
         if state != self._state:
             write_secret(self._folder / _STATE_FILE, state.encode())
@@ -122,17 +123,17 @@ class Masking:
             self._learn_keys((m.agent_id for m in self._state.cohort.members), message)
 
 
-class refusing_steps:  # noqa: N801 - reads as a statement
+@contextmanager
+def _refusing_steps() -> Iterator[None]:
     """Turn what the protocol refuses into what the coordinator is told."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, StaleAttempt | StepRefused):
-            raise Refused(Reason.WRONG_ROUND, str(error)) from error
-        if isinstance(error, CryptoError) and not isinstance(error, LocalFault):
-            raise Refused(Reason.COHORT_REFUSED, str(error)) from error
+    try:
+        yield
+    except (StaleAttempt, StepRefused) as error:
+        raise Refused(Reason.WRONG_ROUND, str(error)) from error
+    except LocalFault:
+        raise
+    except CryptoError as error:
+        raise Refused(Reason.COHORT_REFUSED, str(error)) from error
 
 
 def _decoded(message: bytes) -> cohort.Message:

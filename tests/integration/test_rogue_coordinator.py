@@ -161,6 +161,7 @@ def history(**fields: Any) -> Change:
         (setting("plan.sha256", b""), Reason.MALFORMED),
         (setting("plan.sha256", bytes(32)), Reason.NOT_FOUND),
         (setting("plan.size_bytes", 1), Reason.PLAN_MISMATCH),
+        (setting("attempt", 1 << 16), Reason.MALFORMED),
         (setting("plan.size_bytes", 1 << 40), Reason.MALFORMED),
         (setting("training.learning_rate", math.nan), Reason.MALFORMED),
         (setting("training.epochs", 0), Reason.MALFORMED),
