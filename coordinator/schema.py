@@ -32,7 +32,7 @@ runs = sa.Table(
     sa.Column("reason", sa.Integer),
     sa.Column("round", sa.Integer, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),  # latest of that round, used or not
-    sa.Column("key_id", sa.Integer, nullable=False),  # latest run key; 0 before the first
+    sa.Column("wish", sa.String, nullable=False),  # the operator's: run, pause or cancel
     sa.Column("created_at", sa.Float, nullable=False),
 )
 rounds = sa.Table(
@@ -47,13 +47,27 @@ rounds = sa.Table(
     sa.Column("sum_size", sa.Integer, nullable=False),
     sa.Column("seconds", sa.Float, nullable=False),
     sa.Column("cohort_digest", sa.LargeBinary, nullable=False),  # empty without masks
+    sa.Column("key_id", sa.Integer, nullable=False),  # of the run key; 0 without
+    sa.Column("previous_round", sa.Integer, nullable=False),  # 0 for the first
+    sa.Column("clip", sa.Float, nullable=False),
+    sa.Column("opened_sha256", sa.LargeBinary),  # of the sum that agents returned, or NULL
+    sa.Column("opened_size", sa.Integer),
+)
+journal = sa.Table(  # what happened to an open run since its last finished round
+    "journal",
+    METADATA,
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("run_id", sa.LargeBinary, nullable=False, index=True),
+    sa.Column("at", sa.Float, nullable=False),  # seconds since 1970
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),  # JSON
 )
 envelopes = sa.Table(
     "envelopes",
     METADATA,
     sa.Column("run_id", sa.LargeBinary, primary_key=True),
+    sa.Column("key_id", sa.Integer, primary_key=True),
     sa.Column("recipient", sa.String, primary_key=True),
-    sa.Column("key_id", sa.Integer, nullable=False),
     sa.Column("envelope", sa.LargeBinary, nullable=False),  # opaque to us
 )
 reports = sa.Table(

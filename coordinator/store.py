@@ -5,8 +5,9 @@ cut may lose the last moments, never the file.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from coordinator import schema
 from coordinator.run_state import Phase
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
+
+
+class Wish(Enum):
+    """What the operator wants of a run that is not over."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,16 @@ class RunRecord:
     reason: Reason | None
     round: int
     attempt: int
-    key_id: int
+    wish: Wish
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """What happened to an open run, in order; `at` in seconds since 1970."""
+
+    at: float
+    kind: str
+    body: bytes
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,10 @@ class RoundRecord:
     sum: ArtifactReference
     seconds: float = 0.0
     cohort_digest: bytes = b""
+    key_id: int = 0
+    previous_round: int = 0
+    clip: float = 0.0
+    opened: ArtifactReference | None = None  # the sum as agents returned it
 
 
 class Store:
@@ -131,7 +153,7 @@ class Store:
             "phase": Phase.GATHERING.value,
             "round": 1,
             "attempt": 0,
-            "key_id": 0,
+            "wish": Wish.RUN.value,
             "created_at": now,
         }
         with self._engine.begin() as db:
@@ -183,6 +205,9 @@ class Store:
             "sum_size": record.sum.size_bytes,
             "seconds": record.seconds,
             "cohort_digest": record.cohort_digest,
+            "key_id": record.key_id,
+            "previous_round": record.previous_round,
+            "clip": record.clip,
         }
         with self._engine.begin() as db:
             db.execute(insert(schema.rounds).values(row).on_conflict_do_nothing())
@@ -192,6 +217,13 @@ class Store:
         row = (schema.rounds.c.run_id == run_id) & (schema.rounds.c.round == round_number)
         with self._engine.begin() as db:
             db.execute(sa.update(schema.rounds).where(row).values(seconds=seconds))
+
+    def set_opened(self, run_id: bytes, round_number: int, opened: ArtifactReference) -> None:
+        """Remember the sum that agents returned."""
+        row = (schema.rounds.c.run_id == run_id) & (schema.rounds.c.round == round_number)
+        values = {"opened_sha256": opened.sha256, "opened_size": opened.size_bytes}
+        with self._engine.begin() as db:
+            db.execute(sa.update(schema.rounds).where(row).values(values))
 
     def rounds(self, run_id: bytes) -> tuple[RoundRecord, ...]:
         """Return the run's finished rounds in order."""
@@ -211,48 +243,72 @@ class Store:
                 ArtifactReference(row.sum_sha256, row.sum_size),
                 row.seconds,
                 row.cohort_digest,
+                row.key_id,
+                row.previous_round,
+                row.clip,
+                _opened(row),
             )
             for row in rows
         )
 
+    # an open run
+
+    def wish(self, run_id: bytes, wish: Wish) -> None:
+        """Remember what the operator wants of a run; the serving process looks for it."""
+        with self._engine.begin() as db:
+            row = schema.runs.c.run_id == run_id
+            db.execute(sa.update(schema.runs).where(row).values(wish=wish.value))
+
+    def append_journal(self, run_id: bytes, entry: JournalEntry) -> None:
+        """Remember what happened, before anything is done about it."""
+        row = {"run_id": run_id, "at": entry.at, "kind": entry.kind, "body": entry.body}
+        with self._engine.begin() as db:
+            db.execute(sa.insert(schema.journal).values(row))
+
+    def restart_journal(self, run_id: bytes, first: JournalEntry | None) -> None:
+        """Replace the run's journal by one entry, or by none."""
+        with self._engine.begin() as db:
+            db.execute(sa.delete(schema.journal).where(schema.journal.c.run_id == run_id))
+            if first is not None:
+                row = {"run_id": run_id, "at": first.at, "kind": first.kind, "body": first.body}
+                db.execute(sa.insert(schema.journal).values(row))
+
+    def journal(self, run_id: bytes) -> list[JournalEntry]:
+        """Return what happened, in order."""
+        query = (
+            sa.select(schema.journal)
+            .where(schema.journal.c.run_id == run_id)
+            .order_by(schema.journal.c.number)
+        )
+        with self._engine.connect() as db:
+            return [JournalEntry(row.at, row.kind, row.body) for row in db.execute(query)]
+
     # run keys, wrapped
 
-    def next_key_id(self, run_id: bytes) -> int:
-        """Reserve the number of a new run key."""
-        with self._engine.begin() as db:
-            db.execute(
-                sa.update(schema.runs)
-                .where(schema.runs.c.run_id == run_id)
-                .values(key_id=schema.runs.c.key_id + 1)
-            )
-            query = sa.select(schema.runs.c.key_id).where(schema.runs.c.run_id == run_id)
-            return int(db.execute(query).scalar_one())
-
-    def put_envelopes(
-        self, run_id: bytes, key_id: int, envelopes: Sequence[tuple[str, bytes]]
-    ) -> None:
-        """Keep wrapped keys, opaque, by recipient."""
+    def put_envelopes(self, run_id: bytes, key_id: int, envelopes: Mapping[str, bytes]) -> None:
+        """Keep a wrapped key, opaque, by recipient."""
         rows = [
             {"run_id": run_id, "recipient": recipient, "key_id": key_id, "envelope": envelope}
-            for recipient, envelope in envelopes
+            for recipient, envelope in envelopes.items()
         ]
-        statement = insert(schema.envelopes)
-        statement = statement.on_conflict_do_update(
-            index_elements=["run_id", "recipient"],
-            set_={"key_id": statement.excluded.key_id, "envelope": statement.excluded.envelope},
-        )
         if not rows:
             return  # to SQLAlchemy no rows mean one row of defaults
+        statement = insert(schema.envelopes)
+        statement = statement.on_conflict_do_update(
+            index_elements=["run_id", "key_id", "recipient"],
+            set_={"envelope": statement.excluded.envelope},
+        )
         with self._engine.begin() as db:
             db.execute(statement, rows)
 
-    def envelopes(self, run_id: bytes, key_id: int) -> dict[str, bytes]:
-        """Return the wrapped keys of one run key by recipient."""
-        query = sa.select(schema.envelopes.c.recipient, schema.envelopes.c.envelope).where(
-            schema.envelopes.c.run_id == run_id, schema.envelopes.c.key_id == key_id
-        )
+    def envelopes(self, run_id: bytes) -> dict[int, dict[str, bytes]]:
+        """Return the run's wrapped keys, by number and recipient."""
+        query = sa.select(schema.envelopes).where(schema.envelopes.c.run_id == run_id)
+        found: dict[int, dict[str, bytes]] = {}
         with self._engine.connect() as db:
-            return {row.recipient: row.envelope for row in db.execute(query)}
+            for row in db.execute(query):
+                found.setdefault(row.key_id, {})[row.recipient] = row.envelope
+        return found
 
     # what agents report
 
@@ -300,5 +356,11 @@ def _run_record(row: Any) -> RunRecord:
         None if row.reason is None else Reason(row.reason),
         row.round,
         row.attempt,
-        row.key_id,
+        Wish(row.wish),
     )
+
+
+def _opened(row: Any) -> ArtifactReference | None:
+    if row.opened_sha256 is None:
+        return None
+    return ArtifactReference(row.opened_sha256, row.opened_size)

@@ -143,7 +143,7 @@ class Session:
     def _react(self, refused: Refused) -> None:
         _log.warning("step refused", refusal=str(refused))
         match RULES[refused.reason].reaction:
-            case Reaction.STOP:
+            case Reaction.STOP | Reaction.ENROL | Reaction.UPGRADE:
                 raise refused
             case Reaction.RESYNC:
                 if self._run is not None:
@@ -234,6 +234,6 @@ def _subject_of(message: control_pb2.ConnectResponse) -> tuple[bytes, int]:
 
 
 def _raise_if_hopeless(cause: FedloomError) -> None:
-    stop = isinstance(cause, Refused) and RULES[cause.reason].reaction is Reaction.STOP
+    stop = isinstance(cause, Refused) and RULES[cause.reason].reaction.ends_session
     if stop or (isinstance(cause, Unreachable) and cause.hopeless):
         raise cause

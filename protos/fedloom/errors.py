@@ -54,6 +54,10 @@ class Reason(IntEnum):
     INTERNAL = 28
     STORAGE_FULL = 29
     COHORT_REFUSED = 30
+    KEY_SPENT = 31
+    BANNED = 32
+    CERTIFICATE_EXPIRED = 33
+    ENROLMENT_PENDING = 34
 
 
 class Reaction(Enum):
@@ -62,7 +66,14 @@ class Reaction(Enum):
     RECONNECT = "connect again with backoff"
     SKIP_STEP = "drop the step and wait for the next invitation"
     RESYNC = "forget the run's global state and apply its history anew"
+    ENROL = "stop and tell the device's owner to join again with a new token"
+    UPGRADE = "stop and tell the device's owner to upgrade"
     STOP = "stop and tell the operator"
+
+    @property
+    def ends_session(self) -> bool:
+        """Whether trying again cannot help."""
+        return self in (Reaction.ENROL, Reaction.UPGRADE, Reaction.STOP)
 
 
 @dataclass(frozen=True)
@@ -75,10 +86,10 @@ class Rule:
 
 _Code = grpc.StatusCode
 RULES: dict[Reason, Rule] = {
-    Reason.INVALID_TOKEN: Rule(_Code.UNAUTHENTICATED, Reaction.STOP),
-    Reason.TOKEN_EXPIRED: Rule(_Code.UNAUTHENTICATED, Reaction.STOP),
+    Reason.INVALID_TOKEN: Rule(_Code.UNAUTHENTICATED, Reaction.ENROL),
+    Reason.TOKEN_EXPIRED: Rule(_Code.UNAUTHENTICATED, Reaction.ENROL),
     Reason.NOT_PERMITTED: Rule(_Code.PERMISSION_DENIED, Reaction.STOP),
-    Reason.PROTOCOL_UNSUPPORTED: Rule(_Code.FAILED_PRECONDITION, Reaction.STOP),
+    Reason.PROTOCOL_UNSUPPORTED: Rule(_Code.FAILED_PRECONDITION, Reaction.UPGRADE),
     Reason.MALFORMED: Rule(_Code.INVALID_ARGUMENT, Reaction.SKIP_STEP),
     Reason.TOO_LARGE: Rule(_Code.INVALID_ARGUMENT, Reaction.SKIP_STEP),
     Reason.DIGEST_MISMATCH: Rule(_Code.DATA_LOSS, Reaction.SKIP_STEP),
@@ -105,6 +116,10 @@ RULES: dict[Reason, Rule] = {
     Reason.INTERNAL: Rule(_Code.INTERNAL, Reaction.RECONNECT),
     Reason.STORAGE_FULL: Rule(_Code.RESOURCE_EXHAUSTED, Reaction.RECONNECT),
     Reason.COHORT_REFUSED: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.KEY_SPENT: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.BANNED: Rule(_Code.PERMISSION_DENIED, Reaction.STOP),
+    Reason.CERTIFICATE_EXPIRED: Rule(_Code.UNAUTHENTICATED, Reaction.ENROL),
+    Reason.ENROLMENT_PENDING: Rule(_Code.UNAVAILABLE, Reaction.RECONNECT),
 }
 
 

@@ -45,6 +45,13 @@ class Protection(IntEnum):
         return self in (Protection.ENCRYPTED, Protection.SEALED)
 
 
+class Release(IntEnum):
+    """Who gets the opened sums of a run whose protection hides them from the coordinator."""
+
+    AGENTS = 1
+    COORDINATOR = 2
+
+
 class Optimizer(IntEnum):
     """Local optimiser."""
 

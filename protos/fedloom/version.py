@@ -4,12 +4,13 @@
 messages cannot be read any more. History:
 
 1  2026-11-20  first version
+2  2026-11-20  run keys rotate, the cohort states its clip, rounds may be void, sums may be returned
 """
 
 from importlib.metadata import version
 
-PROTOCOL_VERSION = 1
-OLDEST_SERVED_PROTOCOL = 1  # the coordinator serves OLDEST_SERVED_PROTOCOL..PROTOCOL_VERSION
+PROTOCOL_VERSION = 2
+OLDEST_SERVED_PROTOCOL = 2  # the coordinator serves OLDEST_SERVED_PROTOCOL..PROTOCOL_VERSION
 
 
 def software() -> str:
