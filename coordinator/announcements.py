@@ -21,7 +21,7 @@ def wrap_key(
     recipients: Mapping[str, control_pb2.ExchangeKey],
     envelope: bytes | None,
 ) -> Message:
-    """Ask an agent to wrap the run key; without an envelope it makes the key."""
+    """Ask an agent to wrap a run key; without an envelope it makes the key."""
     request = control_pb2.WrapKey(
         run_id=run_id,
         key_id=key_id,
@@ -41,7 +41,7 @@ def invitation(
     plan: ArtifactReference,
     state: RunState,
     history: Iterable[RoundRecord],
-    envelope: bytes | None,
+    envelopes: Iterable[bytes],
     seconds_left: float,
 ) -> Message:
     """Invite an agent to the state's round."""
@@ -55,13 +55,17 @@ def invitation(
         history=[_outcome(record) for record in history],
         deadline=_duration(seconds_left),
         attempt=state.attempt + 1,
+        envelopes=[control_pb2.KeyEnvelope.FromString(envelope) for envelope in envelopes],
+        previous_round=state.previous_round,
+        release=control_pb2.Release.ValueType(config.release),
+        minimum=config.cohort.minimum,
     )
-    if envelope is not None:
-        message.envelope.ParseFromString(envelope)
     return Message(invitation=message)
 
 
-def cohort(run_id: bytes, state: RunState, seconds_left: float, masking: Masking | None) -> Message:
+def cohort(
+    run_id: bytes, state: RunState, clip: float, seconds_left: float, masking: Masking | None
+) -> Message:
     """Tell who takes part, and under masks with which keys."""
     return Message(
         cohort=control_pb2.Cohort(
@@ -73,6 +77,7 @@ def cohort(run_id: bytes, state: RunState, seconds_left: float, masking: Masking
             deadline=_duration(seconds_left),
             mask_cohort=b"" if masking is None else masking.cohort.encode(),
             identities=() if masking is None else masking.identities,
+            clip=clip,
         )
     )
 
@@ -101,6 +106,18 @@ def accepted(run_id: bytes, state: RunState, slots: Sequence[int]) -> Message:
 def result(run_id: bytes, record: RoundRecord) -> Message:
     """Tell where the sum is."""
     return Message(result=control_pb2.Result(run_id=run_id, outcome=_outcome(record)))
+
+
+def return_sum(run_id: bytes, round_number: int) -> Message:
+    """Ask for the opened sum of a round."""
+    return Message(return_sum=control_pb2.ReturnSum(run_id=run_id, round=round_number))
+
+
+def waiting(
+    cause: control_pb2.WaitCause.ValueType, run_id: bytes = b"", round_number: int = 0
+) -> Message:
+    """Tell why nothing is asked of an agent."""
+    return Message(waiting=control_pb2.Waiting(run_id=run_id, round=round_number, cause=cause))
 
 
 def finished(
@@ -137,6 +154,8 @@ def _outcome(record: RoundRecord) -> control_pb2.RoundOutcome:
         slots=record.slots,
         sum=_reference(record.sum),
         cohort_digest=record.cohort_digest,
+        previous_round=record.previous_round,
+        key_id=record.key_id,
     )
 
 

@@ -29,6 +29,7 @@ from coordinator.store import RunRecord, Store
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.plans import Plan, parse_plan
+from fedloom.v1 import control_pb2
 
 TICK_SECONDS = 0.5
 _log = structlog.get_logger()
@@ -75,13 +76,14 @@ class Conductor:
             self._store.update_run(run_id, Phase.FAILED, number, attempt, reason)
             return
         _log.info("run opened", run=record.name, round=execution.state.round)
-        self._open = execution
         protection = execution.config.encoding.protection
-        execution.start({s.agent_id for s in self._sessions if s.can(protection)})
+        self._open = execution
+        await execution.open({s.agent_id for s in self._sessions if s.can(protection)})
         while not execution.finished.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(execution.finished.wait(), TICK_SECONDS)
             execution.check()
+            execution.obey(self._store.run(record.run_id).wish)
             execution.post(Tick())
         self._open = None
 
@@ -116,6 +118,8 @@ class Conductor:
         run = self._open
         if run is not None and session.can(run.config.encoding.protection):
             run.post(AgentConnected(session.agent_id))
+        else:
+            session.send(announcements.waiting(control_pb2.WAIT_CAUSE_NO_RUN))
 
     def _tell_what_ended(self, session: Session) -> None:
         """An agent that was away when its run ended hears of it now."""

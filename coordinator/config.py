@@ -7,6 +7,7 @@ rounds = 5
 [cohort]                       # who takes part
 minimum = 3
 size = 100
+quorum = 0                     # agents that suffice once they are ready; 0: all who were invited
 
 [training]                     # on every agent
 strategy = "fed_avg"           # or "fed_prox" with proximal_mu
@@ -18,7 +19,8 @@ learning_rate = 1e-3
 [protection]
 kind = "sealed"                # or "encrypted", "masked", "plain"
 update_bits = 16               # or 8
-clip = 0.05                    # needed with sgd only; adamw's follows from the cohort
+clip = 0.05                    # needed with sgd only; adamw's follows from the updates
+release = "agents"             # or "coordinator": agents hand the opened sums over
 
 [deadlines]                    # seconds
 training = 3600
@@ -39,6 +41,7 @@ from fedloom.terms import (
     LocalTraining,
     Optimizer,
     Protection,
+    Release,
     Strategy,
     clip_of,
 )
@@ -56,6 +59,7 @@ class CohortTerms:
 
     minimum: int = 3
     size: int = 100
+    quorum: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ class RunConfig:
     training: LocalTraining
     encoding: Encoding
     deadlines: Deadlines
+    release: Release = Release.AGENTS
+
+    @property
+    def returns_sums(self) -> bool:
+        """Whether agents hand over sums that the coordinator cannot open."""
+        return self.release is Release.COORDINATOR and self.encoding.protection.needs_tenseal
 
     @property
     def policy(self) -> RunPolicy:
@@ -93,6 +103,9 @@ class RunConfig:
             upload_seconds=self.deadlines.upload,
             applying_seconds=self.deadlines.applying,
             seed=self.training.seed,
+            has_masks=self.encoding.protection.has_masks,
+            quorum=self.cohort.quorum,
+            returns_sums=self.returns_sums,
         )
 
 
@@ -116,6 +129,7 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     cohort = CohortTerms(
         minimum=reader.value("cohort.minimum", int, CohortTerms.minimum),
         size=reader.value("cohort.size", int, CohortTerms.size),
+        quorum=reader.value("cohort.quorum", int, CohortTerms.quorum),
     )
     training = reader.checked(lambda: _training(reader), LocalTraining())
     deadlines = Deadlines(
@@ -125,11 +139,21 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         }
     )
     encoding = reader.checked(lambda: _encoding(reader, cohort), Encoding(Protection.ENCRYPTED))
+    release = reader.member("protection.release", Release, Release.AGENTS)
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
     reader.require(
         1 <= cohort.minimum <= cohort.size,
         f"cohort: expected 1 <= minimum <= size, found {cohort.minimum} and {cohort.size}",
+    )
+    reader.require(
+        cohort.quorum == 0 or cohort.minimum <= cohort.quorum <= cohort.size,
+        f"cohort.quorum: expected 0 or {cohort.minimum}..{cohort.size}, found {cohort.quorum}",
+    )
+    reader.require(
+        release is Release.AGENTS or cohort.minimum > 1,
+        "protection.release: expected at least two agents, who confirm each other's sums; "
+        "found cohort.minimum = 1",
     )
     reader.require(
         cohort.minimum >= SMALLEST_MASKED_COHORT or not encoding.protection.has_masks,
@@ -152,7 +176,14 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     reader.require(not problem, f"protection: {problem}")
     reader.finish(path)
     return RunConfig(
-        name, (path.parent / plan).resolve(), rounds, cohort, training, encoding, deadlines
+        name,
+        (path.parent / plan).resolve(),
+        rounds,
+        cohort,
+        training,
+        encoding,
+        deadlines,
+        release,
     )
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from coordinator.run_keys import Grant
+from coordinator.run_state import Wish
 from fedloom.errors import Reason
-from fedloom.v1.control_pb2 import IdentityKey
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,13 @@ class Evaluation:
 
 
 # Events: from agents, unless marked as ours.
+
+
+@dataclass(frozen=True)
+class TakenUp:
+    """The coordinator opened the run, anew or after a restart, with the agents here. Ours."""
+
+    agents: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Ready:
     training_loss: float = 0.0
     training_seconds: float = 0.0
     advertisement: bytes = b""  # under masks, with the identity that signed it
-    identity: IdentityKey | None = None
+    identity: bytes = b""  # IdentityKey, serialised
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Uploaded:
 
 @dataclass(frozen=True)
 class SumStored:
-    """The sum of the accepted updates can be fetched. Ours."""
+    """The sum of the accepted updates is history and can be fetched. Ours."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,29 @@ class Applied:
     state_sha256: bytes
     evaluation: Evaluation | None = None
     saturated: int = 0
+    next_clip: float = 0.0
+    opened_sha256: bytes = b""
+
+
+@dataclass(frozen=True)
+class SumReturned:
+    """The opened sum is here, with the hash that the agents report. Ours."""
+
+    agent: str
+
+
+@dataclass(frozen=True)
+class AgentRemoved:
+    """The operator banned the agent. Ours."""
+
+    agent: str
+
+
+@dataclass(frozen=True)
+class Wished:
+    """The operator wants the run to go on, to pause before its next round, or to end. Ours."""
+
+    wish: Wish
 
 
 @dataclass(frozen=True)
@@ -99,7 +130,8 @@ class Tick:
 
 
 Event = (
-    AgentConnected
+    TakenUp
+    | AgentConnected
     | AgentDisconnected
     | KeyShared
     | Ready
@@ -108,6 +140,9 @@ Event = (
     | SumStored
     | SumFailed
     | Applied
+    | SumReturned
+    | AgentRemoved
+    | Wished
     | Tick
 )
 
@@ -117,11 +152,9 @@ Event = (
 
 @dataclass(frozen=True)
 class ShareKey:
-    """Ask `holder` to wrap the run key for `recipients`; `fresh`: it makes the key first."""
+    """Ask an agent to wrap a run key for others."""
 
-    holder: str
-    recipients: frozenset[str]
-    fresh: bool
+    grant: Grant
 
 
 @dataclass(frozen=True)
@@ -156,8 +189,15 @@ class PublishResult:
 
 
 @dataclass(frozen=True)
+class AskForSum:
+    """Ask an agent for the opened sum."""
+
+    agent: str
+
+
+@dataclass(frozen=True)
 class AbandonRound:
-    """Forget the round's updates; the round starts again."""
+    """Forget the round's updates: they are asked for again, or the round is void."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +226,7 @@ Effect = (
     | RepeatCohort
     | CloseCohort
     | PublishResult
+    | AskForSum
     | AbandonRound
     | CloseRound
     | FinishRun

@@ -14,7 +14,7 @@ from fedloom.errors import ConfigError
 from fedloom.exports import export_model, link_or_copy
 from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, parse_plan
 from fedloom.strategies import algorithm
-from fedloom.terms import Protection, clip_of
+from fedloom.terms import Protection
 
 
 def export_run(store: Store, published: Published, run: RunRecord, out: Path) -> Path:
@@ -54,7 +54,7 @@ def _context(
         parameter_count=plan.parameter_count,
         capacity=config.encoding.capacity,
         weight_cap=record.weight_cap,
-        clip=clip_of(config.encoding, config.training, record.weight_cap),
+        clip=record.clip,
         update_bits=config.encoding.update_bits,
         cohort=record.cohort_digest,
     )

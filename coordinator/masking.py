@@ -18,6 +18,7 @@ from fedloom.errors import Reason, Refused
 from fedloom.v1 import control_pb2
 
 Send = Callable[[str, bytes], None]  # (agent, message)
+Remember = Callable[[str, bytes], None]  # (agent, message), before it is acted upon
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,22 @@ def read_candidate(
         identity.certificate,
         authority,
     )
-    stated = _decoded(advertisement)
-    if not isinstance(stated, cohort.Advertisement) or stated.agent_id != agent:
+    candidate = known_candidate(advertisement, identity)
+    stated = candidate.advertisement
+    if stated.agent_id != agent:
         raise Refused(Reason.COHORT_REFUSED, "expected the agent's own advertisement")
     if stated.attempt != attempt:
         raise Refused(Reason.WRONG_ROUND, f"expected an advertisement for attempt {attempt}")
     if not cohort.ed25519_valid(identity.public_key, stated.statement(), stated.signature):
         raise Refused(Reason.COHORT_REFUSED, "expected an advertisement signed by the identity")
+    return candidate
+
+
+def known_candidate(advertisement: bytes, identity: control_pb2.IdentityKey) -> Candidate:
+    """Return a candidate as it was verified before; raises Refused for what is none."""
+    stated = _decoded(advertisement)
+    if not isinstance(stated, cohort.Advertisement):
+        raise Refused(Reason.COHORT_REFUSED, "expected the agent's own advertisement")
     return Candidate(stated, identity)
 
 
@@ -65,9 +75,11 @@ class Masking:
         minimum: int,
         candidates: Mapping[str, Candidate],
         send: Send,
+        remember: Remember,
     ) -> None:
         self._candidates = candidates
         self._send = send
+        self._remember = remember
         self._settled: asyncio.Future[Correction | None] = (
             asyncio.get_running_loop().create_future()
         )
@@ -93,11 +105,16 @@ class Masking:
             raise Refused(Reason.MALFORMED, f"expected no {type(stated).__name__} from a member")
         if stated.slot != self.cohort.slot(agent):
             raise Refused(Reason.COHORT_REFUSED, "expected a message of the agent's own slot")
-        self._handle(stated)
+        self._handle(stated, lambda: self._remember(agent, message))
 
     def counted(self, slot: int, sha256: bytes) -> None:
         """A member's update is in the sum."""
         self._handle(cohort.Uploaded(self._state.attempt, slot, sha256))
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The accepted members, ascending; none before the uploads are closed."""
+        return () if self._state.acceptance is None else self._state.acceptance.slots
 
     def close_uploads(self) -> None:
         """No update is added any more: what is in the sum becomes the accepted list."""
@@ -119,15 +136,21 @@ class Masking:
             if not isinstance(effect.message, cohort.Cohort):
                 self._send(effect.agent_id, effect.message.encode())
 
-    def _handle(self, event: cohort.RelayEvent) -> None:
+    def _handle(
+        self, event: cohort.RelayEvent, remember: Callable[[], None] = lambda: None
+    ) -> None:
+        before = self._state
         try:
-            self._state, effects = cohort.handle_relay(self._state, event, self._signed_by)
+            after, effects = cohort.handle_relay(before, event, self._signed_by)
         except LocalFault:
             raise
         except (StaleAttempt, StepRefused) as error:
             raise Refused(Reason.WRONG_ROUND, str(error)) from error
         except CryptoError as error:
             raise Refused(Reason.COHORT_REFUSED, str(error)) from error
+        if after is not before:
+            remember()
+        self._state = after
         for effect in effects:
             match effect:
                 case cohort.Send(agent_id, message):

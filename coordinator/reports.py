@@ -42,11 +42,12 @@ class RoundReports:
             training_seconds=event.training_seconds,
         )
 
-    def applied(self, state: RunState, event: Applied) -> None:
-        """Remember the digest of the agent's state and its quality."""
+    def applied(self, state: RunState, event: Applied, saturated_share: float) -> None:
+        """Remember the digest of the agent's state, its quality, and how much was clipped."""
         values: dict[str, Any] = {
             "state_sha256": event.state_sha256,
             "saturated": event.saturated,
+            "saturated_share": saturated_share,
         }
         if event.evaluation is not None:
             values |= {

@@ -1,8 +1,10 @@
 """The sum of one attempt: updates go in as they arrive, each whole or not at all."""
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import crypto
@@ -12,15 +14,23 @@ from fedloom.errors import Reason, Refused
 from fedloom.terms import Protection
 
 
+class UploadKind(Enum):
+    """What an agent sends."""
+
+    UPDATE = "update"
+    OPENED_SUM = "opened sum"
+
+
 @dataclass(frozen=True)
 class Upload:
-    """One update as its sender announces it."""
+    """One update, or opened sum, as its sender announces it."""
 
     agent: str
     run_id: bytes
     round: int
     attempt: int
     artifact: ArtifactReference
+    kind: UploadKind = UploadKind.UPDATE
 
 
 _REASONS: dict[type[crypto.CryptoError], Reason] = {
@@ -40,7 +50,10 @@ def refused_by_crypto(error: crypto.CryptoError) -> Refused:
 
 
 class RoundSum:
-    """Spools, validates and adds updates; memory: one accumulator, however many agents."""
+    """Spools, validates and adds updates; memory: one accumulator, however many agents.
+
+    What was added stays in the spool until `discard`: a coordinator that is killed adds it again.
+    """
 
     def __init__(
         self,
@@ -56,7 +69,6 @@ class RoundSum:
         self._accepted: dict[str, bytes] = {}
         self._spool = spool
         spool.mkdir(parents=True, exist_ok=True)
-        self.discard()
 
     def path_for(self, upload: Upload) -> Path | None:
         """Return where the update is spooled; None when it is in the sum already."""
@@ -88,11 +100,14 @@ class RoundSum:
 
     def _spooled(self, slot: int, artifact: ArtifactReference) -> Path:
         """One file for each member: announcing another update forgets the one begun before."""
-        path = self._spool / f"{slot}.{artifact.sha256.hex()}.update"
+        path = self._path(slot, artifact.sha256)
         for other in self._spool.glob(f"{slot}.*"):
             if other.stem != path.stem:
                 other.unlink()
         return path
+
+    def _path(self, slot: int, sha256: bytes) -> Path:
+        return self._spool / f"{slot}.{sha256.hex()}.update"
 
     async def add(self, upload: Upload, path: Path) -> None:
         """Add the spooled update, alone; raises Refused and adds nothing."""
@@ -104,6 +119,13 @@ class RoundSum:
         finally:
             self.adding = None
         self._accepted[upload.agent] = upload.artifact.sha256
+
+    async def restore(self, agent: str, sha256: bytes) -> None:
+        """Add a spooled update that was accepted before a restart; raises OSError or Refused."""
+        path = self._path(self._members.index(agent), sha256)
+        artifact = ArtifactReference(sha256, (await asyncio.to_thread(path.stat)).st_size)
+        c = self.context
+        await self.add(Upload(agent, c.run_id, c.round, c.attempt, artifact), path)
 
     def _add(self, slot: int, path: Path) -> None:
         with path.open("rb", buffering=0) as file:
@@ -119,9 +141,8 @@ class RoundSum:
         return self._accumulator.result(correction)
 
     def discard(self) -> None:
-        """Delete what is spooled; the folder stays: removing one takes milliseconds of a round."""
-        for path in self._spool.iterdir():
-            path.unlink(missing_ok=True)
+        """Delete what is spooled."""
+        shutil.rmtree(self._spool, ignore_errors=True)
 
 
 _NAMES: dict[Protection, crypto.ProtectionName] = {

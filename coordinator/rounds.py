@@ -1,398 +1,202 @@
 """A run as a state machine: events in, new state and effects out. No I/O, no clock.
 
-    GATHERING ──enough agents, all hold the run key──▶ TRAINING ──all ready, or deadline──┐
-        ▲  ▲                                              │                               ▼
-        │  └──────────────── too few updates ─────────────┴────────────────────────── COLLECTING
-        │                                                                                 │
-        └──next round── APPLYING ◀──sum stored── SUMMING ◀──all uploaded, or deadline─────┘
+    GATHERING ──enough agents, all hold the run key──▶ TRAINING ──all ready, quorum, deadline──┐
+        ▲  ▲                                              │                                    ▼
+        │  └──────────────── too few updates ─────────────┴──────────────────────────── COLLECTING
+        │                                                                                      │
+        └─next round─ (RETURNING ◀─) APPLYING ◀──sum stored── SUMMING ◀──all uploaded, deadline┘
 
-A run ends COMPLETED after its last round, or FAILED with a reason. An agent's message that does not
-fit the state is answered with a `Reject` and changes nothing; an event of ours that does not fit is
-a bug and raises `IllegalEvent`.
+A round whose masks could not be taken out of its sum is void: the run goes on under the next
+number. A run ends COMPLETED when enough rounds are history, or FAILED with a reason. An agent's
+message that does not fit the state is answered with a `Reject` and changes nothing; an event of
+ours that does not fit is a bug and raises `IllegalEvent`.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from coordinator.events import (
     AbandonRound,
     AgentConnected,
     AgentDisconnected,
+    AgentRemoved,
     Applied,
-    CloseCohort,
-    CloseRound,
     Declined,
-    Effect,
     Event,
-    FinishRun,
     Invite,
     KeyShared,
-    OpenCohort,
     PublishResult,
     Ready,
-    Reject,
     RepeatCohort,
-    ShareKey,
     SumFailed,
+    SumReturned,
     SumStored,
+    TakenUp,
     Tick,
     Uploaded,
+    Wished,
 )
-from coordinator.run_state import Phase, RunState
-from coordinator.selection import select
+from coordinator.phases import applying, collecting, gathering
+from coordinator.phases.collecting import IllegalEvent
+from coordinator.phases.gathering import KEY_SECONDS, MAX_ROUND_FAILURES, Step
+from coordinator.run_state import Phase, RunState, Wish
 from fedloom.errors import Reason
 
-MAX_ROUND_FAILURES = 3
-# What the next round will not change; an agent that declined for another reason gets a new chance.
-_LASTING = {
-    Reason.PROTECTION_TOO_WEAK,
-    Reason.PLAN_MISMATCH,
-    Reason.PLAN_UNSUPPORTED,
-    Reason.DATA_UNREADABLE,
-    Reason.DATA_COLUMN_MISSING,
-    Reason.DATA_LABEL_UNKNOWN,
-    Reason.DATA_EMPTY,
-}
-KEY_SECONDS = 60.0  # an agent that has not wrapped the run key by then is passed over
-
-
-class IllegalEvent(Exception):
-    """Our own code sent an event that the state does not allow."""
-
-
-Step = tuple[RunState, tuple[Effect, ...]]
+__all__ = ["KEY_SECONDS", "MAX_ROUND_FAILURES", "IllegalEvent", "handle"]
 
 
 def handle(state: RunState, event: Event, now: float) -> Step:
     """Return the state after `event` and what must be done; `now` in seconds of a steady clock."""
-    handler = _TRANSITIONS.get((state.phase, type(event)))
-    if handler is not None:
-        return handler(state, event, now)
-    match event:
-        case AgentConnected():
-            return _admit(state, event.agent), ()
-        case AgentDisconnected():
-            return replace(state, connected=state.connected - {event.agent}), ()
-        case Tick() | KeyShared():
-            return state, ()
-        case Ready() | Declined() | Applied():
-            return _wrong_round(state, event.agent)
-        case Uploaded() | SumStored() | SumFailed():
-            raise IllegalEvent(f"expected no {type(event).__name__} while {state.phase.value}")
+    kind = type(event)
+    handler = _TRANSITIONS.get((state.phase, kind)) or _OTHERWISE[kind]
+    return handler(state, event, now)
 
 
-def _admit(state: RunState, agent: str) -> RunState:
-    excluded = {name: reason for name, reason in state.excluded.items() if name != agent}
-    return replace(state, connected=state.connected | {agent}, excluded=excluded)
+def _connected(state: RunState, event: AgentConnected, now: float) -> Step:
+    return gathering.admit(state, event.agent), ()
 
 
-def _exclude(state: RunState, agent: str, reason: Reason) -> RunState:
-    return replace(state, excluded={**state.excluded, agent: reason})
+def _disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
+    return replace(state, connected=state.connected - {event.agent}), ()
 
 
-def _only_lasting(excluded: Mapping[str, Reason]) -> dict[str, Reason]:
-    return {agent: reason for agent, reason in excluded.items() if reason in _LASTING}
+def _refuse(state: RunState, event: Ready | Declined | Applied, now: float) -> Step:
+    return gathering.wrong_round(state, event.agent)
 
 
-def _wrong_round(state: RunState, agent: str) -> Step:
-    subject = f"expected a step of round {state.round}, {state.phase.value}"
-    return state, (Reject(agent, Reason.WRONG_ROUND, subject),)
-
-
-def _fail(state: RunState, reason: Reason) -> Step:
-    return replace(state, phase=Phase.FAILED, reason=reason), (FinishRun(),)
-
-
-def _try_round_again(state: RunState, now: float) -> Step:
-    """Too few updates: gather again, or give up after MAX_ROUND_FAILURES."""
-    failures = state.failures + 1
-    if failures >= MAX_ROUND_FAILURES:
-        failed, effects = _fail(state, Reason.QUORUM_NOT_REACHED)
-        return failed, (AbandonRound(), *effects)
-    again = replace(
-        state,
-        phase=Phase.GATHERING,
-        deadline=now + state.policy.gathering_seconds,
-        failures=failures,
-        excluded=_only_lasting(state.excluded),
-        invited=frozenset(),
-        cohort=(),
-        uploaded={},
-    )
-    gathered, effects = _gather(again, now)
-    return gathered, (AbandonRound(), *effects)
-
-
-# GATHERING
-
-
-def _gather(state: RunState, now: float) -> Step:
-    """Start the round when enough agents are here and all of them hold the run key."""
-    candidates = state.connected - set(state.excluded)
-    if len(candidates) < state.policy.minimum_agents:
-        return state, ()
-    draw = f"{state.policy.seed}/{state.round}/{state.failures}"  # another try, other agents
-    chosen = select(candidates, state.policy.cohort_size, draw)
-    if state.policy.needs_key and not chosen <= state.key_holders:
-        return _ask_for_key(state, candidates, now)
-    training = replace(
-        state,
-        phase=Phase.TRAINING,
-        deadline=now + state.policy.training_seconds,
-        invited=chosen,
-        ready={},
-        key_asked=None,
-    )
-    return training, (Invite(chosen),)
-
-
-def _ask_for_key(state: RunState, candidates: frozenset[str], now: float) -> Step:
-    if state.key_asked in candidates:
-        return state, ()
-    holders = candidates & state.key_holders
-    if not holders and state.round > 1:
-        return state, ()  # a new key could not open the sums so far: wait for an agent that has it
-    holder = min(holders or candidates)
-    recipients = candidates - holders
-    asked = replace(
-        state, key_asked=holder, key_recipients=recipients, key_deadline=now + KEY_SECONDS
-    )
-    if not holders:
-        asked = replace(asked, key_holders=frozenset())
-    return asked, (ShareKey(holder, recipients, fresh=not holders),)
-
-
-def _gathering_connected(state: RunState, event: AgentConnected, now: float) -> Step:
-    return _gather(_admit(state, event.agent), now)
-
-
-def _gathering_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
-    asked = None if state.key_asked == event.agent else state.key_asked
-    remaining = state.connected - {event.agent}
-    return _gather(replace(state, connected=remaining, key_asked=asked), now)
-
-
-def _gathering_key_shared(state: RunState, event: KeyShared, now: float) -> Step:
-    if event.agent != state.key_asked:
-        return state, ()
-    holders = state.key_holders | set(event.envelopes)
-    for agent in state.key_recipients - set(event.envelopes):
-        state = _exclude(state, agent, Reason.KEY_UNAVAILABLE)  # its key did not verify
-    return _gather(replace(state, key_holders=holders, key_asked=None), now)
-
-
-def _gathering_declined(state: RunState, event: Declined, now: float) -> Step:
-    if event.agent != state.key_asked:
-        return _wrong_round(state, event.agent)
-    return _gather(replace(_exclude(state, event.agent, event.reason), key_asked=None), now)
-
-
-def _gathering_tick(state: RunState, event: Tick, now: float) -> Step:
-    if now >= state.deadline:
-        return _fail(state, Reason.QUORUM_NOT_REACHED)
-    if state.key_asked is not None and now >= state.key_deadline:
-        passed_over = _exclude(state, state.key_asked, Reason.KEY_UNAVAILABLE)
-        return _gather(replace(passed_over, key_asked=None), now)
+def _ignore(state: RunState, event: Event, now: float) -> Step:
     return state, ()
 
 
-# TRAINING
+def _illegal(state: RunState, event: Event, now: float) -> Step:
+    if state.phase.over:
+        return state, ()  # the run was cancelled meanwhile
+    raise IllegalEvent(f"expected no {type(event).__name__} while {state.phase.value}")
 
 
-def _training_connected(state: RunState, event: AgentConnected, now: float) -> Step:
-    again = event.agent in state.invited and event.agent not in state.ready
-    effects = (Invite(frozenset({event.agent})),) if again else ()
-    return _admit(state, event.agent), effects
+def _take_up(state: RunState, event: TakenUp, now: float) -> Step:
+    """Go on with the agents that are here, and with all the time that the phase has.
+
+    A coordinator that was away blames nobody; what was asked of agents is asked again.
+    """
+    policy, agents = state.policy, event.agents
+    seconds = {
+        Phase.GATHERING: policy.gathering_seconds,
+        Phase.TRAINING: policy.training_seconds,
+        Phase.APPLYING: policy.applying_seconds,
+    }.get(state.phase, policy.upload_seconds)
+    here = replace(state, deadline=now + seconds, connected=frozenset(), grant=None)
+    for agent in agents:
+        here = gathering.admit(here, agent)
+    match state.phase:
+        case Phase.GATHERING:
+            return gathering.gather(here, now)
+        case Phase.TRAINING:
+            missing = (agents & state.invited) - set(state.ready)
+            return here, (Invite(missing),) if missing else ()
+        case Phase.COLLECTING:
+            missing = (agents & set(state.cohort)) - set(state.uploaded)
+            repeats = tuple(RepeatCohort(agent) for agent in sorted(missing))
+            return here, (Invite(missing), *repeats) if missing else ()
+        case Phase.APPLYING:
+            missing = (agents & state.invited) - set(state.applied)
+            return here, (PublishResult(missing),) if missing else ()
+        case Phase.RETURNING:
+            return applying.ask_next(here, now)
+        case _:
+            return here, ()
 
 
-def _training_ready(state: RunState, event: Ready, now: float) -> Step:
-    if event.round != state.round or event.agent not in state.invited:
-        return _wrong_round(state, event.agent)
-    ready = {**state.ready, event.agent: event.weight_class}
-    return _form_cohort_when_all_answered(replace(state, ready=ready), now)
-
-
-def _training_declined(state: RunState, event: Declined, now: float) -> Step:
-    if event.round != state.round or event.agent not in state.invited:
-        return _wrong_round(state, event.agent)
-    return _form_cohort_when_all_answered(_exclude(state, event.agent, event.reason), now)
-
-
-def _form_cohort_when_all_answered(state: RunState, now: float) -> Step:
-    if state.invited - set(state.excluded) <= set(state.ready):
-        return _form_cohort(state, now)
-    return state, ()
-
-
-def _training_tick(state: RunState, event: Tick, now: float) -> Step:
-    return _form_cohort(state, now) if now >= state.deadline else (state, ())
-
-
-def _form_cohort(state: RunState, now: float) -> Step:
-    members = sorted(set(state.ready) - set(state.excluded))
-    if len(members) < state.policy.minimum_agents:
-        return _try_round_again(state, now)
-    collecting = replace(
-        state,
-        phase=Phase.COLLECTING,
-        deadline=now + state.policy.upload_seconds,
-        attempt=state.attempt + 1,
-        cohort=tuple(members),
-        uploaded={},
-    )
-    return collecting, (OpenCohort(),)
-
-
-# COLLECTING
-
-
-def _collecting_connected(state: RunState, event: AgentConnected, now: float) -> Step:
-    admitted = _admit(state, event.agent)
-    if event.agent not in state.cohort or event.agent in state.uploaded:
-        return admitted, ()
-    # The agent may have restarted and lost its update: the invitation lets it train again.
-    return admitted, (Invite(frozenset({event.agent})), RepeatCohort(event.agent))
-
-
-def _collecting_ready(state: RunState, event: Ready, now: float) -> Step:
-    if event.round == state.round and event.agent in state.cohort:
-        return state, ()  # it trained again after a restart; its weight class is fixed already
-    subject = f"expected READY before the cohort of round {state.round} was formed"
-    return state, (Reject(event.agent, Reason.DEADLINE_PASSED, subject),)
-
-
-def _collecting_declined(state: RunState, event: Declined, now: float) -> Step:
-    if event.round != state.round or event.agent not in state.cohort:
-        return _wrong_round(state, event.agent)
-    if event.agent in state.uploaded:
+def _remove(state: RunState, event: AgentRemoved, now: float) -> Step:
+    """Go on without a banned agent, and under a key that it was never given."""
+    agent = event.agent
+    if state.phase.over:
         return state, ()
-    return _close_when_all_uploaded(_exclude(state, event.agent, event.reason), now)
-
-
-def _collecting_uploaded(state: RunState, event: Uploaded, now: float) -> Step:
-    if event.agent not in state.cohort:
-        raise IllegalEvent(f"expected an upload of a member, found one of {event.agent}")
-    uploaded = {**state.uploaded, event.agent: event.sha256}
-    return _close_when_all_uploaded(replace(state, uploaded=uploaded), now)
-
-
-def _close_when_all_uploaded(state: RunState, now: float) -> Step:
-    missing = set(state.cohort) - set(state.excluded) - set(state.uploaded)
-    return (state, ()) if missing else _close_cohort(state, now)
-
-
-def _collecting_tick(state: RunState, event: Tick, now: float) -> Step:
-    return _close_cohort(state, now) if now >= state.deadline else (state, ())
-
-
-def _close_cohort(state: RunState, now: float) -> Step:
-    if len(state.uploaded) < state.policy.minimum_agents:
-        return _try_round_again(state, now)
-    return replace(state, phase=Phase.SUMMING), (CloseCohort(),)
-
-
-# SUMMING and APPLYING
-
-
-def _summing_stored(state: RunState, event: SumStored, now: float) -> Step:
-    applying = replace(
-        state, phase=Phase.APPLYING, deadline=now + state.policy.applying_seconds, applied={}
-    )
-    return applying, (PublishResult(state.invited & state.connected),)
-
-
-def _summing_failed(state: RunState, event: SumFailed, now: float) -> Step:
-    return _try_round_again(state, now)
-
-
-def _applying_connected(state: RunState, event: AgentConnected, now: float) -> Step:
-    again = event.agent in state.invited and event.agent not in state.applied
-    effects = (PublishResult(frozenset({event.agent})),) if again else ()
-    return _admit(state, event.agent), effects
-
-
-def _applying_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
-    gone = replace(state, connected=state.connected - {event.agent})
-    return _close_round_when_all_applied(gone, now)
-
-
-def _applying_applied(state: RunState, event: Applied, now: float) -> Step:
-    if event.round != state.round or event.agent not in state.invited:
-        return _wrong_round(state, event.agent)
-    applied = {**state.applied, event.agent: event.state_sha256}
-    return _close_round_when_all_applied(replace(state, applied=applied), now)
-
-
-def _applying_declined(state: RunState, event: Declined, now: float) -> Step:
-    if event.round != state.round or event.agent not in state.invited:
-        return _wrong_round(state, event.agent)
-    return _close_round_when_all_applied(_exclude(state, event.agent, event.reason), now)
-
-
-def _close_round_when_all_applied(state: RunState, now: float) -> Step:
-    missing = state.invited - set(state.excluded) - set(state.applied)
-    # Those who are away are not waited for, unless nobody has applied: a cut ends no run.
-    if missing & state.connected or (missing and not state.applied):
-        return state, ()
-    return _close_round(state, now)
-
-
-def _applying_tick(state: RunState, event: Tick, now: float) -> Step:
-    return _close_round(state, now) if now >= state.deadline else (state, ())
-
-
-def _close_round(state: RunState, now: float) -> Step:
-    """Go on with the agents whose state is the majority's; without any, the sum is of no use."""
-    if not state.applied:
-        reasons = Counter(state.excluded[a] for a in state.invited if a in state.excluded)
-        cause = reasons.most_common(1)[0][0] if reasons else Reason.QUORUM_NOT_REACHED
-        return _fail(state, cause)
-    agreed = Counter(state.applied.values()).most_common(1)[0][0]
-    diverged = sorted(agent for agent, digest in state.applied.items() if digest != agreed)
-    rejects = tuple(
-        Reject(agent, Reason.STATE_DIVERGED, f"expected state {agreed.hex()} after the round")
-        for agent in diverged
-    )
-    if state.round == state.policy.rounds:
-        completed = replace(state, phase=Phase.COMPLETED)
-        return completed, (*rejects, CloseRound(), FinishRun())
-    following = replace(
+    had_key = any(agent in holders for holders in state.keys.holders.values())
+    offered = state.grant is not None and agent in state.grant.recipients
+    left = replace(
         state,
-        phase=Phase.GATHERING,
-        deadline=now + state.policy.gathering_seconds,
-        round=state.round + 1,
-        attempt=0,
-        failures=0,
-        excluded=_only_lasting(state.excluded),
-        invited=frozenset(),
-        cohort=(),
-        uploaded={},
+        keys=replace(state.keys, stale=state.keys.stale or had_key),
+        connected=state.connected - {agent},
+        grant=None if offered else state.grant,  # an answer to it is not taken any more
     )
-    gathered, effects = _gather(following, now)
-    return gathered, (*rejects, CloseRound(), *effects)
+    removed = gathering.exclude(left, agent, Reason.BANNED)
+    declined = Declined(agent, state.round, Reason.BANNED)
+    match state.phase:
+        case Phase.GATHERING:
+            return gathering.disconnected(removed, AgentDisconnected(agent), now)
+        case Phase.TRAINING if agent in state.invited:
+            return collecting.training_declined(removed, declined, now)
+        case Phase.COLLECTING if agent in state.cohort and agent not in state.uploaded:
+            return collecting.close_when_all_uploaded(removed, now)
+        case Phase.APPLYING:
+            return applying.close_when_all_applied(removed, now)
+        case Phase.RETURNING if agent == state.returning:
+            return applying.returning_declined(removed, declined, now)
+        case _:
+            return removed, ()
+
+
+def _obey(state: RunState, event: Wished, now: float) -> Step:
+    """Do what the operator wants; a round that has begun is finished before a pause."""
+    wish = event.wish
+    if state.phase.over:
+        return state, ()
+    if wish is Wish.CANCEL:
+        cancelled, effects = gathering.fail(state, Reason.RUN_CANCELLED)
+        return cancelled, (AbandonRound(), *effects)
+    paused = wish is Wish.PAUSE
+    if paused == state.paused:
+        return state, ()
+    obeyed = replace(state, paused=paused)
+    if state.phase is Phase.GATHERING and not paused:
+        return gathering.start_gathering(obeyed, now)
+    return obeyed, ()
 
 
 _TRANSITIONS: dict[tuple[Phase, type[Event]], Callable[..., Step]] = {
-    (Phase.GATHERING, AgentConnected): _gathering_connected,
-    (Phase.GATHERING, AgentDisconnected): _gathering_disconnected,
-    (Phase.GATHERING, KeyShared): _gathering_key_shared,
-    (Phase.GATHERING, Declined): _gathering_declined,
-    (Phase.GATHERING, Tick): _gathering_tick,
-    (Phase.TRAINING, AgentConnected): _training_connected,
-    (Phase.TRAINING, Ready): _training_ready,
-    (Phase.TRAINING, Declined): _training_declined,
-    (Phase.TRAINING, Tick): _training_tick,
-    (Phase.COLLECTING, AgentConnected): _collecting_connected,
-    (Phase.COLLECTING, Ready): _collecting_ready,
-    (Phase.COLLECTING, Declined): _collecting_declined,
-    (Phase.COLLECTING, Uploaded): _collecting_uploaded,
-    (Phase.COLLECTING, Tick): _collecting_tick,
-    (Phase.SUMMING, SumStored): _summing_stored,
-    (Phase.SUMMING, SumFailed): _summing_failed,
-    (Phase.APPLYING, AgentConnected): _applying_connected,
-    (Phase.APPLYING, AgentDisconnected): _applying_disconnected,
-    (Phase.APPLYING, Applied): _applying_applied,
-    (Phase.APPLYING, Declined): _applying_declined,
-    (Phase.APPLYING, Tick): _applying_tick,
+    (Phase.GATHERING, AgentConnected): gathering.connected,
+    (Phase.GATHERING, AgentDisconnected): gathering.disconnected,
+    (Phase.GATHERING, KeyShared): gathering.key_shared,
+    (Phase.GATHERING, Declined): gathering.declined,
+    (Phase.GATHERING, Tick): gathering.tick,
+    (Phase.TRAINING, AgentConnected): collecting.invited_connected,
+    (Phase.TRAINING, Ready): collecting.ready,
+    (Phase.TRAINING, Declined): collecting.training_declined,
+    (Phase.TRAINING, Tick): collecting.training_tick,
+    (Phase.COLLECTING, AgentConnected): collecting.member_connected,
+    (Phase.COLLECTING, Ready): collecting.late_ready,
+    (Phase.COLLECTING, Declined): collecting.collecting_declined,
+    (Phase.COLLECTING, Uploaded): collecting.uploaded,
+    (Phase.COLLECTING, Tick): collecting.collecting_tick,
+    (Phase.COLLECTING, SumFailed): applying.sum_failed,
+    (Phase.SUMMING, SumStored): applying.sum_stored,
+    (Phase.SUMMING, SumFailed): applying.sum_failed,
+    (Phase.APPLYING, AgentConnected): applying.applying_connected,
+    (Phase.APPLYING, AgentDisconnected): applying.applying_disconnected,
+    (Phase.APPLYING, Applied): applying.applied,
+    (Phase.APPLYING, Declined): applying.applying_declined,
+    (Phase.APPLYING, Tick): applying.applying_tick,
+    (Phase.RETURNING, AgentConnected): applying.returning_connected,
+    (Phase.RETURNING, AgentDisconnected): applying.returning_disconnected,
+    (Phase.RETURNING, Declined): applying.returning_declined,
+    (Phase.RETURNING, Tick): applying.returning_tick,
+    (Phase.RETURNING, SumReturned): applying.sum_returned,
+}
+
+_OTHERWISE: dict[type[Event], Callable[..., Step]] = {
+    TakenUp: _take_up,
+    AgentConnected: _connected,
+    AgentDisconnected: _disconnected,
+    AgentRemoved: _remove,
+    Wished: _obey,
+    Tick: _ignore,
+    KeyShared: _ignore,
+    Ready: _refuse,
+    Declined: _refuse,
+    Applied: _refuse,
+    Uploaded: _illegal,
+    SumStored: _illegal,
+    SumFailed: _illegal,
+    SumReturned: _illegal,
 }

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from coordinator.run_keys import Grant, RunKeys
 from fedloom.errors import Reason
 
 
@@ -15,6 +16,7 @@ class Phase(Enum):
     COLLECTING = "collecting"
     SUMMING = "summing"
     APPLYING = "applying"
+    RETURNING = "returning"
     COMPLETED = "completed"
     FAILED = "failed"
 
@@ -22,6 +24,14 @@ class Phase(Enum):
     def over(self) -> bool:
         """Whether nothing more will happen."""
         return self in (Phase.COMPLETED, Phase.FAILED)
+
+
+class Wish(Enum):
+    """What the operator wants of a run that is not over."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,18 @@ class RunPolicy:
     upload_seconds: float
     applying_seconds: float
     seed: int = 0
+    has_masks: bool = False
+    quorum: int = 0  # ready agents that suffice for a cohort; 0: all who were invited
+    returns_sums: bool = False  # agents hand the opened sums over
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """What an agent says of its state after a round: the same for all honest agents."""
+
+    state_sha256: bytes
+    next_clip: float = 0.0  # 0: the run states its own
+    opened_sha256: bytes = b""  # of the opened sum, where it is returned
 
 
 @dataclass(frozen=True)
@@ -46,23 +68,35 @@ class RunState:
     policy: RunPolicy
     deadline: float
     phase: Phase = Phase.GATHERING
-    round: int = 1
+    round: int = 1  # rises with every round, void ones included
+    previous_round: int = 0  # the last one in the run's history
+    completed: int = 0  # number of rounds in the run's history
     attempt: int = 0  # of this round's latest cohort; never used twice
-    failures: int = 0  # of this round
+    failures: int = 0  # in a row, since the last round that was completed
+    paused: bool = False
     connected: frozenset[str] = frozenset()
     excluded: Mapping[str, Reason] = field(default_factory=dict)  # until they connect again
-    key_holders: frozenset[str] = frozenset()
-    key_asked: str | None = None  # the agent that shall wrap the run key
-    key_recipients: frozenset[str] = frozenset()  # whom it shall wrap it for
-    key_deadline: float = 0.0
+    keys: RunKeys = field(default_factory=RunKeys)
+    past_keys: frozenset[int] = frozenset()  # that the run's history is encrypted under
+    grant: Grant | None = None  # that an agent was asked for and has not given
+    grant_deadline: float = 0.0
+    clip: float = 0.0  # of the next cohort; 0: follows from its weight cap
     invited: frozenset[str] = frozenset()
     ready: Mapping[str, int] = field(default_factory=dict)  # agent -> weight class
     cohort: tuple[str, ...] = ()  # index = slot
     uploaded: Mapping[str, bytes] = field(default_factory=dict)  # agent -> SHA-256 of its upload
-    applied: Mapping[str, bytes] = field(default_factory=dict)  # agent -> SHA-256 of its state
+    applied: Mapping[str, StateReport] = field(default_factory=dict)
+    agreed: StateReport | None = None  # what most agents say, once the round is applied
+    returning: str = ""  # the agent that was asked for the opened sum
+    returners: tuple[str, ...] = ()  # who may be asked next
     reason: Reason | None = None  # why the run failed
 
     @property
     def weight_cap(self) -> int:
         """Upper bound of a member's weight: 2^(largest weight class in the cohort)."""
         return 1 << max(self.ready[agent] for agent in self.cohort)
+
+    @property
+    def candidates(self) -> frozenset[str]:
+        """Who is here and has not declined."""
+        return self.connected - set(self.excluded)

@@ -86,5 +86,6 @@ reports = sa.Table(
     sa.Column("correct", sa.Integer),
     sa.Column("evaluation_loss", sa.Float),
     sa.Column("saturated", sa.Integer),
+    sa.Column("saturated_share", sa.Float),  # of all values in the sum
     sa.Column("refusal", sa.Integer),
 )

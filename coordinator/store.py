@@ -7,7 +7,6 @@ cut may lose the last moments, never the file.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from coordinator import schema
-from coordinator.run_state import Phase
+from coordinator.run_state import Phase, Wish
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
-
-
-class Wish(Enum):
-    """What the operator wants of a run that is not over."""
-
-    RUN = "run"
-    PAUSE = "pause"
-    CANCEL = "cancel"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import grpc
 import structlog
 
-from coordinator.round_sum import Upload
+from coordinator.round_sum import Upload, UploadKind
 from coordinator.services.access import refusing, require_agent
 from coordinator.store import Store
 from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference, PartialFile
@@ -63,12 +63,15 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
                 raise Refused(Reason.INTERNAL, "the same upload is still open on another stream")
             self._uploading.add(path)
             try:
-                partial = path.with_suffix(".part")
-                with PartialFile(partial, upload.artifact) as file:
-                    yield artifact_pb2.UploadArtifactResponse(resume_from=file.size_bytes)
-                    await self._receive(agent, file, request_iterator)
-                    self._rounds.upload_path(upload)  # still wanted? its folder may be gone
-                    file.finish(path)
+                if path.is_file():  # whole, and not counted before we were killed
+                    size = upload.artifact.size_bytes
+                    yield artifact_pb2.UploadArtifactResponse(resume_from=size)
+                else:
+                    with PartialFile(path.with_suffix(".part"), upload.artifact) as file:
+                        yield artifact_pb2.UploadArtifactResponse(resume_from=file.size_bytes)
+                        await self._receive(agent, file, request_iterator)
+                        self._rounds.upload_path(upload)  # still wanted? its folder may be gone
+                        file.finish(path)
                 await self._rounds.accept_upload(upload, path)
             finally:
                 self._uploading.discard(path)
@@ -123,4 +126,6 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
 
 def _upload(agent: str, header: artifact_pb2.UploadHeader) -> Upload:
     artifact = ArtifactReference(header.sha256, header.size_bytes)
-    return Upload(agent, header.run_id, header.round, header.attempt, artifact)
+    opened = header.kind == artifact_pb2.UPLOAD_KIND_OPENED_SUM
+    kind = UploadKind.OPENED_SUM if opened else UploadKind.UPDATE
+    return Upload(agent, header.run_id, header.round, header.attempt, artifact, kind)

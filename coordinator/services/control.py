@@ -190,7 +190,7 @@ def _ready(agent: str, message: control_pb2.Ready) -> Ready:
         message.training_loss,
         seconds,
         message.advertisement,
-        identity if message.HasField("identity") else None,
+        identity.SerializeToString(),
     )
 
 
@@ -204,4 +204,15 @@ def _applied(agent: str, message: control_pb2.Applied) -> Applied:
         _require(found.correct <= found.count, "at most `count` correct rows")
         _require(math.isfinite(found.loss), "a finite loss")
         evaluation = Evaluation(found.count, found.correct, found.loss)
-    return Applied(agent, message.round, message.state_sha256, evaluation, message.saturated)
+    clip = message.next_clip
+    _require(clip == 0 or 1e-20 <= clip <= 1e20, "a clip of 1e-20..1e20")
+    _require(len(message.opened_sha256) in (0, 32), "a SHA-256 of 32 bytes")
+    return Applied(
+        agent,
+        message.round,
+        message.state_sha256,
+        evaluation,
+        message.saturated,
+        clip,
+        message.opened_sha256,
+    )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from coordinator.events import (
     AbandonRound,
+    AskForSum,
     CloseCohort,
     CloseRound,
     Effect,
@@ -23,9 +24,10 @@ class Record:
     """The laws of effects: each is checked against everything before it."""
 
     cohorts: dict[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
-    stored: int = 0  # rounds whose sum is in the history
+    stored: int = 0  # number of the last round whose sum is in the history
     closed: set[int] = field(default_factory=set)
-    envelopes: set[str] = field(default_factory=set)  # recipients of the latest run key
+    envelopes: dict[int, set[str]] = field(default_factory=dict)  # recipients by key
+    used_keys: set[int] = field(default_factory=set)  # that sums are encrypted under
     finished: int = 0
 
     def keep(self, before: RunState, after: RunState, effect: Effect) -> None:
@@ -36,11 +38,14 @@ class Record:
             case OpenCohort() | CloseCohort():
                 self._keep_cohort(after, effect)
             case CloseRound() | AbandonRound():
-                self._keep_round(before, effect)
+                self._keep_round(before, after, effect)
             case FinishRun():
                 self.finished += 1
             case PublishResult(told):
                 assert told <= after.invited & after.connected
+            case AskForSum(agent):
+                assert after.applied[agent] == after.agreed
+                assert agent in after.connected
             case RepeatCohort(member):
                 assert member in after.cohort
             case Reject():
@@ -49,13 +54,18 @@ class Record:
     def _keep_invitation(self, after: RunState, effect: Invite | ShareKey) -> None:
         if isinstance(effect, Invite):
             assert effect.agents <= after.invited
-            assert not after.policy.needs_key or effect.agents <= self.envelopes
+            assert not after.paused or after.phase is not Phase.GATHERING
+            if after.policy.needs_key:
+                for key_id in {*self.used_keys, after.keys.latest}:
+                    assert effect.agents <= self.envelopes[key_id]
             return
-        assert effect.holder in after.connected
-        assert effect.holder in self.envelopes or effect.fresh
-        if effect.fresh:
-            assert not self.stored, "the sums so far need the old key"
-            self.envelopes = set()
+        grant = effect.grant
+        assert grant.holder in after.connected
+        if grant.fresh:
+            assert grant.key_id not in self.envelopes, "an abandoned key's envelopes would mix in"
+            self.envelopes[grant.key_id] = set()
+        else:
+            assert grant.holder in self.envelopes[grant.key_id]
 
     def _keep_cohort(self, after: RunState, effect: OpenCohort | CloseCohort) -> None:
         if isinstance(effect, OpenCohort):
@@ -68,12 +78,16 @@ class Record:
             assert after.policy.minimum_agents <= len(after.uploaded)
             assert set(after.uploaded) <= set(self.cohorts[after.round, after.attempt])
 
-    def _keep_round(self, before: RunState, effect: CloseRound | AbandonRound) -> None:
+    def _keep_round(
+        self, before: RunState, after: RunState, effect: CloseRound | AbandonRound
+    ) -> None:
         assert before.round not in self.closed
         if isinstance(effect, CloseRound):
-            assert before.phase is Phase.APPLYING
+            assert before.phase in (Phase.APPLYING, Phase.RETURNING)
             assert before.round == self.stored
+            assert after.completed == before.completed + 1
             self.closed.add(before.round)
         else:
-            assert before.phase in (Phase.TRAINING, Phase.COLLECTING, Phase.SUMMING)
-            assert before.round > self.stored
+            assert not before.phase.over
+            assert before.round > self.stored or after.reason is not None
+            assert after.completed == before.completed

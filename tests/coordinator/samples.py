@@ -79,7 +79,8 @@ class Run:
             Phase.COLLECTING: (Ready("a", 1, 3), Ready("b", 1, 5)),
             Phase.SUMMING: (Uploaded("a", SHA), Uploaded("b", SHA)),
             Phase.APPLYING: (SumStored(),),
-            Phase.COMPLETED: (Applied("a", 1, SHA), Applied("b", 1, SHA)),
+            Phase.RETURNING: (Applied("a", 1, SHA), Applied("b", 1, SHA)),
+            Phase.COMPLETED: (),
         }
         if phase is Phase.FAILED:
             self.wait(self.state.policy.gathering_seconds)

@@ -6,7 +6,9 @@ from coordinator.events import (
     AbandonRound,
     AgentConnected,
     AgentDisconnected,
+    AgentRemoved,
     Applied,
+    AskForSum,
     CloseCohort,
     CloseRound,
     Declined,
@@ -20,11 +22,16 @@ from coordinator.events import (
     RepeatCohort,
     ShareKey,
     SumFailed,
+    SumReturned,
     SumStored,
+    TakenUp,
+    Tick,
     Uploaded,
+    Wished,
 )
 from coordinator.rounds import KEY_SECONDS, MAX_ROUND_FAILURES
-from coordinator.run_state import Phase
+from coordinator.run_keys import Grant
+from coordinator.run_state import Phase, Wish
 from fedloom.errors import Reason
 from tests.coordinator.samples import OTHER_SHA, SHA, Run, three_in_training
 
@@ -40,61 +47,106 @@ def test_a_round_starts_when_enough_agents_are_here() -> None:
     assert run.state.deadline == 200
 
 
+def fresh(holder: str, key_id: int, recipients: str) -> tuple[ShareKey, ...]:
+    return (ShareKey(Grant(holder, key_id, frozenset(recipients), fresh=True)),)
+
+
+def old(holder: str, key_id: int, recipients: str) -> tuple[ShareKey, ...]:
+    return (ShareKey(Grant(holder, key_id, frozenset(recipients), fresh=False)),)
+
+
+def shared(holder: str, key_id: int, recipients: str) -> KeyShared:
+    return KeyShared(holder, key_id, dict.fromkeys(recipients, b""))
+
+
+def after_one_round() -> Run:
+    """A run with a key whose first round a and b have finished; c came meanwhile."""
+    run = Run(needs_key=True)
+    run.on(AgentConnected("a"), AgentConnected("b"), shared("a", 1, "ab"))
+    run.on(Ready("a", 1, 0), Ready("b", 1, 0))
+    run.on(Uploaded("a", SHA), Uploaded("b", SHA), SumStored(), Applied("a", 1, SHA))
+    return run
+
+
 def test_a_round_starts_when_all_hold_the_run_key() -> None:
     run = Run(needs_key=True)
-    effects = run.on(AgentConnected("b"), AgentConnected("a"))
-    assert effects == (ShareKey("a", BOTH, fresh=True),)
-    assert run.on(KeyShared("b", 1, {"a": b"", "b": b""})) == ()  # nobody asked b
-    assert run.on(KeyShared("a", 1, {"a": b"", "b": b""})) == (Invite(BOTH),)
+    assert run.on(AgentConnected("b"), AgentConnected("a")) == fresh("a", 1, "ab")
+    assert run.on(shared("b", 1, "ab")) == ()  # nobody asked b
+    assert run.on(shared("a", 2, "ab")) == ()  # nor for a key of that number
+    assert run.on(shared("a", 1, "ab")) == (Invite(BOTH),)
 
 
-def test_a_latecomer_is_given_the_key_by_one_who_holds_it() -> None:
+def test_a_newcomer_has_a_new_key_made_and_is_given_those_of_the_history() -> None:
+    run = after_one_round()
+    run.on(AgentConnected("c"))
+    assert run.on(Applied("b", 1, SHA)) == (CloseRound(), *fresh("a", 2, "abc"))
+    assert run.on(shared("a", 2, "abc")) == old("a", 1, "c")
+    assert run.on(shared("a", 1, "c")) == (Invite(frozenset("abc")),)
+
+
+def test_an_agent_that_was_away_is_given_the_newest_key_and_none_is_made() -> None:
+    run = after_one_round()
+    run.on(AgentConnected("c"), Applied("b", 1, SHA), AgentDisconnected("b"))
+    run.on(shared("a", 2, "ac"), shared("a", 1, "c"))  # round 2 began without b
+    run.on(Ready("a", 2, 0), Ready("c", 2, 0), Uploaded("a", SHA), Uploaded("c", SHA), SumStored())
+    run.on(AgentConnected("b"), Applied("a", 2, SHA))
+    assert run.state.phase is Phase.APPLYING
+    run.state = replace(run.state, policy=replace(run.state.policy, rounds=3))
+    assert run.on(Applied("c", 2, SHA)) == (CloseRound(), *old("a", 2, "b"))
+
+
+def test_a_banned_agent_is_left_out_and_the_others_make_a_new_key() -> None:
+    run = after_one_round()
+    run.on(AgentConnected("c"), AgentRemoved("b"))
+    assert run.state.phase is Phase.GATHERING
+    assert run.state.grant == Grant("a", 2, frozenset("ac"), fresh=True)
+    assert run.on(AgentRemoved("c")) == ()  # a alone is too few
+    assert run.on(shared("a", 2, "ac")) == ()  # too late: it was wrapped for c as well
+    assert run.on(AgentConnected("d")) == fresh("a", 3, "ad")
+
+
+def test_a_spent_key_is_replaced_before_the_next_try() -> None:
     run = Run(needs_key=True)
-    run.on(AgentConnected("a"), AgentConnected("b"), KeyShared("a", 1, {"a": b"", "b": b""}))
-    run.on(AgentConnected("c"), Ready("a", 1, 0), Ready("b", 1, 0))
-    run.on(Uploaded("a", SHA), Uploaded("b", SHA), SumStored(), Applied("a", 1, SHA))
-    effects = run.on(Applied("b", 1, SHA))
-    assert effects == (CloseRound(), ShareKey("a", frozenset("c"), fresh=False))
-    assert run.on(KeyShared("a", 1, {"c": b""})) == (Invite(frozenset("abc")),)
+    run.on(AgentConnected("a"), AgentConnected("b"), shared("a", 1, "ab"))
+    effects = run.on(Declined("a", 1, Reason.KEY_SPENT), Ready("b", 1, 0))
+    assert effects == (AbandonRound(), *fresh("a", 2, "ab"))
 
 
 def test_an_agent_that_wraps_no_key_is_passed_over() -> None:
     run = Run(needs_key=True)
     run.on(AgentConnected("a"), AgentConnected("b"), AgentConnected("c"))
-    everyone = frozenset("abc")
     assert run.wait(KEY_SECONDS - 1) == ()
-    assert run.wait(1) == (ShareKey("b", everyone - {"a"}, fresh=True),)
-    declined = run.on(Declined("b", 0, Reason.KEY_UNAVAILABLE))
-    assert declined == ()  # c alone is too few
-    assert run.on(AgentConnected("a")) == (ShareKey("a", frozenset("ac"), fresh=True),)
+    assert run.wait(1) == fresh("b", 2, "bc")
+    assert run.on(Declined("b", 0, Reason.KEY_UNAVAILABLE)) == ()  # c alone is too few
+    assert run.on(AgentConnected("a")) == fresh("a", 3, "ac")
     assert run.on(AgentDisconnected("a")) == ()
-    assert run.state.key_asked is None
+    assert run.state.grant is None
 
 
-def test_a_fresh_key_makes_the_old_one_worthless() -> None:
+def test_a_key_that_nobody_here_holds_and_nothing_was_encrypted_under_is_made_anew() -> None:
     run = Run(needs_key=True)
-    run.state = replace(run.state, key_holders=frozenset("a"))  # a is away
-    everyone = frozenset("abc")
-    assert run.on(AgentConnected("b"), AgentConnected("c")) == (
-        ShareKey("b", everyone - {"a"}, fresh=True),
-    )
-    assert run.on(AgentConnected("a")) == ()
-    late = run.on(KeyShared("b", 2, {"b": b"", "c": b""}))
-    assert late == (ShareKey("b", frozenset("a"), fresh=False),)
+    run.on(AgentConnected("a"), AgentConnected("b"), shared("a", 1, "a"))  # b's did not verify
+    run.on(AgentDisconnected("a"), AgentConnected("b"))
+    assert run.on(AgentConnected("c")) == fresh("b", 2, "bc")
 
 
-def test_after_a_round_no_fresh_key_is_made() -> None:
-    run = Run(needs_key=True)
-    run.state = replace(run.state, round=2, key_holders=frozenset("a"))
-    assert run.on(AgentConnected("b"), AgentConnected("c")) == ()
-    assert run.on(AgentConnected("a")) == (ShareKey("a", frozenset("bc"), fresh=False),)
+def test_without_a_holder_of_the_history_s_key_the_run_waits() -> None:
+    run = after_one_round()
+    run.on(AgentConnected("c"), AgentConnected("d"))
+    run.on(AgentDisconnected("a"), AgentDisconnected("b"))
+    run.on(shared("c", 2, "cd"))
+    assert run.state.phase is Phase.GATHERING
+    assert run.on(Tick()) == ()
+    assert run.on(AgentConnected("a")) == old("a", 1, "cd")
+    assert run.on(shared("a", 1, "cd")) == old("c", 2, "a")
 
 
 def test_who_gets_no_envelope_is_not_invited() -> None:
     run = Run(needs_key=True)
     run.on(AgentConnected("a"), AgentConnected("b"), AgentConnected("c"))
-    assert run.on(KeyShared("a", 1, {"a": b"", "c": b""})) == (Invite(frozenset("ac")),)
-    assert run.state.excluded == {"b": Reason.KEY_UNAVAILABLE}
+    assert run.on(shared("a", 1, "ab")) == old("a", 1, "c")  # it came meanwhile
+    assert run.on(KeyShared("a", 1, {})) == (Invite(BOTH),)
+    assert run.state.excluded == {"c": Reason.KEY_UNAVAILABLE}
 
 
 def test_too_few_agents_by_the_deadline_fail_the_run() -> None:
@@ -269,3 +321,121 @@ def test_a_round_is_tried_only_so_often() -> None:
         assert run.wait(200) == (AbandonRound(), Invite(BOTH))
     assert run.wait(200) == (AbandonRound(), FinishRun())
     assert run.state.reason is Reason.QUORUM_NOT_REACHED
+
+
+# void rounds, returned sums, the operator's wishes, restarts
+
+
+def masked_run() -> Run:
+    run = Run()
+    run.state = replace(run.state, policy=replace(run.state.policy, has_masks=True))
+    return run.to(Phase.SUMMING)
+
+
+def test_a_round_whose_masks_stay_in_its_sum_is_void() -> None:
+    run = masked_run()
+    assert run.on(SumFailed()) == (AbandonRound(), Invite(BOTH))
+    state = run.state
+    assert (state.round, state.attempt, state.previous_round, state.completed) == (2, 0, 0, 0)
+    run.on(Ready("a", 2, 0), Ready("b", 2, 0), Uploaded("a", SHA), Uploaded("b", SHA), SumStored())
+    run.on(Applied("a", 2, SHA), Applied("b", 2, SHA))
+    state = run.state
+    assert (state.round, state.previous_round, state.completed, state.failures) == (3, 2, 1, 0)
+
+
+def test_too_many_void_rounds_in_a_row_fail_the_run() -> None:
+    run = masked_run()
+    for number in range(1, MAX_ROUND_FAILURES):
+        run.on(SumFailed())
+        assert run.state.round == number + 1
+        run.on(Ready("a", number + 1, 0), Ready("b", number + 1, 0))
+        run.on(Uploaded("a", SHA), Uploaded("b", SHA))
+    assert run.on(SumFailed()) == (AbandonRound(), FinishRun())
+    assert run.state.reason is Reason.QUORUM_NOT_REACHED
+
+
+def returning_run() -> Run:
+    run = Run()
+    run.state = replace(run.state, policy=replace(run.state.policy, returns_sums=True))
+    return run.to(Phase.APPLYING)
+
+
+def test_an_opened_sum_is_asked_of_an_agent_that_another_confirms() -> None:
+    run = returning_run()
+    run.on(Applied("a", 1, SHA, opened_sha256=OTHER_SHA))
+    assert run.on(Applied("b", 1, SHA, opened_sha256=OTHER_SHA)) == (AskForSum("a"),)
+    assert run.on(AgentDisconnected("a")) == (AskForSum("b"),)
+    assert run.on(AgentDisconnected("b")) == ()
+    assert run.on(AgentConnected("a")) == (AskForSum("a"),)
+    assert run.on(Declined("b", 1, Reason.NOT_FOUND))[0].agent == "b"  # was not asked
+    assert run.on(SumReturned("a"))[0] == CloseRound()
+    assert run.state.completed == 1
+
+
+def test_a_sum_that_only_one_agent_states_is_not_taken() -> None:
+    run = returning_run()
+    run.on(Applied("a", 1, SHA, opened_sha256=OTHER_SHA))
+    effects = run.on(Applied("b", 1, SHA, opened_sha256=SHA))
+    assert FinishRun() in effects
+    assert run.state.reason is Reason.QUORUM_NOT_REACHED
+
+
+def test_a_run_without_anyone_to_return_its_sum_fails() -> None:
+    run = returning_run()
+    run.on(Applied("a", 1, SHA, opened_sha256=SHA), Applied("b", 1, SHA, opened_sha256=SHA))
+    assert run.on(Declined("a", 1, Reason.NOT_FOUND)) == (AskForSum("b"),)
+    assert run.wait(run.state.policy.upload_seconds) == (FinishRun(),)
+    assert run.state.reason is Reason.DEADLINE_PASSED
+
+
+def test_the_next_cohort_s_clip_is_what_most_agents_computed() -> None:
+    run = Run().to(Phase.APPLYING)
+    run.on(Applied("a", 1, SHA, next_clip=0.25), Applied("b", 1, SHA, next_clip=0.25))
+    assert run.state.clip == 0.25
+
+
+def test_a_pause_lets_the_open_round_finish_and_holds_the_next() -> None:
+    run = Run().to(Phase.TRAINING)
+    run.on(Wished(Wish.PAUSE), Ready("a", 1, 0), Ready("b", 1, 0))
+    run.on(Uploaded("a", SHA), Uploaded("b", SHA), SumStored(), Applied("a", 1, SHA))
+    assert run.on(Applied("b", 1, SHA)) == (CloseRound(),)
+    assert run.wait(10 * run.state.policy.gathering_seconds) == ()
+    assert run.on(AgentConnected("c")) == ()
+    assert run.on(Wished(Wish.RUN)) == (Invite(frozenset("abc")),)
+
+
+def test_a_cancelled_run_ends_at_once_and_ignores_what_was_under_way() -> None:
+    run = Run().to(Phase.SUMMING)
+    assert run.on(Wished(Wish.CANCEL)) == (AbandonRound(), FinishRun())
+    assert run.state.reason is Reason.RUN_CANCELLED
+    assert run.on(SumStored()) == ()
+    assert run.on(Wished(Wish.CANCEL)) == ()
+
+
+def test_a_quorum_of_ready_agents_forms_the_cohort() -> None:
+    run = three_in_training()
+    run.state = replace(run.state, policy=replace(run.state.policy, quorum=2))
+    assert run.on(Ready("c", 1, 0)) == ()
+    assert run.on(Ready("a", 1, 0)) == (OpenCohort(),)
+    assert run.state.cohort == ("a", "c")
+
+
+def test_a_restart_gives_the_phase_its_time_anew_and_asks_again() -> None:
+    run = Run().to(Phase.TRAINING)
+    run.on(Ready("a", 1, 0))
+    run.now = 10_000.0
+    assert run.on(TakenUp(frozenset("ab"))) == (Invite(frozenset("b")),)
+    assert run.state.deadline == run.now + run.state.policy.training_seconds
+    run.on(Ready("b", 1, 0), Uploaded("a", SHA))
+    assert run.on(TakenUp(frozenset("ab"))) == (Invite(frozenset("b")), RepeatCohort("b"))
+    run.on(Uploaded("b", SHA))
+    assert run.on(TakenUp(BOTH)) == ()
+    run.on(SumStored(), Applied("a", 1, SHA))
+    assert run.on(TakenUp(BOTH)) == (PublishResult(frozenset("b")),)
+    assert run.on(Applied("b", 1, SHA))[0] == CloseRound()
+
+
+def test_a_restarted_run_does_not_begin_without_those_who_come_later() -> None:
+    run = Run()
+    assert run.on(TakenUp(frozenset())) == ()
+    assert run.on(TakenUp(frozenset("abc"))) == (Invite(frozenset("abc")),)

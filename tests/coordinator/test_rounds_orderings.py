@@ -1,10 +1,11 @@
 """The state machine under any order of events: agents come, go, lie and repeat, and time passes.
 
 The conductor's part is played honestly: an update counts once, a closed sum is stored or fails, a
-crash forgets all but what the store keeps. The agents' part is not.
+crash forgets all but the journal, whose replay must give the very state. The agents' part is not.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 from hypothesis import assume, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from coordinator.events import (
     AgentConnected,
     AgentDisconnected,
+    AgentRemoved,
     Applied,
     CloseRound,
     Declined,
@@ -23,12 +25,17 @@ from coordinator.events import (
     Ready,
     Reject,
     SumFailed,
+    SumReturned,
     SumStored,
+    TakenUp,
     Tick,
     Uploaded,
+    Wished,
 )
+from coordinator.journal import Journal, MaskMessage
 from coordinator.rounds import MAX_ROUND_FAILURES, handle
-from coordinator.run_state import Phase, RunPolicy, RunState
+from coordinator.run_state import Phase, RunPolicy, RunState, Wish
+from coordinator.store import JournalEntry, Store
 from fedloom.errors import Reason
 from tests.coordinator.record import Record
 
@@ -40,6 +47,14 @@ MAX_EVENTS_TO_THE_END = 500
 agents = st.sampled_from(AGENTS)
 reasons = st.sampled_from([Reason.TRAINING_FAILED, Reason.KEY_UNAVAILABLE, Reason.INTERNAL])
 rounds_off = st.sampled_from([0, 0, 0, -1, 1])
+
+
+def _is_possible(policy: RunPolicy) -> bool:
+    """As `coordinator.config` checks."""
+    quorum = policy.quorum == 0 or policy.minimum_agents <= policy.quorum <= policy.cohort_size
+    return quorum and (policy.minimum_agents > 1 or not policy.returns_sums)
+
+
 policies = st.builds(
     RunPolicy,
     rounds=st.integers(1, 3),
@@ -51,7 +66,26 @@ policies = st.builds(
     upload_seconds=st.just(100.0),
     applying_seconds=st.just(100.0),
     seed=st.integers(0, 3),
-)
+    has_masks=st.booleans(),
+    quorum=st.sampled_from([0, 0, 2, 3]),
+    returns_sums=st.booleans(),
+).filter(_is_possible)
+
+
+class JournalStore:
+    """Keeps one run's journal in memory."""
+
+    def __init__(self) -> None:
+        self.entries: list[JournalEntry] = []
+
+    def append_journal(self, run_id: bytes, entry: JournalEntry) -> None:
+        self.entries.append(entry)
+
+    def restart_journal(self, run_id: bytes, first: JournalEntry | None) -> None:
+        self.entries = [] if first is None else [first]
+
+    def journal(self, run_id: bytes) -> list[JournalEntry]:
+        return self.entries
 
 
 class Orderings(RuleBasedStateMachine):
@@ -62,22 +96,28 @@ class Orderings(RuleBasedStateMachine):
         self.now = 0.0
         self.record = Record()
         self.state = RunState(policy, deadline=policy.gathering_seconds)
+        self.store = JournalStore()
+        self.journal = Journal(cast(Store, self.store), bytes(16))
+        self.journal.restart(0.0, self.state)
 
     def post(self, event: Event) -> None:
         before = self.state
         self.state, effects = handle(before, event, self.now)
+        if self.state is not before or effects:
+            self.journal.append(self.now, event)
         self.check_step(before, event, effects)
+        if CloseRound() in effects:
+            self.journal.restart(self.now, self.state)
         for effect in effects:
             self.record.keep(before, self.state, effect)
 
     def check_step(self, before: RunState, event: Event, effects: tuple[Effect, ...]) -> None:
         after = self.state
         assert after.round - before.round in (0, 1)
-        assert (after.round > before.round) <= (CloseRound() in effects)
+        void = before.policy.has_masks and isinstance(event, SumFailed)
+        assert (after.round > before.round) <= (CloseRound() in effects or void)
         assert (after.attempt >= before.attempt) or after.round > before.round
         assert (after.phase.over and not before.phase.over) == (FinishRun() in effects)
-        if FinishRun() in effects:
-            assert not isinstance(event, AgentConnected | AgentDisconnected) or after.reason is None
         if before.phase.over:
             assert (after.phase, after.round, after.reason) == (
                 before.phase,
@@ -108,11 +148,14 @@ class Orderings(RuleBasedStateMachine):
     def apply(self, agent: str, off: int, digest: bytes) -> None:
         self.post(Applied(agent, self.state.round + off, digest))
 
-    @rule(agent=agents, recipients=st.frozensets(agents | st.just("nobody")))
-    def share_key(self, agent: str, recipients: frozenset[str]) -> None:
-        if agent == self.state.key_asked and not self.state.phase.over:
-            self.record.envelopes |= recipients  # as the conductor stores them, before the event
-        self.post(KeyShared(agent, 1, dict.fromkeys(recipients, b"")))
+    @rule(agent=agents, recipients=st.frozensets(agents | st.just("nobody")), off=rounds_off)
+    def share_key(self, agent: str, recipients: frozenset[str], off: int) -> None:
+        grant = self.state.grant
+        key_id = off if grant is None else grant.key_id + off
+        if grant is not None and (agent, key_id) == (grant.holder, grant.key_id):
+            # as the conductor stores them, before the event
+            self.record.envelopes[key_id] |= recipients & grant.recipients
+        self.post(KeyShared(agent, key_id, dict.fromkeys(recipients, b"")))
 
     @rule(agent=agents, minute=st.binary(min_size=1, max_size=1))
     @precondition(lambda self: self.state.phase is Phase.COLLECTING)
@@ -129,7 +172,7 @@ class Orderings(RuleBasedStateMachine):
         assume(wanted)
         event = data.draw(st.sampled_from(wanted))
         if isinstance(event, KeyShared):
-            self.share_key(event.agent, frozenset(event.envelopes))
+            self.share_key(event.agent, frozenset(event.envelopes), 0)
         elif isinstance(event, SumStored):
             self.store_sum()
         else:
@@ -140,9 +183,24 @@ class Orderings(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.state.phase is Phase.SUMMING)
     def store_sum(self) -> None:
-        assert self.record.stored == self.state.round - 1
-        self.record.stored += 1
+        assert self.record.stored == self.state.previous_round
+        self.record.stored = self.state.round
+        if self.state.policy.needs_key:
+            self.record.used_keys.add(self.state.keys.latest)
         self.post(SumStored())
+
+    @rule()
+    @precondition(lambda self: self.state.phase is Phase.RETURNING and self.state.returning)
+    def return_sum(self) -> None:
+        self.post(SumReturned(self.state.returning))
+
+    @rule(agent=agents)
+    def ban(self, agent: str) -> None:
+        self.post(AgentRemoved(agent))
+
+    @rule(wish=st.sampled_from([Wish.RUN, Wish.RUN, Wish.PAUSE]))
+    def wish(self, wish: Wish) -> None:
+        self.post(Wished(wish))
 
     @rule()
     @precondition(lambda self: self.state.phase is Phase.SUMMING)
@@ -154,21 +212,21 @@ class Orderings(RuleBasedStateMachine):
         self.now += seconds
         self.post(Tick())
 
-    @rule()
+    @rule(here=st.frozensets(agents))
     @precondition(lambda self: not self.state.phase.over)
-    def crash(self) -> None:
-        """Continue with what a store keeps; see `Execution`."""
-        old, number = self.state, self.record.stored + 1
-        assume(number <= old.policy.rounds)  # otherwise the run is complete
-        self.state = RunState(
-            old.policy,
-            self.now + old.policy.gathering_seconds,
-            round=number,
-            attempt=old.attempt if old.round == number else 0,
-            key_holders=frozenset(self.record.envelopes),
-        )
-        if number > old.round:
-            self.record.closed.add(old.round)
+    def crash(self, here: frozenset[str]) -> None:
+        """Continue with what the journal keeps; see `Execution.open`."""
+        old, replayed = self.state, None
+        for at, happened in self.journal.read():
+            if isinstance(happened, RunState):
+                replayed = happened
+            else:
+                assert not isinstance(happened, MaskMessage)
+                assert replayed is not None
+                replayed, _ = handle(replayed, happened, at)
+        assert replayed == old
+        self.state = replayed
+        self.post(TakenUp(here))
 
     # laws
 
@@ -184,9 +242,10 @@ class Orderings(RuleBasedStateMachine):
         state = self.state
         assert (state.phase is Phase.FAILED) == (state.reason is not None)
         assert self.record.finished == state.phase.over
-        assert state.phase is not Phase.COMPLETED or state.round == state.policy.rounds
-        assert state.failures < MAX_ROUND_FAILURES
-        assert 1 <= state.round <= state.policy.rounds
+        assert (state.phase is Phase.COMPLETED) == (state.completed == state.policy.rounds)
+        assert state.failures < MAX_ROUND_FAILURES or state.reason is Reason.QUORUM_NOT_REACHED
+        assert state.completed <= state.round
+        assert state.previous_round <= state.round
 
     def teardown(self) -> None:
         if hasattr(self, "state"):
@@ -201,11 +260,14 @@ def wanted_events(state: RunState) -> list[Event]:
     """What would move the run on now, from everybody who can."""
     number = state.round
     match state.phase:
-        case Phase.GATHERING if state.key_asked is not None:
-            return [KeyShared(state.key_asked, 1, dict.fromkeys(state.key_recipients, b""))]
+        case Phase.GATHERING if state.paused:
+            return [Wished(Wish.RUN)]
+        case Phase.GATHERING if state.grant is not None:
+            grant = state.grant
+            envelopes = dict.fromkeys(grant.recipients, b"")
+            return [KeyShared(grant.holder, grant.key_id, envelopes)]
         case Phase.GATHERING:
-            here = state.connected - set(state.excluded)
-            return [AgentConnected(agent) for agent in AGENTS if agent not in here]
+            return [AgentConnected(agent) for agent in AGENTS if agent not in state.candidates]
         case Phase.TRAINING:
             return [Ready(a, number, 3) for a in sorted(state.invited) if a not in state.ready]
         case Phase.COLLECTING:
@@ -214,12 +276,16 @@ def wanted_events(state: RunState) -> list[Event]:
             return [SumStored()]
         case Phase.APPLYING:
             return [Applied(a, number, SHA) for a in sorted(state.invited - set(state.applied))]
+        case Phase.RETURNING:
+            return [SumReturned(state.returning)] if state.returning else []
         case Phase.COMPLETED | Phase.FAILED:
             return []
 
 
 def silence(state: RunState) -> Event:
     """Nobody says anything; only a sum that was begun is stored."""
+    if state.paused:
+        return Wished(Wish.RUN)
     return SumStored() if state.phase is Phase.SUMMING else Tick()
 
 

@@ -1,0 +1,97 @@
+"""One attempt of a round: its cohort's updates, from the first upload to the stored sum.
+
+Everything here can be built again after a restart: the accepted uploads lie in the spool until the
+sum is stored, and the masks follow from the members' messages.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+import structlog
+
+import crypto
+from coordinator.masking import Masking
+from coordinator.published import Published
+from coordinator.round_sum import RoundSum, Upload
+from coordinator.run_state import RunState
+from coordinator.store import RoundRecord
+from fedloom.errors import Refused
+from fedloom.terms import Protection
+
+_log = structlog.get_logger()
+
+
+class Collection:
+    """The sum of one cohort, and the masks in it where there are any."""
+
+    def __init__(
+        self,
+        context: crypto.UpdateContext,
+        protection: Protection,
+        members: tuple[str, ...],
+        spool: Path,
+        masking: Masking | None,
+    ) -> None:
+        self.context = context
+        self.masking = masking
+        self.sum = RoundSum(context, protection, members, spool)
+        self._members = members
+        self._one_by_one = asyncio.Lock()
+        self._closed = False
+
+    async def add(self, upload: Upload, path: Path) -> bool:
+        """Bring one update after another into the sum; False for one that is in it already."""
+        async with self._one_by_one:
+            if self._closed or self.sum.path_for(upload) is None:
+                return False
+            await self.sum.add(upload, path)
+            return True
+
+    async def restore(self, uploads: Mapping[str, bytes]) -> bool:
+        """Add the spooled updates that were accepted before a restart; False if one is missing."""
+        for agent, sha256 in uploads.items():
+            try:
+                await self.sum.restore(agent, sha256)
+            except (OSError, Refused) as error:
+                _log.error("spooled update lost", agent=agent, error=type(error).__name__)
+                return False
+        return True
+
+    def counted(self, agent: str, sha256: bytes) -> None:
+        """Tell the cohort's protocol that an update is in the sum."""
+        if self.masking is not None:
+            self.masking.counted(self._members.index(agent), sha256)
+
+    def close(self) -> None:
+        """Accept no update any more."""
+        self._closed = True
+        if self.masking is not None:
+            self.masking.close_uploads()
+
+    async def stored(
+        self, state: RunState, published: Published, seconds: float
+    ) -> RoundRecord | None:
+        """Publish the sum, without the masks left in it; None when that cannot be done."""
+        correction = None
+        if self.masking is not None:
+            correction = await self.masking.settled(seconds)
+            if correction is None:
+                _log.warning("masks could not be taken out", round=state.round)
+                return None
+        try:
+            reference = await asyncio.to_thread(published.put, self.sum.encoded(correction))
+        except (OSError, crypto.LocalFault) as error:
+            _log.error("sum failed", error=type(error).__name__)
+            return None
+        return RoundRecord(
+            state.round,
+            state.attempt,
+            self.context.weight_cap,
+            self.sum.slots,
+            reference,
+            cohort_digest=self.context.cohort,
+            key_id=state.keys.latest,
+            previous_round=state.previous_round,
+            clip=self.context.clip,
+        )

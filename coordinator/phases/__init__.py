@@ -1,0 +1,1 @@
+"""What a run does in each of its phases, without I/O; `coordinator.rounds` joins them."""
