@@ -52,6 +52,7 @@ class Conductor:
         self._spool = spool
         self._authority = authority
         self._open: Execution | None = None
+        self._settled = False  # whether it is known which run is open, after a start
         sessions.on_open = self._agent_connected
         sessions.on_close = self._agent_disconnected
 
@@ -64,6 +65,7 @@ class Conductor:
             elif until_idle:
                 return
             else:
+                self._settled = True
                 await asyncio.sleep(TICK_SECONDS)
 
     async def _execute(self, record: RunRecord) -> None:
@@ -76,9 +78,10 @@ class Conductor:
             self._store.update_run(run_id, Phase.FAILED, number, attempt, reason)
             return
         _log.info("run opened", run=record.name, round=execution.state.round)
+        await execution.restore()
+        self._open, self._settled = execution, True
         protection = execution.config.encoding.protection
-        self._open = execution
-        await execution.open({s.agent_id for s in self._sessions if s.can(protection)})
+        execution.take_up({s.agent_id for s in self._sessions if s.can(protection)})
         while not execution.finished.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(execution.finished.wait(), TICK_SECONDS)
@@ -172,6 +175,8 @@ class Conductor:
 
     def _run_of(self, upload: Upload) -> Execution:
         run = self._run(upload.run_id)
+        if run is None and not self._settled:
+            raise Refused(Reason.INTERNAL, "the run is being opened: try again")
         if run is None:
             raise Refused(Reason.WRONG_ROUND, "expected an upload of the open run")
         return run

@@ -6,7 +6,7 @@ the journal first: a coordinator that is killed replays it and goes on.
 """
 
 import asyncio
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +14,10 @@ import structlog
 from cryptography import x509
 
 import crypto
-from coordinator import announcements
 from coordinator.clock import Clock
 from coordinator.collection import Collection
 from coordinator.config import RunConfig
+from coordinator.correspondence import Correspondence
 from coordinator.events import (
     AbandonRound,
     AgentConnected,
@@ -52,7 +52,6 @@ from coordinator.reports import RoundReports
 from coordinator.returned_sum import ReturnedSum
 from coordinator.round_sum import Upload, UploadKind
 from coordinator.rounds import handle
-from coordinator.run_keys import Grant
 from coordinator.run_state import Phase, RunState, Wish
 from coordinator.sessions import Sessions
 from coordinator.store import RunRecord, Store
@@ -83,10 +82,9 @@ class Execution:
         self.run_id = record.run_id
         self.config = config
         self.finished = asyncio.Event()
-        self._record = record
         self._plan = plan
         self._store = store
-        self._sessions = sessions
+        self._agents = Correspondence(record, config, store, sessions)
         self._published = published
         self._spool = spool / record.run_id.hex()
         self._authority = authority
@@ -94,35 +92,34 @@ class Execution:
         self._journal = Journal(store, record.run_id)
         self._candidates: dict[str, Candidate] = {}  # under masks: agents that said READY
         self._collection: Collection | None = None
-        self._history = store.rounds(record.run_id)
-        self._envelopes = store.envelopes(record.run_id)
         self._counting: set[asyncio.Task[None]] = set()
         self._storing: asyncio.Task[None] | None = None
-        self._known_rounds: dict[str, int] = {}  # agent -> rounds that its state surely includes
         self._round_started = 0.0
-        self._replaying = False
         self._reports = RoundReports(store, record.run_id)
         self._log = _log.bind(run=record.name)
         self.state = RunState(config.policy, self._clock.now() + config.policy.gathering_seconds)
 
     # starting and starting again
 
-    async def open(self, connected: Set[str]) -> None:
-        """Take up the run where the journal leaves it, with those who are here."""
-        resumed = self._replay()
-        if resumed:
+    async def restore(self) -> None:
+        """Go where the journal leaves the run; nobody is told anything yet."""
+        if self._replay():
             self._log.info("run resumed", round=self.state.round, phase=self.state.phase.value)
         else:
             self._journal.restart(self._clock.now(), self.state)
         if self._collection is not None and self.state.phase in (Phase.COLLECTING, Phase.SUMMING):
-            await self._restore(self._collection)
-        # They come as one: else the round would begin with the first `minimum` of them.
+            await self._restore_sum(self._collection)
+
+    def take_up(self, connected: Set[str]) -> None:
+        """Go on with those who are here.
+
+        They come as one: else a round would begin with the first `minimum` of them.
+        """
         self.post(TakenUp(frozenset(connected)))
 
     def _replay(self) -> bool:
         """Repeat what the journal says, without telling anyone; False when it is empty."""
-        sessions, self._sessions = self._sessions, Sessions()
-        self._replaying = True
+        self._agents.muted = True
         empty = True
         for at, happened in self._journal.read():
             empty = False
@@ -133,16 +130,15 @@ class Execution:
                     self.heard_mask_step(agent, message)
                 case _:
                     self._move(happened, at)
-        self._sessions = sessions
-        self._replaying = False
+        self._agents.muted = False
         return not empty
 
-    async def _restore(self, collection: Collection) -> None:
+    async def _restore_sum(self, collection: Collection) -> None:
         """Build the open sum again from the spool, and go on with storing it."""
         if not await collection.restore(self.state.uploaded):
             self.post(SumFailed())
         elif self.state.phase is Phase.SUMMING:
-            if self._history and self._history[-1].round == self.state.round:
+            if self._agents.history and self._agents.history[-1].round == self.state.round:
                 self.post(SumStored())
             else:
                 self._storing = asyncio.create_task(self._store_sum())
@@ -164,7 +160,7 @@ class Execution:
         if self._is_adding(event):
             return
         if isinstance(event, AgentConnected):
-            self._known_rounds.pop(event.agent, None)  # it may have lost what it had
+            self._agents.forget(event.agent)
         effects = self._move(event, self._clock.now())
         if isinstance(event, AgentConnected):
             self._welcome(event.agent, effects)
@@ -177,7 +173,7 @@ class Execution:
         after, effects = handle(before, event, now)
         if after is before and not effects:
             return ()
-        if not self._replaying:
+        if not self._agents.muted:
             self._journal.append(now, event)
         self.state = after
         if isinstance(event, Ready) and after is not before and before.phase is Phase.TRAINING:
@@ -199,7 +195,7 @@ class Execution:
         if state.phase is Phase.SUMMING and self._collection and self._collection.masking:
             self._collection.masking.repeat(agent)  # the list that it vouches for
         elif not effects and not state.phase.over:
-            self._tell([agent], self._waiting(_wait_cause(state, agent)))
+            self._agents.nothing_to_do(agent, state)
 
     def _is_adding(self, event: Event) -> bool:
         """While an update is on its way into the sum, nothing may close the sum without it."""
@@ -215,13 +211,7 @@ class Execution:
                 grant = self.state.grant
                 if grant is None or (event.agent, event.key_id) != (grant.holder, grant.key_id):
                     return
-                envelopes = {
-                    recipient: envelope
-                    for recipient, envelope in event.envelopes.items()
-                    if recipient in grant.recipients
-                }
-                self._store.put_envelopes(self.run_id, event.key_id, envelopes)
-                self._envelopes.setdefault(event.key_id, {}).update(envelopes)
+                self._agents.keep_envelopes(grant, dict(event.envelopes))
             case Ready():
                 if not self._is_admitted(event):
                     return
@@ -229,15 +219,15 @@ class Execution:
             case Applied():
                 share = self._saturated_share(event)
                 self._reports.applied(self.state, event, share)
-                if self._history and event.round == self._history[-1].round:
-                    self._known_rounds[event.agent] = len(self._history)
+                if self._agents.history and event.round == self._agents.history[-1].round:
+                    self._agents.knows(event.agent, len(self._agents.history))
             case Declined():
                 self._reports.declined(self.state, event)
         self.post(event)
 
     def _saturated_share(self, event: Applied) -> float:
         """Return which part of the round's values lay beyond its clip."""
-        record = self._history[-1] if self._history else None
+        record = self._agents.history[-1] if self._agents.history else None
         if record is None or record.round != event.round:
             return 0.0
         share = event.saturated / (self._plan.parameter_count * len(record.slots))
@@ -336,9 +326,9 @@ class Execution:
             self.post(SumReturned(upload.agent))
 
     def _returned_sum(self) -> ReturnedSum:
-        if not self._history:
+        if not self._agents.history:
             raise Refused(Reason.WRONG_ROUND, "expected no opened sum before the first round")
-        record = self._history[-1]
+        record = self._agents.history[-1]
         context = self._context(record.attempt, record.weight_cap, record.clip, b"")
         return ReturnedSum(replace(context, round=record.round), record.slots, self._spool)
 
@@ -353,7 +343,8 @@ class Execution:
     ) -> None:
         match effect:
             case ShareKey(grant):
-                self._share_key(grant)
+                self._log.info("run key asked", key_id=grant.key_id, fresh=grant.fresh)
+                self._agents.ask_for_key(grant)
             case Invite(agents):
                 self._invite(agents, before, now)
             case OpenCohort():
@@ -363,9 +354,9 @@ class Execution:
             case CloseCohort():
                 self._close_cohort()
             case PublishResult(agents):
-                self._tell(agents, announcements.result(self.run_id, self._history[-1]))
+                self._agents.result(agents)
             case AskForSum(agent):
-                self._tell([agent], announcements.return_sum(self.run_id, self.state.round))
+                self._agents.ask_for_sum(agent, self.state.round)
             case AbandonRound():
                 self._log.warning("round abandoned", round=before.round)
                 self._discard_sum()
@@ -376,47 +367,19 @@ class Execution:
             case Reject(agent, reason, subject):
                 self.refuse(agent, Refused(reason, subject))
 
-    def _share_key(self, grant: Grant) -> None:
-        recipients = {}
-        for agent in grant.recipients:
-            session = self._sessions.get(agent)
-            if session is not None and session.exchange_key is not None:
-                recipients[agent] = session.exchange_key
-        envelope = None if grant.fresh else self._envelopes[grant.key_id][grant.holder]
-        request = announcements.wrap_key(self.run_id, grant.key_id, recipients, envelope)
-        self._log.info("run key asked", key_id=grant.key_id, fresh=grant.fresh)
-        self._tell([grant.holder], request)
-
     def _invite(self, agents: frozenset[str], before: RunState, now: float) -> None:
         # A repeated invitation keeps the deadline: the round goes on, it does not start anew.
-        if self.state.phase is Phase.TRAINING and before.deadline != self.state.deadline:
+        state = self.state
+        if state.phase is Phase.TRAINING and before.deadline != state.deadline:
             self._round_started = now
             self._reports.open_round()
-            self._log.info("round started", round=self.state.round, invited=len(agents))
-            others = self.state.connected - agents
-            self._tell(others, self._waiting(control_pb2.WAIT_CAUSE_NOT_SELECTED))
+            self._log.info("round started", round=state.round, invited=len(agents))
+            others = state.connected - agents
+            self._agents.waiting(others, state, control_pb2.WAIT_CAUSE_NOT_SELECTED)
         masked = self.config.encoding.protection.has_masks
-        if masked and self.state.phase is Phase.COLLECTING:
+        if masked and state.phase is Phase.COLLECTING:
             return  # an invitation is for the next attempt: joining it gives this one up
-        for agent in agents:
-            self._tell([agent], self._invitation(agent))
-
-    def _invitation(self, agent: str) -> announcements.Message:
-        history = self._history[self._known_rounds.get(agent, 0) :]
-        needed = {record.key_id for record in history} | {self.state.keys.latest}
-        return announcements.invitation(
-            self.run_id,
-            self.config,
-            self._record.plan,
-            self.state,
-            history,
-            [
-                envelopes[agent]
-                for key_id, envelopes in sorted(self._envelopes.items())
-                if key_id in needed and agent in envelopes
-            ],
-            self._seconds_left(),
-        )
+        self._agents.invite(agents, state, self._seconds_left())
 
     def _open_cohort(self) -> None:
         state = self.state
@@ -427,9 +390,9 @@ class Execution:
         spool = self._spool / f"{state.round}.{state.attempt}"
         protection = self.config.encoding.protection
         self._collection = Collection(context, protection, state.cohort, spool, masking)
-        self._tell(state.cohort, self._cohort(self._collection))
+        self._agents.cohort(state.cohort, state, self._collection, self._seconds_left())
         late = state.invited - set(state.cohort)
-        self._tell(late, self._waiting(control_pb2.WAIT_CAUSE_ROUND_CLOSED))
+        self._agents.waiting(late, state, control_pb2.WAIT_CAUSE_ROUND_CLOSED)
 
     def _clip(self) -> float:
         """Return the range of the cohort's values; see `Cohort.clip`."""
@@ -467,26 +430,17 @@ class Execution:
         )
 
     def _send_mask_step(self, agent: str, message: bytes) -> None:
-        self._tell([agent], announcements.mask_step(self.run_id, self.state.round, message))
+        self._agents.mask_step(agent, self.state.round, message)
 
     def _remember_mask_step(self, agent: str, message: bytes) -> None:
-        if not self._replaying:
+        if not self._agents.muted:
             self._journal.append(self._clock.now(), MaskMessage(agent, message))
-
-    def _cohort(self, collection: Collection) -> announcements.Message:
-        return announcements.cohort(
-            self.run_id,
-            self.state,
-            collection.context.clip,
-            self._seconds_left(),
-            collection.masking,
-        )
 
     def _repeat_cohort(self, agent: str) -> None:
         collection = self._collection
         if collection is None:
             raise AssertionError("a cohort is repeated only while it is open")
-        self._tell([agent], self._cohort(collection))
+        self._agents.cohort([agent], self.state, collection, self._seconds_left())
         if collection.masking is not None:
             collection.masking.repeat(agent)
 
@@ -494,10 +448,9 @@ class Execution:
         collection, state = self._collection, self.state
         if collection is None:
             raise AssertionError("a cohort is closed only after it was opened")
-        slots = collection.sum.slots
-        self._tell(state.cohort, announcements.accepted(self.run_id, state, slots))
+        self._agents.accepted(state, collection.sum.slots)
         collection.close()
-        if not self._replaying:
+        if not self._agents.muted:
             self._storing = asyncio.create_task(self._store_sum())
 
     async def _store_sum(self) -> None:
@@ -513,7 +466,7 @@ class Execution:
             self.post(SumFailed())
             return
         self._store.add_round(self.run_id, record)
-        self._history = (*self._history, record)
+        self._agents.history = (*self._agents.history, record)
         self.post(SumStored())
         await asyncio.to_thread(collection.sum.discard)
 
@@ -533,8 +486,7 @@ class Execution:
     def _finish(self) -> None:
         state = self.state
         self._discard_sum()
-        message = announcements.finished(self.run_id, state.phase, state.reason, self._history)
-        self._tell(state.connected, message)
+        self._agents.finished(state)
         reason = None if state.reason is None else state.reason.name
         self._log.info("run finished", phase=state.phase.value, reason=reason)
         self._journal.clear()
@@ -542,16 +494,8 @@ class Execution:
 
     def refuse(self, agent: str, refused: Refused) -> None:
         """Tell an agent that its step is refused."""
-        self._known_rounds.pop(agent, None)  # a diverged one starts from the plan again
         self._log.info("step refused", agent=agent, reason=refused.reason.name)
-        self._tell([agent], announcements.refusal(self.run_id, self.state.round, refused))
-
-    def _waiting(self, cause: control_pb2.WaitCause.ValueType) -> announcements.Message:
-        return announcements.waiting(cause, self.run_id, self.state.round)
-
-    def _tell(self, agents: Iterable[str], message: announcements.Message) -> None:
-        for agent in agents:
-            self._sessions.send(agent, message)
+        self._agents.refuse(agent, self.state.round, refused)
 
     def _seconds_left(self) -> float:
         return max(0.0, self.state.deadline - self._clock.now())
@@ -559,11 +503,3 @@ class Execution:
 
 def _place(state: RunState) -> tuple[Phase, int, int]:
     return state.phase, state.round, state.attempt
-
-
-def _wait_cause(state: RunState, agent: str) -> control_pb2.WaitCause.ValueType:
-    if state.phase is Phase.GATHERING:
-        return control_pb2.WAIT_CAUSE_PAUSED if state.paused else control_pb2.WAIT_CAUSE_GATHERING
-    if agent in state.invited and agent not in state.ready:
-        return control_pb2.WAIT_CAUSE_ROUND_CLOSED
-    return control_pb2.WAIT_CAUSE_NOT_SELECTED

@@ -1,7 +1,7 @@
 """Which agents hold which run key, and which grant is missing next: no I/O.
 
 A key is made anew for every run, when an agent joins that never had one of the run, when one is
-removed, and when a key is spent. Agents need the newest key, and those of the rounds in the run's history.
+removed, and when a key is spent. Agents need the newest key, and those of the run's history.
 """
 
 from collections.abc import Mapping, Set

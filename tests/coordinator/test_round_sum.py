@@ -201,16 +201,25 @@ def test_every_agent_and_update_has_its_own_place(plain: Desk) -> None:
     assert paths == {plain.sum.path_for(upload) for upload in uploads}  # an upload is resumed
 
 
-def test_what_an_earlier_attempt_left_is_gone(tmp_path: Path) -> None:
-    spool = tmp_path / "spool"
-    desk = Desk(Protection.PLAIN, spool)
-    (spool / "a.update").write_bytes(b"older")
-    desk = Desk(Protection.PLAIN, spool)
-    assert list(spool.iterdir()) == []
-    (spool / "a.part").write_bytes(b"half")
-    desk.sum.discard()
-    assert list(spool.iterdir()) == []
-    desk.sum.discard()
+async def test_what_was_accepted_is_added_again_after_a_restart(desk: Desk) -> None:
+    uploads = {agent: desk.encode(slot) for slot, agent in enumerate(MEMBERS[:2])}
+    for agent, data in uploads.items():
+        upload = desk.upload(data, agent)
+        path = desk.sum.path_for(upload)
+        assert path is not None
+        path.write_bytes(data)
+        await desk.sum.add(upload, path)
+    undisturbed = b"".join(desk.sum.encoded())
+    again = Desk(desk.protection, desk.spool)
+    for agent, data in uploads.items():
+        await again.sum.restore(agent, desk.upload(data, agent).artifact.sha256)
+    assert b"".join(again.sum.encoded()) == undisturbed
+    assert again.sum.path_for(desk.upload(uploads["a"], "a")) is None
+    with pytest.raises(FileNotFoundError):
+        await again.sum.restore("c", bytes(32))
+    again.sum.discard()
+    assert not desk.spool.exists()
+    again.sum.discard()
 
 
 def test_a_fault_of_ours_is_no_refusal() -> None:

@@ -1,0 +1,137 @@
+"""What the agents of one run are told, and what of it follows from what they were told before."""
+
+from collections.abc import Iterable
+
+from coordinator import announcements
+from coordinator.collection import Collection
+from coordinator.config import RunConfig
+from coordinator.run_keys import Grant
+from coordinator.run_state import Phase, RunState
+from coordinator.sessions import Sessions
+from coordinator.store import RoundRecord, RunRecord, Store
+from fedloom.errors import Refused
+from fedloom.v1 import control_pb2
+
+
+class Correspondence:
+    """Writes to the agents of one run; those who are away are told when they connect again."""
+
+    def __init__(
+        self, record: RunRecord, config: RunConfig, store: Store, sessions: Sessions
+    ) -> None:
+        self.history: tuple[RoundRecord, ...] = store.rounds(record.run_id)
+        self.muted = False  # while a journal is replayed: it was said before
+        self._record = record
+        self._config = config
+        self._store = store
+        self._sessions = sessions
+        self._envelopes = store.envelopes(record.run_id)  # run keys, wrapped, by number and agent
+        self._known_rounds: dict[str, int] = {}  # agent -> rounds that its state surely includes
+
+    def knows(self, agent: str, rounds: int) -> None:
+        """Remember how much of the history an agent has."""
+        self._known_rounds[agent] = rounds
+
+    def forget(self, agent: str) -> None:
+        """Take an agent to know nothing: it may have lost what it had."""
+        self._known_rounds.pop(agent, None)
+
+    def keep_envelopes(self, grant: Grant, envelopes: dict[str, bytes]) -> None:
+        """Keep a wrapped key for those whom it was asked for."""
+        wanted = {agent: e for agent, e in envelopes.items() if agent in grant.recipients}
+        self._store.put_envelopes(self._record.run_id, grant.key_id, wanted)
+        self._envelopes.setdefault(grant.key_id, {}).update(wanted)
+
+    def ask_for_key(self, grant: Grant) -> None:
+        """Ask the holder to wrap a key."""
+        if self.muted:
+            return
+        recipients = {}
+        for agent in grant.recipients:
+            session = self._sessions.get(agent)
+            if session is not None and session.exchange_key is not None:
+                recipients[agent] = session.exchange_key
+        envelope = None if grant.fresh else self._envelopes[grant.key_id][grant.holder]
+        run_id = self._record.run_id
+        request = announcements.wrap_key(run_id, grant.key_id, recipients, envelope)
+        self._tell([grant.holder], request)
+
+    def invite(self, agents: Iterable[str], state: RunState, seconds_left: float) -> None:
+        """Invite agents to the state's round, each with the history and the keys that it lacks."""
+        for agent in () if self.muted else agents:
+            history = self.history[self._known_rounds.get(agent, 0) :]
+            needed = {record.key_id for record in history} | {state.keys.latest}
+            envelopes = [
+                envelopes[agent]
+                for key_id, envelopes in sorted(self._envelopes.items())
+                if key_id in needed and agent in envelopes
+            ]
+            message = announcements.invitation(
+                self._record.run_id,
+                self._config,
+                self._record.plan,
+                state,
+                history,
+                envelopes,
+                seconds_left,
+            )
+            self._tell([agent], message)
+
+    def cohort(
+        self, agents: Iterable[str], state: RunState, collection: Collection, seconds_left: float
+    ) -> None:
+        """Tell members who takes part."""
+        run_id, clip = self._record.run_id, collection.context.clip
+        message = announcements.cohort(run_id, state, clip, seconds_left, collection.masking)
+        self._tell(agents, message)
+
+    def mask_step(self, agent: str, round_number: int, message: bytes) -> None:
+        """Carry a message of the cohort's protocol."""
+        self._tell([agent], announcements.mask_step(self._record.run_id, round_number, message))
+
+    def accepted(self, state: RunState, slots: tuple[int, ...]) -> None:
+        """Tell the members which updates are in the sum."""
+        if not self.muted:
+            message = announcements.accepted(self._record.run_id, state, slots)
+            self._tell(state.cohort, message)
+
+    def result(self, agents: Iterable[str]) -> None:
+        """Tell where the newest sum is."""
+        self._tell(agents, announcements.result(self._record.run_id, self.history[-1]))
+
+    def ask_for_sum(self, agent: str, round_number: int) -> None:
+        """Ask for the opened sum."""
+        self._tell([agent], announcements.return_sum(self._record.run_id, round_number))
+
+    def waiting(
+        self, agents: Iterable[str], state: RunState, cause: control_pb2.WaitCause.ValueType
+    ) -> None:
+        """Tell agents why nothing is asked of them."""
+        self._tell(agents, announcements.waiting(cause, self._record.run_id, state.round))
+
+    def nothing_to_do(self, agent: str, state: RunState) -> None:
+        """Tell an agent that came why nothing is asked of it."""
+        cause = control_pb2.WAIT_CAUSE_NOT_SELECTED
+        if state.phase is Phase.GATHERING:
+            cause = control_pb2.WAIT_CAUSE_GATHERING
+            if state.paused:
+                cause = control_pb2.WAIT_CAUSE_PAUSED
+        elif agent in state.invited and agent not in state.ready:
+            cause = control_pb2.WAIT_CAUSE_ROUND_CLOSED
+        self.waiting([agent], state, cause)
+
+    def finished(self, state: RunState) -> None:
+        """Tell everybody how the run ended."""
+        message = announcements.finished(
+            self._record.run_id, state.phase, state.reason, self.history
+        )
+        self._tell(state.connected, message)
+
+    def refuse(self, agent: str, round_number: int, refused: Refused) -> None:
+        """Tell an agent that its step is refused; a diverged one starts from the plan again."""
+        self.forget(agent)
+        self._tell([agent], announcements.refusal(self._record.run_id, round_number, refused))
+
+    def _tell(self, agents: Iterable[str], message: announcements.Message) -> None:
+        for agent in () if self.muted else agents:
+            self._sessions.send(agent, message)
