@@ -65,10 +65,11 @@ class RoundReports:
     def close_round(self, number: int, seconds: float) -> None:
         """Remember how long the round took and what it moved."""
         self._store.set_round_seconds(self._run_id, number, seconds)
-        for agent, (sent, received) in self._traffic.items():
-            self._store.report(
-                self._run_id, number, agent, sent_bytes=sent, received_bytes=received
-            )
+        rows = [
+            {"agent_id": agent, "sent_bytes": sent, "received_bytes": received}
+            for agent, (sent, received) in self._traffic.items()
+        ]
+        self._store.report_all(self._run_id, number, rows)
 
     def _write(self, state: RunState, round_number: int, agent: str, **values: Any) -> None:
         if round_number == state.round and agent in state.invited:

@@ -67,6 +67,7 @@ class RoundSum:
         self._members = members
         self._accumulator = crypto.protection(_NAMES[protection]).accumulator(context)
         self._accepted: dict[str, bytes] = {}
+        self._announced: dict[int, Path] = {}  # by slot
         self._spool = spool
         spool.mkdir(parents=True, exist_ok=True)
 
@@ -101,9 +102,11 @@ class RoundSum:
     def _spooled(self, slot: int, artifact: ArtifactReference) -> Path:
         """One file for each member: announcing another update forgets the one begun before."""
         path = self._path(slot, artifact.sha256)
-        for other in self._spool.glob(f"{slot}.*"):
-            if other.stem != path.stem:
-                other.unlink()
+        other = self._announced.get(slot, path)
+        if other != path:
+            other.unlink(missing_ok=True)
+            other.with_suffix(".part").unlink(missing_ok=True)
+        self._announced[slot] = path
         return path
 
     def _path(self, slot: int, sha256: bytes) -> Path:

@@ -5,7 +5,7 @@ cut may lose the last moments, never the file.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -311,6 +311,22 @@ class Store:
                 insert(schema.reports)
                 .values(row)
                 .on_conflict_do_update(index_elements=["run_id", "round", "agent_id"], set_=values)
+            )
+
+    def report_all(
+        self, run_id: bytes, round_number: int, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Add values to what is known of many agents' parts; all rows have the same keys."""
+        if not rows:
+            return
+        statement = insert(schema.reports)
+        values = {key: statement.excluded[key] for key in rows[0] if key not in ("agent_id",)}
+        statement = statement.on_conflict_do_update(
+            index_elements=["run_id", "round", "agent_id"], set_=values
+        )
+        with self._engine.begin() as db:
+            db.execute(
+                statement, [{"run_id": run_id, "round": round_number, **row} for row in rows]
             )
 
     def took_part(self, run_id: bytes, agent_id: str) -> bool:

@@ -9,6 +9,7 @@ import structlog
 
 from coordinator.round_sum import Upload, UploadKind
 from coordinator.services.access import refusing, require_agent
+from coordinator.services.turns import Turns
 from coordinator.store import Store
 from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference, PartialFile
 from fedloom.errors import Reason, Refused
@@ -41,6 +42,7 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
         self._store = store
         self._rounds = rounds
         self._uploading: set[Path] = set()
+        self._turns = Turns()
 
     async def UploadArtifact(  # noqa: N802 - gRPC's name
         self,
@@ -84,7 +86,7 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
         requests: AsyncIterator[artifact_pb2.UploadArtifactRequest],
     ) -> None:
         while not file.complete:
-            request = await anext(requests, None)
+            request = await self._turns.take(_next(requests))
             if request is None or request.WhichOneof("step") != "part":
                 raise Refused(
                     Reason.MALFORMED, f"expected a part at offset {file.size_bytes}, found none"
@@ -102,7 +104,7 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
         self,
         request: artifact_pb2.DownloadArtifactRequest,
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[artifact_pb2.DownloadArtifactResponse]:
+    ) -> None:
         """Send a published artifact from the offset asked for."""
         async with refusing(context, "DownloadArtifact"):
             agent = require_agent(context, self._store)
@@ -112,16 +114,28 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
             size = path.stat().st_size
             if request.offset > size:
                 raise Refused(Reason.MALFORMED, f"expected an offset of at most {size}")
-            yield artifact_pb2.DownloadArtifactResponse(
-                header=artifact_pb2.DownloadHeader(size_bytes=size)
-            )
+            header = artifact_pb2.DownloadHeader(size_bytes=size)
+            await context.write(artifact_pb2.DownloadArtifactResponse(header=header))
             with path.open("rb") as file:
                 file.seek(request.offset)
                 # Read on the loop: sums are in the page cache, and a hop to a thread and back for
                 # each part costs more than it.
                 while part := file.read(SENT_PART_BYTES):
-                    yield artifact_pb2.DownloadArtifactResponse(part=part)
+                    answer = artifact_pb2.DownloadArtifactResponse(part=part)
+                    await self._turns.take(_write(context, answer))
                     self._rounds.count_traffic(agent, received=len(part))
+
+
+async def _next(
+    requests: AsyncIterator[artifact_pb2.UploadArtifactRequest],
+) -> artifact_pb2.UploadArtifactRequest | None:
+    return await anext(requests, None)
+
+
+async def _write(
+    context: grpc.aio.ServicerContext[Any, Any], answer: artifact_pb2.DownloadArtifactResponse
+) -> None:
+    await context.write(answer)
 
 
 def _upload(agent: str, header: artifact_pb2.UploadHeader) -> Upload:

@@ -7,6 +7,7 @@ fetched again, because its name is its digest.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +72,15 @@ class PartialFile:
         self._expected = expected
         self._digest = hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        self._file: BinaryIO = path.open("r+b")
-        if path.stat().st_size > expected.size_bytes:  # not ours: a part is never written past it
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file: BinaryIO = os.fdopen(descriptor, "r+b")
+        self.size_bytes = os.fstat(descriptor).st_size
+        if self.size_bytes > expected.size_bytes:  # not ours: a part is never written past it
             self._file.truncate(0)
-        while part := self._file.read(PART_BYTES):
-            self._digest.update(part)
-        self.size_bytes = self._file.tell()
+            self.size_bytes = 0
+        if self.size_bytes:
+            while part := self._file.read(PART_BYTES):
+                self._digest.update(part)
 
     def __enter__(self) -> Self:
         return self
