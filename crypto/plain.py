@@ -69,6 +69,19 @@ def open_sum(
     return OpenedSum(mean, total_weight, saturated=0, count=len(members))
 
 
+def encoded_sum(
+    context: UpdateContext, count: int, total_weight: int, mean: NDArray[np.float32]
+) -> Iterator[bytes]:
+    """Encode a sum that another protection opened as `open_sum` here reads it.
+
+    The same sum gives the same bytes on every device: it holds no more than the mean, (P,) float32,
+    the total weight and the count of the updates. The mean must not change meanwhile.
+    """
+    yield _sum_prefix(context, count, total_weight)
+    for start in range(0, len(mean), _BLOCK):
+        yield mean[start : start + _BLOCK].astype("<f4", copy=False).tobytes()
+
+
 class PlainEncoder:
     """See `protection.Encoder`."""
 
@@ -130,8 +143,7 @@ class PlainAccumulator:
         return self._chunks()
 
     def _chunks(self) -> Iterator[bytes]:
-        binding = Binding.of(self._context, Kind.PLAIN_SUM, len(self._members), self._parameters_id)
-        yield binding.header(0, 0) + _WEIGHT.pack(self._total_weight)
+        yield _sum_prefix(self._context, len(self._members), self._total_weight)
         mean = np.empty(min(_BLOCK, len(self._total)), "<f4")
         for start in range(0, len(self._total), _BLOCK):
             block = self._total[start : start + _BLOCK]
@@ -149,6 +161,11 @@ class PlainAccumulator:
 
 def _encoded_size(context: UpdateContext) -> int:
     return _BODY + 4 * context.parameter_count
+
+
+def _sum_prefix(context: UpdateContext, count: int, total_weight: int) -> bytes:
+    binding = Binding.of(context, Kind.PLAIN_SUM, count, PlainParameters(context).id)
+    return binding.header(0, 0) + _WEIGHT.pack(total_weight)
 
 
 def _read_prefix(source: Source, binding: Binding) -> int:

@@ -5,26 +5,36 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from edge_agent.config import AgentConfig, load_agent_config, write_agent_config
+from edge_agent.data import DataSource
 from edge_agent.engine import Engine
 from edge_agent.enrolment import join
 from edge_agent.identity import fingerprint, load_identity
+from edge_agent.invitations import Terms, kept_invitation, read_terms, unfinished_runs
 from edge_agent.participation import Device
 from edge_agent.session import Session
-from fedloom.errors import ConfigError, FedloomError
+from edge_agent.status import read_status, told
+from fedloom.errors import RULES, ConfigError, FedloomError, Reaction, Refused
 from fedloom.exports import export_model
 from fedloom.logs import configure_logs
 from fedloom.memory import limit_arenas
 from fedloom.plans import Plan
-from fedloom.terms import Protection
+from fedloom.privacy import privacy_statement
+from fedloom.terms import Protection, Release
 from fedloom.v1 import control_pb2
 from fedloom.version import software
 
 DEFAULT_HOME = Path("~/.fedloom/agent")
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+_ADVICE = {
+    Reaction.ENROL: "; ask the federation's operator for a new token, then: fedloom-agent join",
+    Reaction.UPGRADE: '; upgrade, then start again: pip install --upgrade "fedloom[agent]"',
+    Reaction.STOP: "; ask the federation's operator",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,10 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(command(options))
     except FedloomError as error:
-        print(f"fedloom-agent: {error}", file=sys.stderr)
+        print(f"fedloom-agent: {error}{_advice(error)}", file=sys.stderr)
         sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _advice(error: FedloomError) -> str:
+    """Return what a person can do about a refusal that trying again cannot mend."""
+    if not isinstance(error, Refused):
+        return ""
+    return _ADVICE.get(RULES[error.reason].reaction, "")
 
 
 def _join(options: argparse.Namespace) -> int:
@@ -49,15 +66,15 @@ def _join(options: argparse.Namespace) -> int:
         token = Path(token[1:]).read_text()
     identity = asyncio.run(join(options.home, token))
     if options.data is not None:
-        write_agent_config(
-            options.home,
-            options.data.resolve(),
-            options.text,
-            options.label,
-            None if options.held_out is None else options.held_out.resolve(),
+        held_out = options.held_out and _source(options, options.held_out)
+        config = AgentConfig(
+            _source(options, options.data),
+            held_out,
             Protection[options.minimum_protection.upper()],
+            Release[options.permit_release.upper()],
             options.threads,
         )
+        write_agent_config(options.home, config)
     _print(
         options,
         {
@@ -70,6 +87,10 @@ def _join(options: argparse.Namespace) -> int:
     return 0
 
 
+def _source(options: argparse.Namespace, path: Path) -> DataSource:
+    return DataSource(path.resolve(), options.text, options.label)
+
+
 def _run(options: argparse.Namespace) -> int:
     config = load_agent_config(options.home)
     device = Device(
@@ -78,6 +99,7 @@ def _run(options: argparse.Namespace) -> int:
         config.minimum_protection,
         lambda folder, plan: _onnx_engine(folder, plan, config),
         export_model,
+        config.permitted_release,
     )
     session = Session(device, _available_protections(config.minimum_protection))
     return asyncio.run(_run_session(session, options.once))
@@ -143,19 +165,48 @@ def _status(options: argparse.Namespace) -> int:
     identity = load_identity(options.home)
     config = load_agent_config(options.home)
     pointer = options.home / "models" / "current"
-    _print(
-        options,
-        {
-            "agent": identity.agent_id,
-            "coordinator": identity.control_address,
-            "authority_sha256": fingerprint(identity.authority),
-            "certificate_until": identity.certificate.not_valid_after_utc.isoformat(),
-            "minimum_protection": config.minimum_protection.name.lower(),
-            "data": str(config.data.path),
-            "model": str(_current_model(options.home)) if pointer.exists() else None,
-        },
-    )
+    facts: dict[str, str | None] = {
+        "agent": identity.agent_id,
+        "coordinator": identity.control_address,
+        "authority_sha256": fingerprint(identity.authority),
+        "certificate_until": identity.certificate.not_valid_after_utc.isoformat(),
+        "minimum_protection": config.minimum_protection.name.lower(),
+        "release": config.permitted_release.name.lower(),
+        "data": str(config.data.path),
+        "model": str(_current_model(options.home)) if pointer.exists() else None,
+    }
+    status, runs = read_status(options.home), _open_runs(options.home)
+    if options.json:
+        activity = None if status is None else status.to_json()
+        print(json.dumps({**facts, "status": activity, "runs": [_told(terms) for terms in runs]}))
+        return 0
+    _print(options, {**facts, **told(status)})
+    for terms in runs:
+        print(f"\nrun {terms.run_id.hex()[:8]}: {terms.encoding.protection.name.lower()}")
+        for party, learns in privacy_statement(terms.privacy).lines():
+            print(f"  {party:24} {learns}")
     return 0
+
+
+def _open_runs(home: Path) -> list[Terms]:
+    """Return what was agreed in the runs that this device takes part in."""
+    terms = []
+    for run_id in unfinished_runs(home / "runs"):
+        message = kept_invitation(home / "runs" / run_id.hex())
+        with suppress(Refused):  # kept by another version
+            if message is not None:
+                terms.append(read_terms(message))
+    return terms
+
+
+def _told(terms: Terms) -> dict[str, object]:
+    return {
+        "run": terms.run_id.hex(),
+        "protection": terms.encoding.protection.name.lower(),
+        "release": terms.release.name.lower(),
+        "minimum": terms.minimum,
+        "privacy": list(privacy_statement(terms.privacy).lines()),
+    }
 
 
 def _print(options: argparse.Namespace, facts: dict[str, str | None]) -> None:
@@ -186,6 +237,12 @@ def _parser() -> argparse.ArgumentParser:
         help="decline runs that protect updates less",
     )
     command.add_argument(
+        "--permit-release",
+        choices=[release.name.lower() for release in Release],
+        default=Release.AGENTS.name.lower(),
+        help="whether runs may return the opened sums to the coordinator too",
+    )
+    command.add_argument(
         "--threads", type=int, default=0, help="threads to train with; 0: one for each core"
     )
     command.set_defaults(command=_join)
@@ -199,7 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", type=Path, help="folder of an exported model")
     command.set_defaults(command=_infer)
 
-    command = commands.add_parser("status", help="say who this device is and what it agreed to")
+    command = commands.add_parser(
+        "status", help="say what this device is doing and why, and who learns what"
+    )
     command.set_defaults(command=_status)
     return parser
 

@@ -10,6 +10,7 @@ path = "test.csv"
 
 [policy]
 minimum_protection = "sealed"      # runs with less are declined
+release = "agents"                 # or "coordinator": who may get the opened sums
 
 [engine]
 threads = 0                  # 0: as many as the device has cores
@@ -18,18 +19,20 @@ threads = 0                  # 0: as many as the device has cores
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edge_agent.data import DataSource
 from fedloom.errors import ConfigError
-from fedloom.terms import Protection
+from fedloom.terms import Protection, Release
 
 CONFIG_FILE = "agent.toml"
+_E = TypeVar("_E", bound=Enum)
 _KEYS = {
     "data": {"path", "text", "label"},
     "held_out": {"path", "text", "label"},
-    "policy": {"minimum_protection"},
+    "policy": {"minimum_protection", "release"},
     "engine": {"threads"},
 }
 
@@ -41,6 +44,7 @@ class AgentConfig:
     data: DataSource
     held_out: DataSource | None = None
     minimum_protection: Protection = Protection.SEALED
+    permitted_release: Release = Release.AGENTS
     threads: int = 0
 
 
@@ -65,34 +69,39 @@ def load_agent_config(home: Path) -> AgentConfig:
     data = _source(path, table, "data")
     if data is None:
         raise ConfigError(str(path), "data.path: expected the file to train on")
+    policy = table.get("policy", {})
     return AgentConfig(
         data,
         _source(path, table, "held_out"),
-        _protection(path, table.get("policy", {})),
+        _named(path, policy, "minimum_protection", Protection.SEALED),
+        _named(path, policy, "release", Release.AGENTS),
         _threads(path, table.get("engine", {})),
     )
 
 
-def write_agent_config(
-    home: Path,
-    data: Path,
-    text: str,
-    label: str,
-    held_out: Path | None,
-    minimum: Protection,
-    threads: int,
-) -> None:
+def write_agent_config(home: Path, config: AgentConfig) -> None:
     """Write a first `agent.toml`."""
-    lines = ["[data]", *_source_lines(data, text, label), ""]
-    if held_out is not None:
-        lines += ["[held_out]", *_source_lines(held_out, text, label), ""]
-    lines += ["[policy]", f'minimum_protection = "{minimum.name.lower()}"', ""]
-    lines += ["[engine]", f"threads = {threads}", ""]
+    lines = ["[data]", *_source_lines(config.data), ""]
+    if config.held_out is not None:
+        lines += ["[held_out]", *_source_lines(config.held_out), ""]
+    lines += [
+        "[policy]",
+        f'minimum_protection = "{config.minimum_protection.name.lower()}"',
+        f'release = "{config.permitted_release.name.lower()}"',
+        "",
+        "[engine]",
+        f"threads = {config.threads}",
+        "",
+    ]
     (home / CONFIG_FILE).write_text("\n".join(lines))
 
 
-def _source_lines(path: Path, text: str, label: str) -> list[str]:
-    return [f"path = {_quoted(str(path))}", f"text = {_quoted(text)}", f"label = {_quoted(label)}"]
+def _source_lines(source: DataSource) -> list[str]:
+    return [
+        f"path = {_quoted(str(source.path))}",
+        f"text = {_quoted(source.text)}",
+        f"label = {_quoted(source.label)}",
+    ]
 
 
 def _quoted(text: str) -> str:
@@ -113,12 +122,13 @@ def _source(path: Path, table: Mapping[str, Any], section: str) -> DataSource | 
     )
 
 
-def _protection(path: Path, policy: Mapping[str, Any]) -> Protection:
-    name = policy.get("minimum_protection", Protection.SEALED.name.lower())
-    names = {protection.name.lower(): protection for protection in Protection}
-    if name not in names:
+def _named(path: Path, policy: Mapping[str, Any], key: str, default: _E) -> _E:
+    """Return the member of the default's enum that the policy names."""
+    names = {member.name.lower(): member for member in type(default)}
+    name = policy.get(key, default.name.lower())
+    if not isinstance(name, str) or name not in names:
         raise ConfigError(
-            str(path), f"policy.minimum_protection: expected one of {sorted(names)}, found {name!r}"
+            str(path), f"policy.{key}: expected one of {sorted(names)}, found {name!r}"
         )
     return names[name]
 

@@ -8,7 +8,14 @@ from google.protobuf.message import DecodeError
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
 from fedloom.plans import MAX_PLAN_BYTES
-from fedloom.terms import MAX_CAPACITY, MAX_WEIGHT_CLASS, Encoding, LocalTraining
+from fedloom.privacy import PrivacyTerms
+from fedloom.terms import (
+    MAX_CAPACITY,
+    MAX_WEIGHT_CLASS,
+    Encoding,
+    LocalTraining,
+    Release,
+)
 from fedloom.v1 import control_pb2
 
 RUN_ID_BYTES = 16
@@ -26,7 +33,15 @@ class Terms:
     plan: ArtifactReference
     training: LocalTraining
     encoding: Encoding
+    release: Release
+    minimum: int  # fewest updates in a sum of the run
+    previous_round: int = 0  # whose state is trained from; 0: the plan's
     attempt: int = 1  # that the round's next cohort will have
+
+    @property
+    def privacy(self) -> PrivacyTerms:
+        """What each party's knowledge follows from; who has the authority's key is not told."""
+        return PrivacyTerms(self.encoding.protection, self.release, self.minimum)
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,19 @@ class Outcome:
     slots: tuple[int, ...]
     sum: ArtifactReference
     cohort_digest: bytes = b""  # under masks: 32 bytes
+    previous_round: int = 0  # 0: the first of the run
+    key_id: int = 0  # 0: without a run key
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Who takes part in an attempt, validated."""
+
+    round: int
+    attempt: int
+    members: tuple[str, ...]
+    weight_cap: int
+    clip: float
 
 
 def read_run_id(run_id: bytes) -> bytes:
@@ -49,8 +77,9 @@ def read_run_id(run_id: bytes) -> bytes:
 
 def read_terms(message: control_pb2.Invitation) -> Terms:
     """Validate an invitation; raises Refused(MALFORMED)."""
-    _require(1 <= message.round <= message.rounds, "a round in 1..rounds")
+    _require_after(message.round, message.previous_round)
     _require(message.attempt <= MAX_ATTEMPT, f"an attempt of at most {MAX_ATTEMPT}")
+    _require(1 <= message.minimum <= MAX_CAPACITY, f"a minimum of 1..{MAX_CAPACITY} updates")
     plan = ArtifactReference(message.plan.sha256, message.plan.size_bytes)
     _require(plan.size_bytes <= MAX_PLAN_BYTES, f"a plan of at most {MAX_PLAN_BYTES} bytes")
     return Terms(
@@ -59,6 +88,9 @@ def read_terms(message: control_pb2.Invitation) -> Terms:
         plan,
         LocalTraining.from_message(message.training),
         Encoding.from_message(message.encoding),
+        Release.from_message(message.release),
+        message.minimum,
+        message.previous_round,
         message.attempt,
     )
 
@@ -66,14 +98,29 @@ def read_terms(message: control_pb2.Invitation) -> Terms:
 def read_outcome(message: control_pb2.RoundOutcome) -> Outcome:
     """Validate a finished round; raises Refused(MALFORMED)."""
     slots = tuple(message.slots)
-    _require(message.round >= 1, "a round of at least 1")
+    _require_after(message.round, message.previous_round)
+    _require(message.attempt <= MAX_ATTEMPT, f"an attempt of at most {MAX_ATTEMPT}")
     _require(1 <= len(slots) <= MAX_CAPACITY, f"1..{MAX_CAPACITY} updates in a sum")
     _require(slots == tuple(sorted(set(slots))), "distinct slots in ascending order")
-    _require(1 <= message.weight_cap <= 1 << MAX_WEIGHT_CLASS, "a weight cap of 1..2^24")
-    reference = ArtifactReference(message.sum.sha256, message.sum.size_bytes)
+    _require_weight_cap(message.weight_cap)
     return Outcome(
-        message.round, message.attempt, message.weight_cap, slots, reference, message.cohort_digest
+        message.round,
+        message.attempt,
+        message.weight_cap,
+        slots,
+        ArtifactReference(message.sum.sha256, message.sum.size_bytes),
+        message.cohort_digest,
+        message.previous_round,
+        message.key_id,
     )
+
+
+def read_cohort(message: control_pb2.Cohort) -> Cohort:
+    """Validate a cohort, but for what masks need; raises Refused(MALFORMED)."""
+    _require(1 <= message.attempt <= MAX_ATTEMPT, f"an attempt of 1..{MAX_ATTEMPT}")
+    _require_weight_cap(message.weight_cap)
+    members = tuple(message.members)
+    return Cohort(message.round, message.attempt, members, message.weight_cap, message.clip)
 
 
 def keep_invitation(folder: Path, message: control_pb2.Invitation) -> None:
@@ -100,6 +147,14 @@ def unfinished_runs(runs: Path) -> list[bytes]:
     """Return the ids of runs that this device was invited to and has not heard the end of."""
     kept = sorted(runs.glob(f"*/{_KEPT}"), key=lambda path: path.stat().st_mtime)
     return [bytes.fromhex(path.parent.name) for path in kept[-MAX_UNFINISHED_RUNS:]]
+
+
+def _require_after(round_number: int, previous: int) -> None:
+    _require(round_number > previous, f"a round after {previous}, found {round_number}")
+
+
+def _require_weight_cap(weight_cap: int) -> None:
+    _require(1 <= weight_cap <= 1 << MAX_WEIGHT_CLASS, f"a weight cap of 1..2^{MAX_WEIGHT_CLASS}")
 
 
 def _require(condition: bool, expected: str) -> None:

@@ -15,9 +15,9 @@ from crypto.masks import Mask
 from edge_agent.identity import Identity
 from fedloom.errors import Reason, Refused
 from fedloom.secret_files import write_secret
+from fedloom.terms import MINIMUM_SUM
 from fedloom.v1 import control_pb2
 
-MINIMUM_SUM = 3  # fewest updates in a sum that this device's update is part of, whoever asks
 _STATE_FILE = "masks.state"
 _COHORT_FILE = "masks.cohort"
 
@@ -25,14 +25,15 @@ _COHORT_FILE = "masks.cohort"
 class Masking:
     """Advertises, deals, vouches and releases; raises Refused for what must not be followed."""
 
-    def __init__(self, folder: Path, identity: Identity, run_id: bytes) -> None:
+    def __init__(self, folder: Path, identity: Identity, run_id: bytes, minimum: int) -> None:
+        """`minimum`: fewest updates in a sum, as the run states it to this device's owner."""
         self._folder = folder
         self._identity = identity
         self._keys: dict[str, bytes] = {}  # agent -> Ed25519 public key, of the open cohort
         self._tools = cohort.MemberTools(
             cohort.ed25519_signer(identity.identity_key),
             self._signed_by,
-            cohort.MemberPolicy(MINIMUM_SUM),
+            cohort.MemberPolicy(max(MINIMUM_SUM, minimum)),
         )
         path = folder / _STATE_FILE
         if path.exists():

@@ -1,5 +1,6 @@
 """The device's side of a run's protection: updates out as files, sums in from files."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,9 +10,10 @@ import numpy as np
 import structlog
 
 import crypto
+from crypto import plain
 from crypto.masks import Mask
 from edge_agent.engine import LocalUpdate
-from edge_agent.invitations import Outcome, Terms
+from edge_agent.invitations import Cohort, Outcome, Terms
 from fedloom.artifacts import ArtifactReference, write_artifact
 from fedloom.errors import Reason, Refused
 from fedloom.terms import Protection, clip_of
@@ -41,50 +43,99 @@ class Place:
     masks: tuple[Mask, ...] | None = field(default=None, repr=False)  # None: no masks
 
 
-class UpdateProtection:
-    """Encodes and opens under one run's terms and key. Constant memory in the update's size."""
+class SumRefused(Refused):
+    """A sum did not open under its key: its maker, once told, knows up to one bit about the key."""
 
-    def __init__(self, terms: Terms, parameter_count: int, run_key: crypto.RunKey | None) -> None:
+
+class UpdateProtection:
+    """Encodes and opens under one run's terms. Constant memory in the update's size."""
+
+    def __init__(self, terms: Terms, parameter_count: int, agent_id: str) -> None:
         self._terms = terms
         self._parameter_count = parameter_count
-        self._run_key = run_key
+        self._agent_id = agent_id
         with _refusing():
             self._protection = crypto.protection(_NAMES[terms.encoding.protection])
 
+    def clip(self, weight_cap: int, derived: float) -> float:
+        """Return the range of values in a round; `derived` follows from the round before it."""
+        stated = self._terms.encoding.clip
+        return stated or derived or clip_of(self._terms.encoding, self._terms.training, weight_cap)
+
+    def next_clip(self, clip: float, opened: crypto.OpenedSum) -> float:
+        """Return what the round's histogram implies for the next one; 0 where nothing does."""
+        if self._terms.encoding.clip or not opened.exponents:
+            return 0.0
+        return crypto.next_clip(clip, opened.exponents)
+
     def write_update(
-        self, update: LocalUpdate, place: Place, attempt: int, weight_cap: int, path: Path
+        self,
+        update: LocalUpdate,
+        place: Place,
+        cohort: Cohort,
+        run_key: crypto.RunKey | None,
+        path: Path,
     ) -> ArtifactReference:
         """Encode the update as this cohort's member into a file."""
-        context = self._context(self._terms.round, attempt, weight_cap, place.cohort_digest)
-        rounding = np.random.default_rng()  # rounds values up or down; nothing secret
+        context = self._context(
+            cohort.round, cohort.attempt, cohort.weight_cap, cohort.clip, place.cohort_digest
+        )
         with _refusing():
             encoder = self._protection.encoder(
-                context, place.slot, self._run_key, rounding, place.masks
+                context, place.slot, run_key, self._rounding(cohort.round), place.masks
             )
             return write_artifact(path, encoder.encode(update.delta, update.samples))
 
-    def open_sum(self, outcome: Outcome, path: Path) -> crypto.OpenedSum:
+    def _rounding(self, round_number: int) -> np.random.Generator:
+        """Return what rounds values up or down, and does nothing else: nothing secret.
+
+        It does not depend on the attempt: an update that is encoded again, after a crash or for
+        another cohort, has the same levels, so that the run ends with the same bytes.
+        """
+        terms = self._terms
+        text = (
+            f"rounding/{terms.training.seed}/{terms.run_id.hex()}/{round_number}/{self._agent_id}"
+        )
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest(), "little")
+        return np.random.Generator(np.random.PCG64(seed))
+
+    def open_sum(
+        self, outcome: Outcome, clip: float, run_key: crypto.RunKey | None, path: Path
+    ) -> crypto.OpenedSum:
         """Open a round's sum; raises Refused(SUM_NOT_VERIFIED) unless it is of its members."""
         context = self._context(
-            outcome.round, outcome.attempt, outcome.weight_cap, outcome.cohort_digest
+            outcome.round, outcome.attempt, outcome.weight_cap, clip, outcome.cohort_digest
         )
         with _refusing(), path.open("rb", buffering=0) as file:
-            return self._protection.open_sum(context, self._run_key, outcome.slots, file)
+            return self._protection.open_sum(context, run_key, outcome.slots, file)
+
+    def write_opened(
+        self, outcome: Outcome, clip: float, opened: crypto.OpenedSum, path: Path
+    ) -> ArtifactReference:
+        """Write an opened sum into a file, as protection `plain` encodes sums."""
+        context = self._context(outcome.round, outcome.attempt, outcome.weight_cap, clip)
+        return write_artifact(
+            path, plain.encoded_sum(context, opened.count, opened.total_weight, opened.mean)
+        )
 
     def _context(
-        self, round_number: int, attempt: int, weight_cap: int, cohort_digest: bytes
+        self,
+        round_number: int,
+        attempt: int,
+        weight_cap: int,
+        clip: float,
+        cohort_digest: bytes = b"",
     ) -> crypto.UpdateContext:
-        encoding = self._terms.encoding
         with _refusing():
             return crypto.UpdateContext(
                 run_id=self._terms.run_id,
                 round=round_number,
                 attempt=attempt,
                 parameter_count=self._parameter_count,
-                capacity=encoding.capacity,
+                capacity=self._terms.encoding.capacity,
                 weight_cap=weight_cap,
-                clip=clip_of(encoding, self._terms.training, weight_cap),
-                update_bits=encoding.update_bits,
+                clip=clip,
+                update_bits=self._terms.encoding.update_bits,
                 cohort=cohort_digest,
             )
 
@@ -97,7 +148,8 @@ def _refusing() -> Iterator[None]:
     except crypto.OpeningFailed as error:
         # What exactly did not fit tells the sum's maker about the key: it stays on this device.
         _log.warning("sum refused", problem=str(error))
-        raise Refused(Reason.SUM_NOT_VERIFIED, "expected the sum of the accepted updates") from None
+        subject = "expected the sum of the accepted updates"
+        raise SumRefused(Reason.SUM_NOT_VERIFIED, subject) from None
     except crypto.CryptoError as error:
         reason = next(reason for kind, reason in _REASONS.items() if isinstance(error, kind))
         raise Refused(reason, str(error)) from error

@@ -1,5 +1,12 @@
-"""Run keys on the device: made here, wrapped for other agents, opened from what they wrapped."""
+"""Run keys on the device: made here, wrapped for other agents, opened from what they wrapped.
 
+A run has one key at a time, numbered from 1; a new one comes when the set of its holders changes
+and when one is spent. The device remembers, by number, the newest that it was given and how many
+sums each has refused: nothing is encoded under an older key again, which a removed agent may hold.
+"""
+
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
@@ -8,45 +15,104 @@ from crypto import CryptoError, RunKey, WrapContext, generate_run_key, unwrap, w
 from crypto.cohort import MAX_REFUSED_SUMS
 from edge_agent.identity import Identity
 from fedloom.errors import Reason, Refused
+from fedloom.secret_files import write_secret
 from fedloom.v1 import control_pb2
 
+_FILE = "run-keys.json"  # numbers, no keys
 _log = structlog.get_logger()
 
 
-_REFUSED_SUMS_FILE = "refused-sums"
+class RunKeys:
+    """The keys of one run that this device was given with its last invitation."""
 
+    def __init__(self, folder: Path, identity: Identity, run_id: bytes) -> None:
+        self._path = folder / _FILE
+        self._identity = identity
+        self._run_id = run_id
+        self._keys: dict[int, RunKey] = {}
+        kept = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._newest_given: int = kept.get("newest_given", 0)
+        self._refused_sums: dict[int, int] = {
+            int(key_id): count for key_id, count in kept.get("refused_sums", {}).items()
+        }
 
-def count_refused_sum(folder: Path) -> None:
-    """Remember, in the run's folder, that its key refused a sum once more."""
-    count = _refused_sums(folder) + 1
-    (folder / _REFUSED_SUMS_FILE).write_text(f"{count}\n")
+    def take(self, envelopes: Sequence[control_pb2.KeyEnvelope]) -> None:
+        """Open the envelopes of an invitation, which replace those before; raises Refused."""
+        numbers = [envelope.key_id for envelope in envelopes]
+        if not numbers:
+            raise Refused(Reason.KEY_UNAVAILABLE, "expected the run key with the invitation")
+        if numbers != sorted(set(numbers)) or numbers[0] < 1:
+            raise Refused(
+                Reason.MALFORMED, f"expected run keys in ascending order from 1, found {numbers}"
+            )
+        self._keys = {
+            envelope.key_id: open_envelope(self._identity, self._run_id, envelope)
+            for envelope in envelopes
+        }
+        if numbers[-1] > self._newest_given:
+            self._newest_given = numbers[-1]
+            self._keep()
 
+    def to_encode(self) -> RunKey:
+        """Return the key of the round in hand.
 
-def require_fresh_key(folder: Path) -> None:
-    """Raise Refused(KEY_UNAVAILABLE) when the run's key has refused too many sums.
+        Raises Refused: KEY_UNAVAILABLE for one that is older than a key that this device was given
+        before, KEY_SPENT for one that has refused too many sums.
+        """
+        newest = max(self._keys, default=0)
+        if newest < self._newest_given:
+            raise Refused(
+                Reason.KEY_UNAVAILABLE,
+                f"expected run key {self._newest_given} or a newer one, found {newest}: agents "
+                "that were removed may hold it",
+            )
+        return self.to_open(newest)
 
-    Each refusal tells the maker of the sum up to one bit about the key (crypto/README.md): after
-    MAX_REFUSED_SUMS this device takes no further part in the run.
-    """
-    if _refused_sums(folder) >= MAX_REFUSED_SUMS:
-        raise Refused(
-            Reason.KEY_UNAVAILABLE,
-            f"expected a run whose key has refused fewer than {MAX_REFUSED_SUMS} sums",
-        )
+    def to_open(self, key_id: int) -> RunKey:
+        """Return the key of a round; raises Refused(KEY_UNAVAILABLE, KEY_SPENT).
 
+        Each refused sum tells its maker up to one bit about the key (crypto/README.md): after
+        MAX_REFUSED_SUMS this device neither encodes nor opens under it.
+        """
+        if self._refused_sums.get(key_id, 0) >= MAX_REFUSED_SUMS:
+            raise Refused(
+                Reason.KEY_SPENT,
+                f"expected a run key that has refused fewer than {MAX_REFUSED_SUMS} sums, "
+                f"found key {key_id}",
+            )
+        if key_id not in self._keys:
+            raise Refused(
+                Reason.KEY_UNAVAILABLE, f"expected run key {key_id}, found {sorted(self._keys)}"
+            )
+        return self._keys[key_id]
 
-def _refused_sums(folder: Path) -> int:
-    path = folder / _REFUSED_SUMS_FILE
-    return int(path.read_text()) if path.exists() else 0
+    def count_refused_sum(self, key_id: int) -> None:
+        """Remember, before anyone is told, that this key refused a sum once more."""
+        self._refused_sums[key_id] = self._refused_sums.get(key_id, 0) + 1
+        self._keep()
+
+    def _keep(self) -> None:
+        kept = {"newest_given": self._newest_given, "refused_sums": self._refused_sums}
+        write_secret(self._path, json.dumps(kept).encode())
 
 
 def share_run_key(identity: Identity, request: control_pb2.WrapKey) -> control_pb2.WrappedKey:
     """Wrap the run key for every recipient whose key verifies; without an envelope, make it.
 
     A recipient whose key does not verify gets nothing: the coordinator cannot slip in one of its
-    own. Raises Refused(KEY_UNAVAILABLE) when the envelope in the request cannot be opened.
+    own. Raises Refused(KEY_UNAVAILABLE) when the envelope in the request cannot be opened, and
+    MALFORMED when it holds a key of another number: a key that is spent, or that a removed agent
+    holds, must not come back under a new one.
     """
+    if request.key_id < 1:
+        raise Refused(Reason.MALFORMED, "expected the number of a run key, from 1")
     if request.HasField("envelope"):
+        if request.envelope.key_id != request.key_id:
+            raise Refused(
+                Reason.MALFORMED,
+                f"expected run key {request.key_id} in the envelope, "
+                f"found {request.envelope.key_id}",
+            )
         run_key = open_envelope(identity, request.run_id, request.envelope)
     else:
         run_key = generate_run_key()

@@ -9,9 +9,11 @@ import structlog
 
 from edge_agent.connection import Unreachable, open_channel, understood
 from edge_agent.invitations import read_run_id, unfinished_runs
-from edge_agent.participation import Device, Interrupted, Participation
+from edge_agent.participation import Device, Participation
 from edge_agent.run_keys import share_run_key
+from edge_agent.status import Link, StatusFile, Step, wait_cause
 from edge_agent.transfer import Transfer
+from edge_agent.undertaking import Interrupted
 from fedloom.errors import (
     RULES,
     FedloomError,
@@ -37,7 +39,9 @@ class Session:
     def __init__(self, device: Device, protections: frozenset[Protection]) -> None:
         self._device = device
         self._protections = protections
+        self._status = StatusFile(device.home)
         self._run: Participation | None = None
+        self._closed: tuple[bytes, int] | None = None  # a round, before its invitation's turn came
         self._outbox: asyncio.Queue[control_pb2.ConnectRequest | None] = asyncio.Queue()
         self._steps: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
         self._heartbeat_seconds = 15.0
@@ -45,6 +49,13 @@ class Session:
 
     async def run(self) -> None:
         """Stay connected; raises Refused or Unreachable when trying again cannot help."""
+        try:
+            await self._stay_connected()
+        except FedloomError as error:
+            self._status.link(Link.ENDED, str(error))
+            raise
+
+    async def _stay_connected(self) -> None:
         address = self._device.identity.control_address
         backoff = FIRST_BACKOFF_SECONDS
         credentials = self._device.identity.channel_credentials()
@@ -59,6 +70,7 @@ class Session:
                     except grpc.aio.AioRpcError as error:
                         cause = understood(error, address)
                     _raise_if_hopeless(cause)
+                    self._status.link(Link.RECONNECTING, str(cause))
                     _log.info("reconnecting", cause=str(cause), seconds=round(backoff, 1))
                     await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
                     backoff = min(2 * backoff, LAST_BACKOFF_SECONDS)
@@ -109,6 +121,7 @@ class Session:
             silent += PROGRESS_SECONDS
             run = self._run
             progress = 0.0 if run is None else run.progress
+            self._status.progress(progress)
             if abs(progress - told) < 0.05 and silent < self._heartbeat_seconds:
                 continue
             beat = control_pb2.Heartbeat(progress=progress)
@@ -129,7 +142,10 @@ class Session:
                 case "welcome":
                     seconds = message.welcome.heartbeat_interval.ToTimedelta().total_seconds()
                     self._heartbeat_seconds = max(1.0, seconds)
+                    self._status.link(Link.CONNECTED)
                     _log.info("connected", agent=self._device.identity.agent_id)
+                case "waiting":
+                    self._wait(message.waiting)
                 case "refusal":
                     self._react(refused_from_details(message.refusal.details))
                 case None:
@@ -151,9 +167,21 @@ class Session:
             case Reaction.SKIP_STEP | Reaction.RECONNECT:
                 pass  # the coordinator repeats what it still wants
 
+    def _wait(self, waiting: control_pb2.Waiting) -> None:
+        """Keep the cause for a person; a round that was closed needs no training any more."""
+        cause, run = wait_cause(waiting.cause), self._run
+        _log.info("waiting", run=waiting.run_id.hex()[:8], round=waiting.round, cause=cause)
+        if waiting.cause == control_pb2.WAIT_CAUSE_ROUND_CLOSED:
+            self._closed = (waiting.run_id, waiting.round)
+            if run is not None and run.run_id == waiting.run_id:
+                run.round_closed(waiting.round)
+        self._status.step(Step.WAITING, waiting.run_id, waiting.round, cause)
+
     def _interrupt_if_past(self, message: control_pb2.ConnectResponse) -> None:
         """The run went on: training for a round that is closed is of no use."""
         run, invitation = self._run, message.invitation
+        if (invitation.run_id, invitation.round) == self._closed:
+            self._closed = None  # this device is wanted in the round after all
         repeated = run is not None and (invitation.run_id, invitation.round) == (
             run.run_id,
             run.round,
@@ -170,6 +198,7 @@ class Session:
             except Interrupted:
                 _log.info("step interrupted: the run went on")
             except Refused as refused:
+                _raise_if_hopeless(refused)
                 _log.warning("step declined", refusal=str(refused))
                 self._decline(message, refused)
             except (OSError, MemoryError) as error:
@@ -183,7 +212,7 @@ class Session:
                 answer = share_run_key(self._device.identity, message.wrap_key)
                 self._send(control_pb2.ConnectRequest(wrapped_key=answer))
             case "invitation":
-                await self._run_of(message.invitation.run_id, transfer).invited(message.invitation)
+                await self._invited(transfer, message.invitation)
             case "cohort":
                 await self._run_of(message.cohort.run_id, transfer).cohort(message.cohort)
             case "mask_step":
@@ -192,20 +221,31 @@ class Session:
                 self._run_of(message.accepted.run_id, transfer).accepted(message.accepted)
             case "result":
                 await self._run_of(message.result.run_id, transfer).result(message.result)
+            case "return_sum":
+                run = self._run_of(message.return_sum.run_id, transfer)
+                await run.return_sum(message.return_sum)
             case "finished":
                 await self._run_of(message.finished.run_id, transfer).finished(message.finished)
                 self.finished.put_nowait(message.finished)
-            case "welcome" | "refusal" | None:
+            case "welcome" | "refusal" | "waiting" | None:
                 raise AssertionError("handled as it is read")
+
+    async def _invited(self, transfer: Transfer, invitation: control_pb2.Invitation) -> None:
+        if (invitation.run_id, invitation.round) == self._closed:
+            raise Interrupted
+        await self._run_of(invitation.run_id, transfer).invited(invitation)
 
     def _run_of(self, run_id: bytes, transfer: Transfer) -> Participation:
         """Return this device's part in the run; it takes part in one run at a time."""
         if self._run is None or self._run.run_id != run_id:
-            self._run = Participation(self._device, transfer, self._send, read_run_id(run_id))
+            self._run = Participation(
+                self._device, transfer, self._send, self._status, read_run_id(run_id)
+            )
         return self._run
 
     def _decline(self, message: control_pb2.ConnectResponse, refused: Refused) -> None:
         run_id, round_number = _subject_of(message)
+        self._status.step(Step.DECLINED, run_id, round_number, str(refused))
         refusal = control_pb2.StepRefusal(
             run_id=run_id, round=round_number, details=refusal_details(refused)
         )
@@ -227,6 +267,8 @@ def _subject_of(message: control_pb2.ConnectResponse) -> tuple[bytes, int]:
             return message.accepted.run_id, message.accepted.round
         case "result":
             return message.result.run_id, message.result.outcome.round
+        case "return_sum":
+            return message.return_sum.run_id, message.return_sum.round
         case "finished":
             return message.finished.run_id, 0
         case _:

@@ -1,38 +1,167 @@
-"""Who learns what from the updates of a run: the statement that every command prints."""
+"""Who learns what from a run: the statement that every command prints, on both sides.
 
+It says what crypto/README.md proves, for the terms of one run; the same terms give the same lines.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedloom.terms import Protection
+from fedloom.terms import MINIMUM_SUM, Protection, Release
+
+
+@dataclass(frozen=True)
+class PrivacyTerms:
+    """What the statement follows from."""
+
+    protection: Protection
+    release: Release
+    minimum: int  # fewest updates in a sum of the run
+    authority_is_offline: bool | None = None  # None: not known on this side
+
+    @property
+    def fewest(self) -> int:
+        """Fewest updates that a sum of this run can have: devices insist on some under masks."""
+        return max(self.minimum, MINIMUM_SUM if self.protection.has_masks else 1)
+
+    @property
+    def sums_are_returned(self) -> bool:
+        """Whether agents give the coordinator sums that it cannot open."""
+        return self.protection.needs_tenseal and self.release is Release.COORDINATOR
 
 
 @dataclass(frozen=True)
 class PrivacyStatement:
-    """What each party can read; metrics (loss, accuracy, weight class) are told in clear."""
+    """What each party can learn."""
 
+    coordinator_reads: str  # in a word, for tables
     coordinator: str
-    coordinator_and_an_agent: str
-    agents: str
+    coordinator_with_agents: str
+    agent: str
+    network: str
+    clear: str
+    assumptions: tuple[str, ...]
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Yield (party, what it learns) pairs for printing."""
+        yield "coordinator", self.coordinator
+        yield "coordinator with agents", self.coordinator_with_agents
+        yield "agent", self.agent
+        yield "who breaks TLS", self.network
+        yield "in clear", self.clear
+        for assumption in self.assumptions:
+            yield "assuming", assumption
 
 
-STATEMENTS: dict[Protection, PrivacyStatement] = {
-    Protection.PLAIN: PrivacyStatement(
-        coordinator="every update",
-        coordinator_and_an_agent="every update",
-        agents="the mean of each round's updates",
-    ),
-    Protection.MASKED: PrivacyStatement(
-        coordinator="the sum",
-        coordinator_and_an_agent="the sum of the others",
-        agents="the mean of each round's updates",
-    ),
-    Protection.SEALED: PrivacyStatement(
-        coordinator="nothing",
-        coordinator_and_an_agent="the sum of the others",
-        agents="the mean of each round's updates",
-    ),
-    Protection.ENCRYPTED: PrivacyStatement(
-        coordinator="nothing",
-        coordinator_and_an_agent="every update (the agents share one key)",
-        agents="the mean of each round's updates",
-    ),
-}
+_CLEAR = (
+    "the coordinator is told who takes part and when, how long training took, each agent's "
+    "training loss, its accuracy on held-out data and its number of samples up to a power of two, "
+    "and after each round how many values were clipped, their range for the next one, and the "
+    "model's SHA-256; agents see the names in their cohort and the largest number of samples up "
+    "to a power of two"
+)
+
+
+def privacy_statement(terms: PrivacyTerms) -> PrivacyStatement:
+    """Return what each party can learn from a run of these terms."""
+    return PrivacyStatement(
+        coordinator_reads=_coordinator_reads(terms),
+        coordinator=_coordinator(terms),
+        coordinator_with_agents=_coordinator_with_agents(terms),
+        agent=_agent(terms),
+        network=(
+            "every update"
+            if terms.protection is Protection.PLAIN
+            else "as much as the coordinator, and no more"
+        ),
+        clear=_CLEAR,
+        assumptions=_assumptions(terms),
+    )
+
+
+def _coordinator_reads(terms: PrivacyTerms) -> str:
+    match terms.protection:
+        case Protection.PLAIN:
+            return "every update"
+        case Protection.MASKED:
+            return "the sum"
+        case Protection.ENCRYPTED | Protection.SEALED:
+            return "the sum" if terms.sums_are_returned else "nothing"
+
+
+def _coordinator(terms: PrivacyTerms) -> str:
+    match terms.protection:
+        case Protection.PLAIN:
+            return "every update and its number of samples"
+        case Protection.MASKED:
+            return f"{_sum(terms)}, and the total number of samples"
+        case Protection.ENCRYPTED | Protection.SEALED if terms.sums_are_returned:
+            return f"{_sum(terms)}, and the total number of samples: agents return them"
+        case Protection.ENCRYPTED | Protection.SEALED:
+            return "no update, no sum and no model"
+
+
+def _coordinator_with_agents(terms: PrivacyTerms) -> str:
+    match terms.protection:
+        case Protection.PLAIN:
+            return "every update"
+        case Protection.ENCRYPTED:
+            return "with one agent: every update, since all agents hold the same key"
+        case Protection.MASKED | Protection.SEALED:
+            few = tolerated(terms.fewest)
+            return (
+                f"with {few} {'agent' if few == 1 else 'agents'} (of a large cohort about a "
+                "third): the sum of the others; with more: every update"
+            )
+
+
+def _agent(terms: PrivacyTerms) -> str:
+    known = f"{_sum(terms)}, and the total number of samples"
+    if terms.fewest == 2:
+        known += "; in a sum of two, the other's update"
+    if terms.protection is not Protection.PLAIN:
+        known += "; over all agents, how many values were clipped and how large updates were"
+    return known
+
+
+def _sum(terms: PrivacyTerms) -> str:
+    if terms.fewest == 1:
+        return "the mean of each round's updates, which may be one update alone"
+    return f"the mean of each round's updates, at least {terms.fewest} of them"
+
+
+def _assumptions(terms: PrivacyTerms) -> tuple[str, ...]:
+    if terms.protection is Protection.PLAIN:
+        return ()
+    made_up = (
+        "one of these would get the key of all"
+        if terms.protection is Protection.ENCRYPTED
+        else "these would count as agents that are with it"
+    )
+    match terms.authority_is_offline:
+        case True:
+            return ("the authority's key is offline: the coordinator cannot make up agents",)
+        case False:
+            return (
+                "the coordinator, which holds the authority's key, does not make up agents: "
+                f"{made_up}",
+            )
+        case None:
+            return (
+                "the coordinator does not hold the authority's key, or does not make up agents "
+                f"with it: {made_up}",
+            )
+
+
+def tolerated(minimum: int) -> int:
+    """Return how many colluding agents any cohort of at least `minimum` tolerates.
+
+    It is the least of `crypto.cohort.tolerated` from there on, which falls by one at every third
+    number. The two packages do not import each other; a test holds them together.
+    """
+    return min(_tolerated(members) for members in range(minimum, minimum + 3))
+
+
+def _tolerated(members: int) -> int:
+    quorum = 2 * members // 3 + 1 if members > 1 else 1
+    threshold = 2 * (members - 1) // 3 + 1
+    return max(0, min(2 * quorum - members - 1, threshold - 1))

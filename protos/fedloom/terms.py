@@ -17,6 +17,7 @@ MAX_CAPACITY = 10_000
 MAX_WEIGHT_CLASS = 24  # weights (sample counts) up to 2^24 per agent and round
 UPDATE_BITS = (16, 8)
 CLIP_MARGIN = 1.25  # on Adam's movement in a round
+MINIMUM_SUM = 3  # fewest updates in a sum under masks: each device insists, whoever asks
 
 _E = TypeVar("_E", bound=IntEnum)
 
@@ -50,6 +51,11 @@ class Release(IntEnum):
 
     AGENTS = 1
     COORDINATOR = 2
+
+    @classmethod
+    def from_message(cls, value: control_pb2.Release.ValueType) -> Self:
+        """Validate what a peer sent."""
+        return _member(cls, value)
 
 
 class Optimizer(IntEnum):

@@ -49,6 +49,7 @@ class FakeEngine:
         self.begun = 0
         self.pauses_at = 0  # number of the training that clears `may_finish`, from 1
         self.refusal: Refused | None = None  # raised instead of training
+        self.evaluation_gate: Gate | None = None  # holds evaluations until it is open
         self.evaluation: Evaluation | None = Evaluation(count=10, correct=7, mean_loss=0.5)
         self._spoil = spoil or (lambda update: update)
 
@@ -73,6 +74,8 @@ class FakeEngine:
 
     def evaluate(self, theta: Theta) -> Evaluation | None:
         """Return the prepared quality."""
+        if self.evaluation_gate is not None:
+            self.evaluation_gate.wait()
         return self.evaluation
 
     def update_from(self, theta: Theta) -> LocalUpdate:

@@ -31,7 +31,7 @@ from fedloom.plans import (
     TextClassification,
     TrainableTensor,
 )
-from fedloom.terms import Protection
+from fedloom.terms import Protection, Release
 from fedloom.v1 import control_pb2
 from tests.integration.engines import FakeEngine
 
@@ -94,6 +94,7 @@ class Agent:
         self.engine = engine
         self.name = identity.agent_id
         self.minimum_protection = Protection.PLAIN
+        self.permitted_release = Release.AGENTS
         self.protections = frozenset(Protection)
         self._session: Session | None = None
         self._running: asyncio.Task[None] | None = None
@@ -106,6 +107,7 @@ class Agent:
             self.minimum_protection,
             lambda folder, plan: self.engine,
             export_model,
+            self.permitted_release,
         )
         self._session = Session(device, self.protections)
         self._running = asyncio.create_task(self._session.run())
