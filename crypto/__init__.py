@@ -29,6 +29,7 @@ from .errors import (
     UpdateCountedTwice,
     UpdateLeftOut,
     WeightOutOfRange,
+    WorkerLost,
     WrapRefused,
     WrongContext,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "UpdateCountedTwice",
     "UpdateLeftOut",
     "WeightOutOfRange",
+    "WorkerLost",
     "WrapContext",
     "WrapRefused",
     "WrongContext",
