@@ -84,8 +84,8 @@ class Accumulator(Protocol):
 class Protection(Protocol):
     """A module that protects updates: `plain`, `masked`, `encrypted`, `sealed`.
 
-    `processes`: 1 works in the caller's thread, N in N processes, 0 in one for each core. What comes
-    out is the same. Steps that cost less than copying a chunk to a process stay in the thread: all
+    `processes`: 1 works in the caller's thread, N in N processes, 0 in one for each core. What
+    comes out is the same. Steps that cost less than copying chunks to a process stay here: all
     of `plain`, and of `masked` all but the encoder.
     """
 
