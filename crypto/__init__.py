@@ -55,8 +55,10 @@ from .run_key import (
     wrap,
 )
 from .wire import Source
+from .workers import MAX_PROCESSES
 
 __all__ = [
+    "MAX_PROCESSES",
     "RUN_KEY_SIZE",
     "WRAPPED_KEY_SIZE",
     "Accumulator",

@@ -78,6 +78,7 @@ def _run(options: argparse.Namespace) -> int:
         config.minimum_protection,
         lambda folder, plan: _onnx_engine(folder, plan, config),
         export_model,
+        config.crypto_processes,
     )
     session = Session(device, _available_protections(config.minimum_protection))
     return asyncio.run(_run_session(session, options.once))

@@ -12,7 +12,8 @@ path = "test.csv"
 minimum_protection = "sealed"      # runs with less are declined
 
 [engine]
-threads = 0                  # 0: as many as the device has cores
+threads = 0                  # to train with; 0: as many as the device has cores
+crypto_processes = 1         # to encrypt in; 1: the agent's own, 0: one for each core
 """
 
 import tomllib
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crypto import MAX_PROCESSES
 from edge_agent.data import DataSource
 from fedloom.errors import ConfigError
 from fedloom.terms import Protection
@@ -30,7 +32,7 @@ _KEYS = {
     "data": {"path", "text", "label"},
     "held_out": {"path", "text", "label"},
     "policy": {"minimum_protection"},
-    "engine": {"threads"},
+    "engine": {"threads", "crypto_processes"},
 }
 
 
@@ -42,6 +44,7 @@ class AgentConfig:
     held_out: DataSource | None = None
     minimum_protection: Protection = Protection.SEALED
     threads: int = 0
+    crypto_processes: int = 1
 
 
 def load_agent_config(home: Path) -> AgentConfig:
@@ -69,7 +72,8 @@ def load_agent_config(home: Path) -> AgentConfig:
         data,
         _source(path, table, "held_out"),
         _protection(path, table.get("policy", {})),
-        _threads(path, table.get("engine", {})),
+        _count(path, table, "threads", 0, 1024),
+        _count(path, table, "crypto_processes", 1, MAX_PROCESSES),
     )
 
 
@@ -123,8 +127,8 @@ def _protection(path: Path, policy: Mapping[str, Any]) -> Protection:
     return names[name]
 
 
-def _threads(path: Path, engine: Mapping[str, Any]) -> int:
-    threads = engine.get("threads", 0)
-    if type(threads) is not int or not 0 <= threads <= 1024:
-        raise ConfigError(str(path), f"engine.threads: expected 0..1024, found {threads!r}")
-    return threads
+def _count(path: Path, table: Mapping[str, Any], key: str, default: int, most: int) -> int:
+    found = table.get("engine", {}).get(key, default)
+    if type(found) is not int or not 0 <= found <= most:
+        raise ConfigError(str(path), f"engine.{key}: expected 0..{most}, found {found!r}")
+    return found

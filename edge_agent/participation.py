@@ -61,6 +61,7 @@ class Device:
     minimum_protection: Protection
     engine: EngineFactory
     export: Exporter
+    crypto_processes: int = 1  # to encode and open in; 0: one for each core
 
 
 class Participation:
@@ -160,7 +161,8 @@ class Participation:
                 raise Refused(Reason.KEY_UNAVAILABLE, "expected the run key with the invitation")
             run_key = open_envelope(self._device.identity, terms.run_id, message.envelope)
         parameters = _present(self._plan).parameter_count
-        self._protection = UpdateProtection(terms, parameters, run_key)
+        processes = self._device.crypto_processes
+        self._protection = UpdateProtection(terms, parameters, run_key, processes)
 
     async def _take_up_plan(self, terms: Terms) -> None:
         folder = self.plan_folder

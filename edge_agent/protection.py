@@ -44,10 +44,17 @@ class Place:
 class UpdateProtection:
     """Encodes and opens under one run's terms and key. Constant memory in the update's size."""
 
-    def __init__(self, terms: Terms, parameter_count: int, run_key: crypto.RunKey | None) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        parameter_count: int,
+        run_key: crypto.RunKey | None,
+        processes: int = 1,
+    ) -> None:
         self._terms = terms
         self._parameter_count = parameter_count
         self._run_key = run_key
+        self._processes = processes
         with _refusing():
             self._protection = crypto.protection(_NAMES[terms.encoding.protection])
 
@@ -59,7 +66,7 @@ class UpdateProtection:
         rounding = np.random.default_rng()  # rounds values up or down; nothing secret
         with _refusing():
             encoder = self._protection.encoder(
-                context, place.slot, self._run_key, rounding, place.masks
+                context, place.slot, self._run_key, rounding, place.masks, self._processes
             )
             return write_artifact(path, encoder.encode(update.delta, update.samples))
 
@@ -69,7 +76,9 @@ class UpdateProtection:
             outcome.round, outcome.attempt, outcome.weight_cap, outcome.cohort_digest
         )
         with _refusing(), path.open("rb", buffering=0) as file:
-            return self._protection.open_sum(context, self._run_key, outcome.slots, file)
+            return self._protection.open_sum(
+                context, self._run_key, outcome.slots, file, self._processes
+            )
 
     def _context(
         self, round_number: int, attempt: int, weight_cap: int, cohort_digest: bytes
