@@ -1,6 +1,7 @@
 """Any number of processes gives the same; whatever ends them is said, and none outlives its use."""
 
 import copy
+import gc
 import io
 import multiprocessing
 import os
@@ -35,6 +36,15 @@ from crypto.workers import InProcess, Workers, count_processes, stepped
 P = 600_000  # three chunks of values at 16 bits, two at 8
 ECHO = partial(map, itemgetter(1))
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    """Let the workers of totals that earlier tests left behind end first."""
+    gc.collect()
+    for child in multiprocessing.active_children():
+        child.join(5)
+    assert not multiprocessing.active_children()
 
 
 def many(bench, **changes):
