@@ -32,10 +32,11 @@ class Collection:
         members: tuple[str, ...],
         spool: Path,
         masking: Masking | None,
+        crypto_processes: int = 1,
     ) -> None:
         self.context = context
         self.masking = masking
-        self.sum = RoundSum(context, protection, members, spool)
+        self.sum = RoundSum(context, protection, members, spool, crypto_processes)
         self._members = members
         self._one_by_one = asyncio.Lock()
         self._closed = False

@@ -45,12 +45,14 @@ class Conductor:
         published: Published,
         spool: Path,
         authority: x509.Certificate,
+        crypto_processes: int = 1,
     ) -> None:
         self._store = store
         self._sessions = sessions
         self._published = published
         self._spool = spool
         self._authority = authority
+        self._crypto_processes = crypto_processes
         self._open: Execution | None = None
         self._settled = False  # whether it is known which run is open, after a start
         sessions.on_open = self._agent_connected
@@ -103,6 +105,7 @@ class Conductor:
             self._published,
             self._spool,
             self._authority,
+            self._crypto_processes,
         )
 
     def _plan(self, reference: ArtifactReference) -> Plan:

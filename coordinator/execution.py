@@ -78,6 +78,7 @@ class Execution:
         published: Published,
         spool: Path,
         authority: x509.Certificate,
+        crypto_processes: int = 1,
     ) -> None:
         self.run_id = record.run_id
         self.config = config
@@ -88,6 +89,7 @@ class Execution:
         self._published = published
         self._spool = spool / record.run_id.hex()
         self._authority = authority
+        self._crypto_processes = crypto_processes
         self._clock = Clock()
         self._journal = Journal(store, record.run_id)
         self._candidates: dict[str, Candidate] = {}  # under masks: agents that said READY
@@ -389,7 +391,9 @@ class Execution:
         context = self._context(state.attempt, state.weight_cap, self._clip(), digest)
         spool = self._spool / f"{state.round}.{state.attempt}"
         protection = self.config.encoding.protection
-        self._collection = Collection(context, protection, state.cohort, spool, masking)
+        self._collection = Collection(
+            context, protection, state.cohort, spool, masking, self._crypto_processes
+        )
         self._agents.cohort(state.cohort, state, self._collection, self._seconds_left())
         late = state.invited - set(state.cohort)
         self._agents.waiting(late, state, control_pb2.WAIT_CAUSE_ROUND_CLOSED)

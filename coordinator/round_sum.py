@@ -61,11 +61,12 @@ class RoundSum:
         protection: Protection,
         members: tuple[str, ...],
         spool: Path,
+        processes: int = 1,
     ) -> None:
         self.context = context
         self.adding: str | None = None  # the agent whose update is on its way into the sum
         self._members = members
-        self._accumulator = crypto.protection(_NAMES[protection]).accumulator(context)
+        self._accumulator = crypto.protection(_NAMES[protection]).accumulator(context, processes)
         self._accepted: dict[str, bytes] = {}
         self._announced: dict[int, Path] = {}  # by slot
         self._spool = spool

@@ -19,6 +19,7 @@ from coordinator.services.control import ControlService
 from coordinator.services.enrolment import EnrolmentService
 from coordinator.sessions import Sessions
 from coordinator.store import Store
+from crypto import MAX_PROCESSES
 from fedloom.channels import SERVER_OPTIONS
 from fedloom.errors import ConfigError
 from fedloom.v1 import artifact_pb2_grpc, control_pb2_grpc, enrolment_pb2_grpc
@@ -36,6 +37,7 @@ class ServerConfig:
     listen: str = "[::]"  # interface
     control_port: int = 7070  # mutual TLS: agents
     enrolment_port: int = 7072  # TLS: devices that have a token and no certificate yet
+    crypto_processes: int = 1  # to add updates in; 1: this one, 0: one for each core
 
     @property
     def control_address(self) -> str:
@@ -62,7 +64,11 @@ def load_server_config(home: Path) -> ServerConfig:
         if key not in known or type(value) is not known[key]:
             expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
             raise ConfigError(str(path), f"{key} = {value!r}: expected {expected}")
-    return ServerConfig(**table)
+    config = ServerConfig(**table)
+    if not 0 <= config.crypto_processes <= MAX_PROCESSES:
+        expected = f"expected 0..{MAX_PROCESSES}, found {config.crypto_processes}"
+        raise ConfigError(str(path), f"crypto_processes: {expected}")
+    return config
 
 
 def write_server_config(home: Path, config: ServerConfig) -> None:
@@ -89,7 +95,14 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     config = load_server_config(home)
     authority = Authority.load(home)
     store, published, sessions = open_store(home), open_published(home), Sessions()
-    conductor = Conductor(store, sessions, published, home / "spool", authority.certificate)
+    conductor = Conductor(
+        store,
+        sessions,
+        published,
+        home / "spool",
+        authority.certificate,
+        config.crypto_processes,
+    )
     server = grpc.aio.server(options=SERVER_OPTIONS)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
         ArtifactService(published.folder, store, conductor), server

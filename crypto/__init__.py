@@ -29,6 +29,7 @@ from .errors import (
     UpdateCountedTwice,
     UpdateLeftOut,
     WeightOutOfRange,
+    WorkerLost,
     WrapRefused,
     WrongContext,
 )
@@ -54,8 +55,10 @@ from .run_key import (
     wrap,
 )
 from .wire import Source
+from .workers import MAX_PROCESSES
 
 __all__ = [
+    "MAX_PROCESSES",
     "RUN_KEY_SIZE",
     "WRAPPED_KEY_SIZE",
     "Accumulator",
@@ -92,6 +95,7 @@ __all__ = [
     "UpdateCountedTwice",
     "UpdateLeftOut",
     "WeightOutOfRange",
+    "WorkerLost",
     "WrapContext",
     "WrapRefused",
     "WrongContext",

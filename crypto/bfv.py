@@ -107,7 +107,7 @@ class Ring:
 
     def __init__(self, plain_bits: int) -> None:
         self._context = _context(plain_bits)
-        self._plain_bits = plain_bits
+        self.plain_bits = plain_bits
         self._parms_id = self._context.first_parms_id()
         self._parms_bytes = struct.pack("<4Q", *self._parms_id)
         self._evaluator = seal.Evaluator(self._context)
@@ -203,7 +203,7 @@ class KeyedRing(Ring):
 
     def _secret_key(self, secret: NDArray[np.int8]) -> Any:
         """Let SEAL transform the polynomial, and load its residues as SEAL's secret key."""
-        modulo_t = secret.astype(np.int64) % (1 << self._plain_bits)  # -1 becomes t - 1
+        modulo_t = secret.astype(np.int64) % (1 << self.plain_bits)  # -1 becomes t - 1
         polynomial = self._plaintext(modulo_t.astype(np.uint64))
         self._evaluator.transform_to_ntt_inplace(polynomial, self._parms_id)
         residues = self._words(polynomial)  # (4096,) u64 below q, NTT form

@@ -8,12 +8,19 @@ everything. That is what `sealed` is for.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .chunks import packed, unpacked
-from .ciphertexts import UPDATE_CIPHERTEXT, CiphertextTotal, decrypted, encrypted, keyed_ring
+from .ciphertexts import (
+    UPDATE_CIPHERTEXT,
+    CiphertextTotal,
+    decrypted,
+    encrypted,
+)
 from .codec import check_update
 from .masks import Mask
 from .members import check_members, refuse_masks
@@ -22,6 +29,7 @@ from .protection import OpenedSum
 from .run_key import RunKey
 from .tags import Tagger
 from .wire import HEADER_SIZE, Binding, Kind, Source
+from .workers import count_processes, stepped
 
 
 def encoder(
@@ -30,20 +38,25 @@ def encoder(
     run_key: RunKey | None,
     rng: np.random.Generator,
     masks: Sequence[Mask] | None = None,
+    processes: int = 1,
 ) -> "EncryptedEncoder":
     """Make the encoder of one member; `rng` only rounds."""
     refuse_masks(masks)
-    return EncryptedEncoder(context, member, run_key, rng)
+    return EncryptedEncoder(context, member, run_key, rng, processes)
 
 
-def accumulator(context: UpdateContext) -> CiphertextTotal:
+def accumulator(context: UpdateContext, processes: int = 1) -> CiphertextTotal:
     """Make an empty total."""
     parameters = BfvParameters.derive(context)
-    return CiphertextTotal(parameters, Kind.ENCRYPTED_UPDATE, Kind.ENCRYPTED_SUM)
+    return CiphertextTotal(parameters, Kind.ENCRYPTED_UPDATE, Kind.ENCRYPTED_SUM, processes)
 
 
 def open_sum(
-    context: UpdateContext, run_key: RunKey | None, members: Sequence[int], source: Source
+    context: UpdateContext,
+    run_key: RunKey | None,
+    members: Sequence[int],
+    source: Source,
+    processes: int = 1,
 ) -> OpenedSum:
     """Open the sum of exactly these members' updates.
 
@@ -52,9 +65,9 @@ def open_sum(
     check_members(tuple(members), context)
     parameters = BfvParameters.derive(context)
     binding = Binding.of(context, Kind.ENCRYPTED_SUM, len(members), parameters.id)
-    chunks = decrypted(parameters, keyed_ring(parameters, run_key), binding, source)
-    chunks = Tagger(parameters, run_key).verified(chunks, members)
-    return unpacked(parameters, chunks, len(members))
+    tagger = Tagger(parameters, run_key)
+    with closing(decrypted(parameters, run_key, binding, source, processes)) as chunks:
+        return unpacked(parameters, tagger.verified(chunks, members), len(members))
 
 
 class EncryptedEncoder:
@@ -66,13 +79,15 @@ class EncryptedEncoder:
         member: int,
         run_key: RunKey | None,
         rng: np.random.Generator,
+        processes: int,
     ) -> None:
         self._parameters = BfvParameters.derive(context)
         self._binding = Binding.of(context, Kind.ENCRYPTED_UPDATE, member, self._parameters.id)
         self._member = member
-        self._ring = keyed_ring(self._parameters, run_key)
         self._tagger = Tagger(self._parameters, run_key)
+        self._run_key = run_key
         self._rng = rng
+        self._processes = count_processes(processes, self._parameters.value_chunks)
 
     @property
     def encoded_size(self) -> int:
@@ -82,4 +97,5 @@ class EncryptedEncoder:
         check_update(update, weight, self._parameters.context)
         chunks = packed(self._parameters, update, weight, self._rng)
         chunks = self._tagger.tagged(chunks, self._member)
-        return encrypted(self._ring, self._binding, chunks)
+        step = partial(encrypted, self._parameters, self._run_key, self._binding)
+        return stepped(step, chunks, self._processes)

@@ -8,6 +8,7 @@
     │   ├── EmptyTotal          a sum of nothing was asked for
     │   ├── SpoiledTotal        an upload changed while it was being added: build the total anew
     │   ├── IllegalStep         our own code took a step that the protocol's state does not allow
+    │   ├── WorkerLost          a worker process ended before its work was done
     │   └── BackendMissing      TenSEAL or zstandard is not installed, or is another SEAL
     ├── UnusableUpdate          well-formed and meaningless: the encoder's caller, or the peer
     │   ├── NotFinite           a NaN or an infinity among the values
@@ -50,6 +51,10 @@ class CryptoError(Exception):
         self.expected = expected
         self.found = found
 
+    def __reduce__(self) -> tuple[type["CryptoError"], tuple[str, object, object]]:
+        """Copy from the fields: a worker's errors are raised in the process that it works for."""
+        return type(self), (self.subject, self.expected, self.found)
+
 
 class LocalFault(CryptoError):
     """The caller's doing, or this machine's."""
@@ -80,6 +85,10 @@ class SpoiledTotal(LocalFault):
 
 class IllegalStep(LocalFault):
     """Our own code took a step that the protocol's state does not allow."""
+
+
+class WorkerLost(LocalFault):
+    """A worker process ended before its work was done: killed, or out of memory."""
 
 
 class BackendMissing(LocalFault):

@@ -12,6 +12,7 @@ missing. So the coordinator learns the sum, and with c members the sum of the ot
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ from .wire import (
     planes_of,
     words_of,
 )
+from .workers import count_processes, stepped
 
 _PLANES = PLANE_BYTES * RING_DEGREE
 _SHIFT = np.uint64(DROPPED_BITS)  # `wire` drops these bits of 60: coefficients use the others
@@ -48,26 +50,33 @@ def encoder(
     run_key: RunKey | None,
     rng: np.random.Generator,
     masks: Sequence[Mask] | None = None,
+    processes: int = 1,
 ) -> "MaskedEncoder":
     """Make the encoder of one member; `rng` only rounds, the run key only makes tags.
 
     `masks` are those that `cohort.member` gives for this attempt. See `sealed.encoder`.
     """
-    return MaskedEncoder(context, member, run_key, rng, require_masks(masks))
+    return MaskedEncoder(context, member, run_key, rng, require_masks(masks), processes)
 
 
-def accumulator(context: UpdateContext) -> "MaskedTotal":
+def accumulator(context: UpdateContext, processes: int = 1) -> "MaskedTotal":
     """Make an empty total; its `result` takes the correction."""
+    del processes
     return MaskedTotal(context)
 
 
 def open_sum(
-    context: UpdateContext, run_key: RunKey | None, members: Sequence[int], source: Source
+    context: UpdateContext,
+    run_key: RunKey | None,
+    members: Sequence[int],
+    source: Source,
+    processes: int = 1,
 ) -> OpenedSum:
     """Read the sum of exactly these members' updates.
 
     Raises TagMismatch where it is another sum, or masks are left in it.
     """
+    del processes
     parameters = BfvParameters.derive(context, "masked")
     tagger = Tagger(parameters, run_key)
     chunks = tagger.verified(_unframed(parameters, members, source), members)
@@ -90,6 +99,7 @@ class MaskedEncoder:
         run_key: RunKey | None,
         rng: np.random.Generator,
         masks: tuple[Mask, ...],
+        processes: int,
     ) -> None:
         self._parameters = BfvParameters.derive(context, "masked")
         self._binding = Binding.of(context, Kind.MASKED_UPDATE, member, self._parameters.id)
@@ -97,6 +107,7 @@ class MaskedEncoder:
         self._tagger = Tagger(self._parameters, run_key)
         self._rng = rng
         self._masks = masks
+        self._processes = count_processes(processes, self._parameters.value_chunks)
 
     @property
     def encoded_size(self) -> int:
@@ -106,8 +117,8 @@ class MaskedEncoder:
         check_update(update, weight, self._parameters.context)
         chunks = packed(self._parameters, update, weight, self._rng)
         chunks = self._tagger.tagged(chunks, self._member)
-        chunks = masked(chunks, self._masks, self._parameters.plain_bits)
-        return (_framed(self._binding, chunk, words) for chunk, words in chunks)
+        step = partial(_hidden, self._parameters.plain_bits, self._binding, self._masks)
+        return stepped(step, chunks, self._processes)
 
 
 class MaskedTotal:
@@ -165,6 +176,14 @@ class MaskedTotal:
         if chunk < parameters.value_chunks:
             return parameters.span(chunk)
         return slice(parameters.coefficients, len(self._total))  # the counters lie at the end
+
+
+def _hidden(
+    plain_bits: int, binding: Binding, masks: tuple[Mask, ...], chunks: Chunks
+) -> Iterator[bytes]:
+    """Mask and frame: what a worker does."""
+    for chunk, words in masked(chunks, masks, plain_bits):
+        yield _framed(binding, chunk, words)
 
 
 def _framed(binding: Binding, chunk: int, words: Words) -> bytes:

@@ -37,23 +37,30 @@ def encoder(
     run_key: RunKey | None,
     rng: np.random.Generator,
     masks: Sequence[Mask] | None = None,
+    processes: int = 1,
 ) -> "PlainEncoder":
     """Make the encoder of one member. It takes no key and no masks, and never uses `rng`."""
-    del rng
+    del rng, processes
     refuse_masks(masks)
     _refuse_key(run_key)
     return PlainEncoder(context, member)
 
 
-def accumulator(context: UpdateContext) -> "PlainAccumulator":
+def accumulator(context: UpdateContext, processes: int = 1) -> "PlainAccumulator":
     """Make an empty total."""
+    del processes
     return PlainAccumulator(context)
 
 
 def open_sum(
-    context: UpdateContext, run_key: RunKey | None, members: Sequence[int], source: Source
+    context: UpdateContext,
+    run_key: RunKey | None,
+    members: Sequence[int],
+    source: Source,
+    processes: int = 1,
 ) -> OpenedSum:
     """Read the mean of these members' updates, as the coordinator says it is."""
+    del processes
     _refuse_key(run_key)
     check_members(tuple(members), context)
     binding = Binding.of(context, Kind.PLAIN_SUM, len(members), PlainParameters(context).id)

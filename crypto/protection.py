@@ -82,7 +82,12 @@ class Accumulator(Protocol):
 
 
 class Protection(Protocol):
-    """A module that protects updates: `plain`, `masked`, `encrypted`, `sealed`."""
+    """A module that protects updates: `plain`, `masked`, `encrypted`, `sealed`.
+
+    `processes`: 1 works in the caller's thread, N in N processes, 0 in one for each core. What
+    comes out is the same. Steps that cost less than copying chunks to a process stay here: all
+    of `plain`, and of `masked` all but the encoder.
+    """
 
     def encoder(
         self,
@@ -91,13 +96,14 @@ class Protection(Protocol):
         run_key: RunKey | None,
         rng: np.random.Generator,
         masks: Sequence[Mask] | None = None,
+        processes: int = 1,
     ) -> Encoder:
         """Make the encoder of one member; `rng` only rounds, nothing secret depends on it.
 
         `masked` and `sealed` need the masks that `cohort.member` gives, the others refuse them.
         """
 
-    def accumulator(self, context: UpdateContext) -> Accumulator:
+    def accumulator(self, context: UpdateContext, processes: int = 1) -> Accumulator:
         """Make an empty total."""
 
     def open_sum(
@@ -106,6 +112,7 @@ class Protection(Protocol):
         run_key: RunKey | None,
         members: Sequence[int],
         source: Source,
+        processes: int = 1,
     ) -> OpenedSum:
         """Open the sum of exactly these members' updates."""
 

@@ -9,13 +9,20 @@ members sheds. How the members agree on masks, and when they give them up, is `c
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .chunks import packed, unpacked
-from .ciphertexts import UPDATE_CIPHERTEXT, CiphertextTotal, decrypted, encrypted, keyed_ring
-from .codec import check_update
+from .ciphertexts import (
+    UPDATE_CIPHERTEXT,
+    CiphertextTotal,
+    decrypted,
+    encrypted,
+)
+from .codec import Chunks, check_update
 from .masks import Mask, masked
 from .members import check_members, require_masks
 from .parameters import BfvParameters, UpdateContext
@@ -23,6 +30,7 @@ from .protection import OpenedSum
 from .run_key import RunKey
 from .tags import Tagger
 from .wire import HEADER_SIZE, Binding, Kind, Source
+from .workers import count_processes, stepped
 
 
 def encoder(
@@ -31,23 +39,28 @@ def encoder(
     run_key: RunKey | None,
     rng: np.random.Generator,
     masks: Sequence[Mask] | None = None,
+    processes: int = 1,
 ) -> "SealedEncoder":
     """Make the encoder of one member; `rng` only rounds.
 
     `masks` are those that `cohort.member` gives for this attempt. What they masked must never
     change: an upload made again of another update, under the same masks, gives away both.
     """
-    return SealedEncoder(context, member, run_key, rng, require_masks(masks))
+    return SealedEncoder(context, member, run_key, rng, require_masks(masks), processes)
 
 
-def accumulator(context: UpdateContext) -> CiphertextTotal:
+def accumulator(context: UpdateContext, processes: int = 1) -> CiphertextTotal:
     """Make an empty total; its `result` takes the correction."""
     parameters = BfvParameters.derive(context, "sealed")
-    return CiphertextTotal(parameters, Kind.SEALED_UPDATE, Kind.SEALED_SUM)
+    return CiphertextTotal(parameters, Kind.SEALED_UPDATE, Kind.SEALED_SUM, processes)
 
 
 def open_sum(
-    context: UpdateContext, run_key: RunKey | None, members: Sequence[int], source: Source
+    context: UpdateContext,
+    run_key: RunKey | None,
+    members: Sequence[int],
+    source: Source,
+    processes: int = 1,
 ) -> OpenedSum:
     """Open the sum of exactly these members' updates, from which the masks are out.
 
@@ -56,9 +69,9 @@ def open_sum(
     check_members(tuple(members), context)
     parameters = BfvParameters.derive(context, "sealed")
     binding = Binding.of(context, Kind.SEALED_SUM, len(members), parameters.id)
-    chunks = decrypted(parameters, keyed_ring(parameters, run_key), binding, source)
-    chunks = Tagger(parameters, run_key).verified(chunks, members)
-    return unpacked(parameters, chunks, len(members))
+    tagger = Tagger(parameters, run_key)
+    with closing(decrypted(parameters, run_key, binding, source, processes)) as chunks:
+        return unpacked(parameters, tagger.verified(chunks, members), len(members))
 
 
 class SealedEncoder:
@@ -71,13 +84,15 @@ class SealedEncoder:
         run_key: RunKey | None,
         rng: np.random.Generator,
         masks: tuple[Mask, ...],
+        processes: int,
     ) -> None:
         self._parameters = BfvParameters.derive(context, "sealed")
         self._binding = Binding.of(context, Kind.SEALED_UPDATE, member, self._parameters.id)
         self._member = member
-        self._ring = keyed_ring(self._parameters, run_key)
         self._tagger = Tagger(self._parameters, run_key)
+        self._run_key = run_key
         self._rng = rng
+        self._processes = count_processes(processes, self._parameters.value_chunks)
         self._masks = masks
 
     @property
@@ -88,5 +103,17 @@ class SealedEncoder:
         check_update(update, weight, self._parameters.context)
         chunks = packed(self._parameters, update, weight, self._rng)
         chunks = self._tagger.tagged(chunks, self._member)
-        chunks = masked(chunks, self._masks, self._parameters.plain_bits)
-        return encrypted(self._ring, self._binding, chunks)
+        step = partial(_hidden, self._parameters, self._run_key, self._binding, self._masks)
+        return stepped(step, chunks, self._processes)
+
+
+def _hidden(
+    parameters: BfvParameters,
+    run_key: RunKey | None,
+    binding: Binding,
+    masks: tuple[Mask, ...],
+    chunks: Chunks,
+) -> Iterator[bytes]:
+    """Mask and encrypt: what a worker does."""
+    chunks = masked(chunks, masks, parameters.plain_bits)
+    return encrypted(parameters, run_key, binding, chunks)

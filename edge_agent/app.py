@@ -100,6 +100,7 @@ def _run(options: argparse.Namespace) -> int:
         lambda folder, plan: _onnx_engine(folder, plan, config),
         export_model,
         config.permitted_release,
+        config.crypto_processes,
     )
     session = Session(device, _available_protections(config.minimum_protection))
     return asyncio.run(_run_session(session, options.once))

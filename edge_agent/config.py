@@ -13,7 +13,8 @@ minimum_protection = "sealed"      # runs with less are declined
 release = "agents"                 # or "coordinator": who may get the opened sums
 
 [engine]
-threads = 0                  # 0: as many as the device has cores
+threads = 0                  # to train with; 0: as many as the device has cores
+crypto_processes = 1         # to encrypt in; 1: the agent's own, 0: one for each core
 """
 
 import tomllib
@@ -23,6 +24,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from crypto import MAX_PROCESSES
 from edge_agent.data import DataSource
 from fedloom.errors import ConfigError
 from fedloom.terms import Protection, Release
@@ -33,7 +35,7 @@ _KEYS = {
     "data": {"path", "text", "label"},
     "held_out": {"path", "text", "label"},
     "policy": {"minimum_protection", "release"},
-    "engine": {"threads"},
+    "engine": {"threads", "crypto_processes"},
 }
 
 
@@ -46,6 +48,7 @@ class AgentConfig:
     minimum_protection: Protection = Protection.SEALED
     permitted_release: Release = Release.AGENTS
     threads: int = 0
+    crypto_processes: int = 1
 
 
 def load_agent_config(home: Path) -> AgentConfig:
@@ -75,7 +78,8 @@ def load_agent_config(home: Path) -> AgentConfig:
         _source(path, table, "held_out"),
         _named(path, policy, "minimum_protection", Protection.SEALED),
         _named(path, policy, "release", Release.AGENTS),
-        _threads(path, table.get("engine", {})),
+        _count(path, table, "threads", 0, 1024),
+        _count(path, table, "crypto_processes", 1, MAX_PROCESSES),
     )
 
 
@@ -133,8 +137,8 @@ def _named(path: Path, policy: Mapping[str, Any], key: str, default: _E) -> _E:
     return names[name]
 
 
-def _threads(path: Path, engine: Mapping[str, Any]) -> int:
-    threads = engine.get("threads", 0)
-    if type(threads) is not int or not 0 <= threads <= 1024:
-        raise ConfigError(str(path), f"engine.threads: expected 0..1024, found {threads!r}")
-    return threads
+def _count(path: Path, table: Mapping[str, Any], key: str, default: int, most: int) -> int:
+    found = table.get("engine", {}).get(key, default)
+    if type(found) is not int or not 0 <= found <= most:
+        raise ConfigError(str(path), f"engine.{key}: expected 0..{most}, found {found!r}")
+    return found

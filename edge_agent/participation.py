@@ -59,6 +59,7 @@ class Device:
     engine: EngineFactory
     export: Exporter
     permitted_release: Release = Release.AGENTS
+    crypto_processes: int = 1  # to encode and open in; 0: one for each core
 
 
 class Participation:
@@ -149,7 +150,9 @@ class Participation:
         plan, state = await self._take_up_plan(terms)
         self._run = Undertaking(
             terms,
-            UpdateProtection(terms, plan.parameter_count, self._here.agent_id),
+            UpdateProtection(
+                terms, plan.parameter_count, self._here.agent_id, self._device.crypto_processes
+            ),
             state,
             self._keys,
             self._masking if terms.encoding.protection.has_masks else None,

@@ -50,10 +50,13 @@ class SumRefused(Refused):
 class UpdateProtection:
     """Encodes and opens under one run's terms. Constant memory in the update's size."""
 
-    def __init__(self, terms: Terms, parameter_count: int, agent_id: str) -> None:
+    def __init__(
+        self, terms: Terms, parameter_count: int, agent_id: str, processes: int = 1
+    ) -> None:
         self._terms = terms
         self._parameter_count = parameter_count
         self._agent_id = agent_id
+        self._processes = processes
         with _refusing():
             self._protection = crypto.protection(_NAMES[terms.encoding.protection])
 
@@ -82,7 +85,12 @@ class UpdateProtection:
         )
         with _refusing():
             encoder = self._protection.encoder(
-                context, place.slot, run_key, self._rounding(cohort.round), place.masks
+                context,
+                place.slot,
+                run_key,
+                self._rounding(cohort.round),
+                place.masks,
+                self._processes,
             )
             return write_artifact(path, encoder.encode(update.delta, update.samples))
 
@@ -107,7 +115,7 @@ class UpdateProtection:
             outcome.round, outcome.attempt, outcome.weight_cap, clip, outcome.cohort_digest
         )
         with _refusing(), path.open("rb", buffering=0) as file:
-            return self._protection.open_sum(context, run_key, outcome.slots, file)
+            return self._protection.open_sum(context, run_key, outcome.slots, file, self._processes)
 
     def write_opened(
         self, outcome: Outcome, clip: float, opened: crypto.OpenedSum, path: Path
