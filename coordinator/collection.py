@@ -5,7 +5,7 @@ sum is stored, and the masks follow from the members' messages.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
@@ -41,10 +41,14 @@ class Collection:
         self._one_by_one = asyncio.Lock()
         self._closed = False
 
-    async def add(self, upload: Upload, path: Path) -> bool:
-        """Bring one update after another into the sum; False for one that is in it already."""
+    async def add(self, upload: Upload, path: Path, place: Callable[[Upload], Path | None]) -> bool:
+        """Bring one update after another into the sum; False for one that is in it already.
+
+        `place` is asked again when it is the update's turn; it raises Refused for one that is not
+        wanted any more.
+        """
         async with self._one_by_one:
-            if self._closed or self.sum.path_for(upload) is None:
+            if self._closed or place(upload) is None:
                 return False
             await self.sum.add(upload, path)
             return True

@@ -307,7 +307,7 @@ class Execution:
         """Bring the update into the sum, if it is wanted still; a refused one is deleted."""
         collection = self._collection
         try:
-            if collection is None or not await collection.add(upload, path):
+            if collection is None or not await collection.add(upload, path, self.upload_path):
                 return
         except Refused:
             await asyncio.to_thread(path.unlink, missing_ok=True)

@@ -18,6 +18,7 @@ from fedloom.errors import Reason, refused_from_rpc
 from fedloom.plans import Plan
 from fedloom.terms import Encoding, LocalTraining, Protection, clip_of
 from fedloom.v1 import artifact_pb2, artifact_pb2_grpc, control_pb2, control_pb2_grpc
+from fedloom.version import PROTOCOL_VERSION
 from tests.integration.federation import PATIENCE_SECONDS
 
 Step = control_pb2.ConnectRequest
@@ -48,7 +49,7 @@ class RawControl:
     async def hello(self, identity: Identity, **fields: Any) -> None:
         """Introduce the agent properly, but for `fields`, and await the welcome."""
         hello: dict[str, Any] = {
-            "protocol_version": 1,
+            "protocol_version": PROTOCOL_VERSION,
             "protections": [control_pb2.PROTECTION_PLAIN, control_pb2.PROTECTION_ENCRYPTED],
             "exchange_key": identity.advertised_exchange_key(),
         }
@@ -59,6 +60,8 @@ class RawControl:
         """Return the next message, which must be this step."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             message = await self.call.read()
+            while _is_waiting(message) and step != "waiting":
+                message = await self.call.read()  # says only why nothing is asked
         assert isinstance(message, control_pb2.ConnectResponse), message
         assert message.WhichOneof("step") == step, message
         return message
@@ -68,6 +71,11 @@ class RawControl:
         while await self.call.read() is not grpc.aio.EOF:
             pass
         raise await end_of(self.call)
+
+
+def _is_waiting(message: object) -> bool:
+    is_step = isinstance(message, control_pb2.ConnectResponse)
+    return is_step and message.WhichOneof("step") == "waiting"
 
 
 @asynccontextmanager

@@ -9,6 +9,7 @@ import pytest
 from coordinator.run_state import Phase
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import control_pb2
+from fedloom.version import OLDEST_SERVED_PROTOCOL, PROTOCOL_VERSION
 from tests.integration.federation import Agent, Federation, until
 from tests.integration.raw import RawControl, raw_channel, refused
 
@@ -57,7 +58,7 @@ async def test_an_empty_stream_is_no_hello(control: RawControl) -> None:
 
 
 async def test_there_is_one_hello(admitted: RawControl) -> None:
-    await admitted.send(hello=control_pb2.Hello(protocol_version=1))
+    await admitted.send(hello=control_pb2.Hello(protocol_version=PROTOCOL_VERSION))
     async with refused(Reason.MALFORMED, "one hello"):
         await admitted.ended()
 
@@ -66,7 +67,8 @@ async def test_there_is_one_hello(admitted: RawControl) -> None:
 async def test_a_protocol_out_of_range_is_told_the_range(
     peer: Agent, control: RawControl, version: int
 ) -> None:
-    async with refused(Reason.PROTOCOL_UNSUPPORTED, f"1..1, found {version}"):
+    served = f"{OLDEST_SERVED_PROTOCOL}..{PROTOCOL_VERSION}"
+    async with refused(Reason.PROTOCOL_UNSUPPORTED, f"{served}, found {version}"):
         await control.send(hello=control_pb2.Hello(protocol_version=version))
         await control.ended()
 
@@ -83,7 +85,7 @@ async def test_a_protocol_out_of_range_is_told_the_range(
 async def test_an_exchange_key_has_its_sizes(
     control: RawControl, key: control_pb2.ExchangeKey
 ) -> None:
-    await control.send(hello=control_pb2.Hello(protocol_version=1, exchange_key=key))
+    await control.send(hello=control_pb2.Hello(protocol_version=PROTOCOL_VERSION, exchange_key=key))
     async with refused(Reason.MALFORMED, "X25519"):
         await control.ended()
 
@@ -189,8 +191,8 @@ async def test_only_the_asked_agent_hands_out_run_keys(
         )
     )
     invitation = (await admitted.receive("invitation")).invitation
-    assert invitation.envelope.sender_id == maker.name
-    envelopes = federation.store.envelopes(run_id, 1)
+    assert invitation.envelopes[-1].sender_id == maker.name
+    envelopes = federation.store.envelopes(run_id)[1]
     assert sorted(envelopes) == ["a-maker", "peer"]
     assert b"mine" not in b"".join(envelopes.values())
 

@@ -50,7 +50,7 @@ async def test_a_run_goes_on_after_the_coordinator_was_stopped(
     assert [record.round for record in records] == [1, 2, 3]
     if kind == "plain":
         assert np.array_equal(theta, mean_of_all(federation, agents, rounds=3))
-    makers = set(federation.store.envelopes(run_id, 1))
+    makers = set(federation.store.envelopes(run_id).get(1, {}))
     assert makers == ({agent.name for agent in agents} if kind != "plain" else set())
 
 

@@ -71,7 +71,7 @@ async def test_an_encrypted_run_of_processes_leaves_no_secret_behind(
         assert await server.wait() == 0, logs_of(logs)
     assert federation.run(run_id).phase is Phase.COMPLETED
 
-    envelope = control_pb2.KeyEnvelope.FromString(federation.store.envelopes(run_id, 1)["agent-0"])
+    envelope = control_pb2.KeyEnvelope.FromString(federation.store.envelopes(run_id)[1]["agent-0"])
     run_key = open_envelope(agents[0].identity, run_id, envelope)
     secrets = [run_key.secret, run_key.derive("bfv secret", run_id), token.secret]
     for agent in agents:
@@ -100,7 +100,7 @@ async def test_the_search_finds_a_planted_key(federation: Federation, form: int)
 
 async def test_the_search_finds_a_key_in_the_database(federation: Federation) -> None:
     secret = os.urandom(32)
-    federation.store.put_envelopes(bytes(16), 1, [("agent-0", b"around" + secret)])
+    federation.store.put_envelopes(bytes(16), 1, {"agent-0": b"around" + secret})
     found = places(secret, files_below(federation.home))
     assert found
     assert all(name.startswith("store.sqlite") for name in found)

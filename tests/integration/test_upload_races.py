@@ -136,7 +136,7 @@ async def test_an_agent_that_declines_while_its_update_waits_is_not_in_the_sum(
         await call.write(artifact_pb2.UploadArtifactRequest(part=update.content))
         assert isinstance(await call.read(), artifact_pb2.UploadArtifactResponse)
         spool = federation.home / "spool" / cohort.run_id.hex()
-        await until("the update to wait", lambda: list(spool.glob(f"{PEER}.*.update")))
+        await until("the update to wait", lambda: list(spool.rglob(f"{PEER}.*.update")))
         await decline(control, cohort)
         await until("the refusal", lambda: refusal_of(federation, cohort, peer))
         gate.open.set()

@@ -54,7 +54,7 @@ class Live:
 
     def spooled(self) -> list[Path]:
         """Return the files in which the coordinator keeps what the peer has sent."""
-        return list((self.federation.home / "spool" / self.run_id.hex()).glob(f"{self.slot}.*"))
+        return list((self.federation.home / "spool" / self.run_id.hex()).rglob(f"{self.slot}.*.*"))
 
     async def completes(self) -> None:
         """The run completes for everybody."""
