@@ -261,7 +261,8 @@ def _print(figures: Figures, as_json: bool) -> None:
         return
     f = figures
     print(
-        f"{f.case:9} {f.agents:6} agents  RSS {f.rss_mb:7.1f} MB ({f.rss_per_agent_kb:6.1f} kB each)  "
+        f"{f.case:9} {f.agents:6} agents  "
+        f"RSS {f.rss_mb:7.1f} MB ({f.rss_per_agent_kb:6.1f} kB each)  "
         f"CPU {f.cpu_seconds:7.2f} s  round {f.seconds_per_round:7.2f} s  "
         f"control p50 {f.control_p50_ms:6.1f} ms  p99 {f.control_p99_ms:6.1f} ms",
         flush=True,

@@ -16,7 +16,7 @@ from coordinator.published import Published
 from coordinator.round_sum import RoundSum, Upload
 from coordinator.run_state import RunState
 from coordinator.store import RoundRecord
-from fedloom.errors import Refused
+from fedloom.errors import Reason, Refused
 from fedloom.terms import Protection
 
 _log = structlog.get_logger()
@@ -48,8 +48,10 @@ class Collection:
         wanted any more.
         """
         async with self._one_by_one:
-            if self._closed or place(upload) is None:
+            if place(upload) is None:
                 return False
+            if self._closed:
+                raise Refused(Reason.WRONG_ROUND, "expected an update before the sum was closed")
             await self.sum.add(upload, path)
             return True
 

@@ -6,12 +6,13 @@ file. Nothing is synced to the platter: after a power cut a file that is not wha
 fetched again, because its name is its digest.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 from fedloom.errors import Reason, Refused
 
@@ -73,7 +74,7 @@ class PartialFile:
         self._digest = hashlib.sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._file: BinaryIO = os.fdopen(descriptor, "r+b")
+        self._file = os.fdopen(descriptor, "r+b", buffering=0)  # what was sent is here if we die
         self.size_bytes = os.fstat(descriptor).st_size
         if self.size_bytes > expected.size_bytes:  # not ours: a part is never written past it
             self._file.truncate(0)
@@ -102,7 +103,8 @@ class PartialFile:
                 f"expected a part of 1..{min(PART_BYTES, room)} bytes at offset {self.size_bytes} "
                 f"of {self._expected.size_bytes}, found {len(part)}",
             )
-        self._file.write(part)
+        if self._file.write(part) != len(part):
+            raise OSError(errno.ENOSPC, "the part was not written whole", str(self._path))
         self._digest.update(part)
         self.size_bytes += len(part)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from fedloom.plans import Plan
 from fedloom.terms import Encoding, LocalTraining, Protection, clip_of
 from fedloom.v1 import artifact_pb2, artifact_pb2_grpc, control_pb2, control_pb2_grpc
 from fedloom.version import PROTOCOL_VERSION
-from tests.integration.federation import PATIENCE_SECONDS
+from tests.integration.federation import PATIENCE_SECONDS, until
 
 Step = control_pb2.ConnectRequest
 
@@ -141,9 +141,11 @@ async def upload(
     channel: grpc.aio.Channel,
     header: artifact_pb2.UploadHeader,
     parts: Iterable[bytes],
-    cut: bool = False,
+    cut_when: Callable[[], bool] | None = None,
 ) -> int:
-    """Send an upload and return the offset that the coordinator asked for; `cut` breaks it off.
+    """Send an upload and return the offset that the coordinator asked for.
+
+    `cut_when` breaks it off, without a word, once it is true.
 
     What lies before that offset is left out, as an agent that resumes does.
     """
@@ -161,7 +163,8 @@ async def upload(
                 await call.write(artifact_pb2.UploadArtifactRequest(part=rest))
         except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
             break  # refused already: the end of the call says why
-    if cut:
+    if cut_when is not None:
+        await until("the moment of the cut", cut_when)
         call.cancel()
         return answer.resume_from
     await call.done_writing()
