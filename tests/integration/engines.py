@@ -1,6 +1,7 @@
 """Engines that do not train: their updates are drawn, slow, late or wrong, as a test asks."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ class FakeEngine:
         self.refusal: Refused | None = None  # raised instead of training
         self.evaluation_gate: Gate | None = None  # holds evaluations until it is open
         self.evaluation: Evaluation | None = Evaluation(count=10, correct=7, mean_loss=0.5)
+        self.seconds = 0.0  # that a training takes, and an evaluation
         self._spoil = spoil or (lambda update: update)
 
     def train(
@@ -64,6 +66,7 @@ class FakeEngine:
         if self.refusal is not None:
             raise self.refusal
         progress(0.5)
+        time.sleep(self.seconds)
         while not self.may_finish.wait(0.01):
             progress(0.5)
         levels = np.random.default_rng(order_seed).integers(-_STEPS, _STEPS + 1, len(theta))
@@ -74,6 +77,7 @@ class FakeEngine:
 
     def evaluate(self, theta: Theta) -> Evaluation | None:
         """Return the prepared quality."""
+        time.sleep(self.seconds)
         if self.evaluation_gate is not None:
             self.evaluation_gate.wait()
         return self.evaluation
