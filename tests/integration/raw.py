@@ -18,6 +18,7 @@ from fedloom.errors import Reason, refused_from_rpc
 from fedloom.plans import Plan
 from fedloom.terms import Encoding, LocalTraining, Protection, clip_of
 from fedloom.v1 import artifact_pb2, artifact_pb2_grpc, control_pb2, control_pb2_grpc
+from fedloom.version import PROTOCOL_VERSION
 from tests.integration.federation import PATIENCE_SECONDS
 
 Step = control_pb2.ConnectRequest
@@ -48,7 +49,7 @@ class RawControl:
     async def hello(self, identity: Identity, **fields: Any) -> None:
         """Introduce the agent properly, but for `fields`, and await the welcome."""
         hello: dict[str, Any] = {
-            "protocol_version": 1,
+            "protocol_version": PROTOCOL_VERSION,
             "protections": [control_pb2.PROTECTION_PLAIN, control_pb2.PROTECTION_ENCRYPTED],
             "exchange_key": identity.advertised_exchange_key(),
         }
@@ -56,11 +57,14 @@ class RawControl:
         await self.receive("welcome")
 
     async def receive(self, step: str) -> control_pb2.ConnectResponse:
-        """Return the next message, which must be this step."""
+        """Return the next message, which must be this step; causes to wait are passed over."""
+        found: str | None = "waiting"
         async with asyncio.timeout(PATIENCE_SECONDS):
-            message = await self.call.read()
-        assert isinstance(message, control_pb2.ConnectResponse), message
-        assert message.WhichOneof("step") == step, message
+            while found == "waiting":
+                message = await self.call.read()
+                assert isinstance(message, control_pb2.ConnectResponse), message
+                found = message.WhichOneof("step")
+        assert found == step, message
         return message
 
     async def ended(self) -> None:

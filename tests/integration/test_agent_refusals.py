@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import crypto
+from coordinator import announcements
 from coordinator.published import Published
 from coordinator.round_sum import RoundSum
 from coordinator.run_state import Phase
-from coordinator.store import Store
 from edge_agent.engine import LocalUpdate
 from edge_agent.identity import Identity
 from fedloom.artifacts import ArtifactReference
@@ -183,18 +183,19 @@ async def test_a_run_key_from_outside_the_federation(
     await other.start()
     foreign = (await other.enrol("agent-0")).identity
     agents = await federation.enrol_all()
-    put = Store.put_envelopes
+    devices = {agent.name: agent.identity for agent in agents}
+    invite = announcements.invitation
 
-    def replaced(
-        self: Store, run_id: bytes, key_id: int, envelopes: list[tuple[str, bytes]]
-    ) -> None:
-        devices = {agent.name: agent.identity for agent in agents}
-        forged = [
-            (name, forged_envelope(foreign, devices[name], run_id, key_id)) for name, _ in envelopes
-        ]
-        put(self, run_id, key_id, forged)
+    def forged(*arguments: Any) -> control_pb2.ConnectResponse:
+        message = invite(*arguments)
+        for envelope in message.invitation.envelopes:
+            recipient = devices[envelope.recipient_id]
+            envelope.ParseFromString(
+                forged_envelope(foreign, recipient, message.invitation.run_id, envelope.key_id)
+            )
+        return message
 
-    monkeypatch.setattr(Store, "put_envelopes", replaced)
+    monkeypatch.setattr(announcements, "invitation", forged)
     run_id = await begin(federation, agents, "encrypted", minimum=3)
     await fails(federation, run_id, agents, Reason.QUORUM_NOT_REACHED)
     assert set(refusals(federation, run_id).values()) == {Reason.KEY_UNAVAILABLE}
@@ -228,7 +229,7 @@ async def test_a_recipient_whose_key_does_not_verify_gets_no_run_key(
         await control.hello(mallory.identity, exchange_key=key)
         run_id = await begin(federation, agents, "encrypted", minimum=3)
         await completes_without(federation, run_id, mallory, agents)
-        assert sorted(federation.store.envelopes(run_id, 1)) == [a.name for a in agents]
+        assert sorted(federation.store.envelopes(run_id)[1]) == [a.name for a in agents]
         assert (await control.receive("finished")).finished.run_id == run_id
 
 
