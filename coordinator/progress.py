@@ -17,7 +17,7 @@ from coordinator.config import parse_run_config
 from coordinator.run_state import Phase
 from coordinator.store import RunRecord, Store
 from fedloom.privacy import PrivacyTerms, privacy_statement
-from fedloom.terms import Protection, Release
+from fedloom.terms import Protection
 
 POLL_SECONDS = 0.5
 
@@ -74,7 +74,7 @@ def read_progress(store: Store, record: RunRecord) -> RunProgress:
     run_id = record.run_id
     config = parse_run_config(tomllib.loads(record.config), Path(record.name))
     protection = config.encoding.protection
-    privacy = privacy_statement(PrivacyTerms(protection, Release.AGENTS, config.cohort.minimum))
+    privacy = privacy_statement(PrivacyTerms(protection, config.release, config.cohort.minimum))
     finished = {row.round: row for row in store.rounds(run_id) if row.seconds}
     reports: dict[int, list[dict[str, Any]]] = {}
     for report in store.reports(run_id):

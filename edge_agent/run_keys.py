@@ -66,25 +66,31 @@ class RunKeys:
                 f"expected run key {self._newest_given} or a newer one, found {newest}: agents "
                 "that were removed may hold it",
             )
+        self._require_refused_below(MAX_REFUSED_SUMS, newest)
         return self.to_open(newest)
 
     def to_open(self, key_id: int) -> RunKey:
-        """Return the key of a round; raises Refused(KEY_UNAVAILABLE, KEY_SPENT).
+        """Return the key of a finished round; raises Refused(KEY_UNAVAILABLE, KEY_SPENT).
 
-        Each refused sum tells its maker up to one bit about the key (crypto/README.md): after
-        MAX_REFUSED_SUMS this device neither encodes nor opens under it.
+        Each refused sum tells its maker up to one bit about the key (crypto/README.md). After
+        MAX_REFUSED_SUMS nothing is encoded under it any more; what others finished under it can
+        still be caught up with, until as many again were refused.
         """
-        if self._refused_sums.get(key_id, 0) >= MAX_REFUSED_SUMS:
-            raise Refused(
-                Reason.KEY_SPENT,
-                f"expected a run key that has refused fewer than {MAX_REFUSED_SUMS} sums, "
-                f"found key {key_id}",
-            )
+        self._require_refused_below(2 * MAX_REFUSED_SUMS, key_id)
         if key_id not in self._keys:
             raise Refused(
                 Reason.KEY_UNAVAILABLE, f"expected run key {key_id}, found {sorted(self._keys)}"
             )
         return self._keys[key_id]
+
+    def _require_refused_below(self, limit: int, key_id: int) -> None:
+        refused = self._refused_sums.get(key_id, 0)
+        if refused >= limit:
+            raise Refused(
+                Reason.KEY_SPENT,
+                f"expected a run key that has refused fewer than {limit} sums, "
+                f"found key {key_id}, which has refused {refused}",
+            )
 
     def count_refused_sum(self, key_id: int) -> None:
         """Remember, before anyone is told, that this key refused a sum once more."""

@@ -46,6 +46,43 @@ def test_the_largest_floats_do_not_overflow(plain):
     np.testing.assert_array_equal(opened.mean, update)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    weights=st.lists(st.integers(1, 1000), min_size=1, max_size=5),
+    count=st.sampled_from([1, 3, 32767, 32768, 32769]),
+)
+def test_an_opened_sum_is_encoded_as_its_accumulator_would(seed, weights, count):
+    context = UpdateContext(bytes(16), 3, 2, count, 5, 1000, clip=1.0)
+    total = plain_protection.accumulator(context)
+    rng = np.random.default_rng(seed)
+    for member, weight in enumerate(weights):
+        update = rng.standard_normal(count).astype(np.float32)
+        encoder = plain_protection.encoder(context, member, None, rng)
+        total.add(member, io.BytesIO(b"".join(encoder.encode(update, weight))))
+    encoded = b"".join(total.result())
+    opened = plain_protection.open_sum(context, None, total.members, io.BytesIO(encoded))
+    again = plain_protection.encoded_sum(context, opened.count, opened.total_weight, opened.mean)
+    assert b"".join(again) == encoded
+
+
+def test_what_another_protection_opened_reads_the_same_in_plain(bench, plain, random_update):
+    context = bench.context()
+    opened = bench.through(context, [random_update() for _ in range(3)], [5, 60, 100])
+    parts = plain_protection.encoded_sum(context, opened.count, opened.total_weight, opened.mean)
+    again = plain.open(plain.context(), (0, 1, 2), b"".join(parts))
+    np.testing.assert_array_equal(again.mean, opened.mean)
+    assert (again.total_weight, again.count) == (opened.total_weight, opened.count)
+
+
+def test_an_opened_sum_is_encoded_at_constant_memory(plain):
+    context = plain.context(parameter_count=300_000)
+    mean = np.ones(300_000, np.float32)
+    sizes = [len(part) for part in plain_protection.encoded_sum(context, 1, 1, mean)]
+    assert sum(sizes) == BODY + 4 * 300_000
+    assert max(sizes) <= 1 << 17
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 4999])
 def test_an_upload_with_a_value_that_is_not_finite_changes_nothing(

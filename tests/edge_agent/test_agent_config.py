@@ -1,11 +1,70 @@
-"""`agent.toml`: what its numbers may be."""
+"""`agent.toml`: what is written is read again; what is wrong is named."""
 
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from edge_agent.config import CONFIG_FILE, load_agent_config
+from edge_agent.config import CONFIG_FILE, AgentConfig, load_agent_config, write_agent_config
+from edge_agent.data import DataSource
 from fedloom.errors import ConfigError
+from fedloom.terms import Protection, Release
+
+_names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20)
+_sources = st.builds(
+    DataSource,
+    path=_names.map(lambda name: Path("/data") / name.replace("/", "-")),
+    text=_names,
+    label=_names,
+)
+
+
+@given(
+    data=_sources,
+    held_out=st.none() | _sources,
+    minimum=st.sampled_from(Protection),
+    release=st.sampled_from(Release),
+    threads=st.integers(0, 1024),
+)
+def test_what_is_written_is_read_again(
+    tmp_path_factory: pytest.TempPathFactory,
+    data: DataSource,
+    held_out: DataSource | None,
+    minimum: Protection,
+    release: Release,
+    threads: int,
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    config = AgentConfig(data, held_out, minimum, release, threads)
+    write_agent_config(home, config)
+    assert load_agent_config(home) == config
+
+
+def test_an_owner_who_says_nothing_permits_the_least(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_text('[data]\npath = "train.csv"\n')
+    config = load_agent_config(tmp_path)
+    assert config.minimum_protection is Protection.SEALED
+    assert config.permitted_release is Release.AGENTS
+
+
+@pytest.mark.parametrize(
+    ("lines", "where"),
+    [
+        ('[policy]\nrelease = "everybody"', "policy.release"),
+        ("[policy]\nrelease = 2", "policy.release"),
+        ('[policy]\nrelease = ["agents"]', "policy.release"),
+        ('[policy]\nminimum_protection = "none"', "policy.minimum_protection"),
+        ('[policy]\nreleases = "agents"', "policy.releases"),
+        ("[engine]\nthreads = -1", "engine.threads"),
+        ("[unknown]", "[unknown]"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, lines: str, where: str) -> None:
+    (tmp_path / CONFIG_FILE).write_text(f'[data]\npath = "train.csv"\n{lines}\n')
+    with pytest.raises(ConfigError, match=r"expected") as wrong:
+        load_agent_config(tmp_path)
+    assert where in wrong.value.problem
 
 
 def write(home: Path, engine: str) -> Path:

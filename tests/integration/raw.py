@@ -57,13 +57,14 @@ class RawControl:
         await self.receive("welcome")
 
     async def receive(self, step: str) -> control_pb2.ConnectResponse:
-        """Return the next message, which must be this step."""
+        """Return the next message, which must be this step; causes to wait are passed over."""
+        found: str | None = "waiting"
         async with asyncio.timeout(PATIENCE_SECONDS):
-            message = await self.call.read()
-            while _is_waiting(message) and step != "waiting":
-                message = await self.call.read()  # says only why nothing is asked
-        assert isinstance(message, control_pb2.ConnectResponse), message
-        assert message.WhichOneof("step") == step, message
+            while found == "waiting":
+                message = await self.call.read()
+                assert isinstance(message, control_pb2.ConnectResponse), message
+                found = message.WhichOneof("step")
+        assert found == step, message
         return message
 
     async def ended(self) -> None:
@@ -71,11 +72,6 @@ class RawControl:
         while await self.call.read() is not grpc.aio.EOF:
             pass
         raise await end_of(self.call)
-
-
-def _is_waiting(message: object) -> bool:
-    is_step = isinstance(message, control_pb2.ConnectResponse)
-    return is_step and message.WhichOneof("step") == "waiting"
 
 
 @asynccontextmanager

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import crypto
-from coordinator.correspondence import Correspondence
+from coordinator import announcements
 from coordinator.published import Published
 from coordinator.round_sum import RoundSum
-from coordinator.run_keys import Grant
 from coordinator.run_state import Phase
 from edge_agent.engine import LocalUpdate
 from edge_agent.identity import Identity
@@ -184,18 +183,19 @@ async def test_a_run_key_from_outside_the_federation(
     await other.start()
     foreign = (await other.enrol("agent-0")).identity
     agents = await federation.enrol_all()
-    keep = Correspondence.keep_envelopes
+    devices = {agent.name: agent.identity for agent in agents}
+    invite = announcements.invitation
 
-    def replaced(self: Correspondence, grant: Grant, envelopes: dict[str, bytes]) -> None:
-        devices = {agent.name: agent.identity for agent in agents}
-        run_id = self._record.run_id
-        forged = {
-            name: forged_envelope(foreign, devices[name], run_id, grant.key_id)
-            for name in envelopes
-        }
-        keep(self, grant, forged)
+    def forged(*arguments: Any) -> control_pb2.ConnectResponse:
+        message = invite(*arguments)
+        for envelope in message.invitation.envelopes:
+            recipient = devices[envelope.recipient_id]
+            envelope.ParseFromString(
+                forged_envelope(foreign, recipient, message.invitation.run_id, envelope.key_id)
+            )
+        return message
 
-    monkeypatch.setattr(Correspondence, "keep_envelopes", replaced)
+    monkeypatch.setattr(announcements, "invitation", forged)
     run_id = await begin(federation, agents, "encrypted", minimum=3)
     await fails(federation, run_id, agents, Reason.QUORUM_NOT_REACHED)
     assert set(refusals(federation, run_id).values()) == {Reason.KEY_UNAVAILABLE}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import crypto
+from crypto.cohort import MAX_REFUSED_SUMS
 from edge_agent.status import STATUS_FILE
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused, refusal_details
@@ -302,33 +303,40 @@ async def test_keys_come_in_ascending_order(rounds: Rounds, numbers: list[int]) 
     assert await rounds.rogue.hear_refusal() is Reason.MALFORMED
 
 
+def tampered(rounds: Rounds, summed: Sum, place: int) -> control_pb2.Result:
+    """Announce a sum that is not that of its updates."""
+    content = bytearray(summed.content)
+    content[55 + 4 * place] ^= 0x80  # bit 35 of a residue: far above the noise
+    reference = rounds.rogue.serve(bytes(content))
+    outcome = control_pb2.RoundOutcome(**summed.fields, sum=reference, key_id=1)
+    return control_pb2.Result(run_id=RUN, outcome=outcome)
+
+
 async def test_a_spent_key_is_declined_and_the_next_one_taken(rounds: Rounds) -> None:
     await rounds.ready(1)
     summed = await rounds.collect(1)
     rogue = rounds.rogue
-    for place in range(crypto.cohort.MAX_REFUSED_SUMS):
+    for place in range(MAX_REFUSED_SUMS):
         if place == 3:
             await rounds.restart()
-        content = bytearray(summed.content)
-        content[55 + 4 * place] ^= 0x80  # bit 35 of a residue: far above the noise
-        outcome = control_pb2.RoundOutcome(
-            **summed.fields, sum=rogue.serve(bytes(content)), key_id=1
-        )
-        rogue.say(result=control_pb2.Result(run_id=RUN, outcome=outcome))
+        rogue.say(result=tampered(rounds, summed, place))
         assert await rogue.hear_refusal() is Reason.SUM_NOT_VERIFIED
     rounds.invite(2)
     assert await rogue.hear_refusal("key 1") is Reason.KEY_SPENT
-    rogue.say(
-        result=control_pb2.Result(
-            run_id=RUN,
-            outcome=control_pb2.RoundOutcome(
-                **summed.fields, sum=rogue.serve(summed.content), key_id=1
-            ),
-        )
-    )
-    assert await rogue.hear_refusal() is Reason.KEY_SPENT
-    rounds.keys = [2]
+    assert rounds.agent.engine.begun == 1
+    await rounds.applied(rounds.close(summed))  # what others can open, it still catches up with
+    rounds.keys = [1, 2]
     await rounds.whole(2)
+
+
+async def test_a_key_answers_no_more_than_a_bounded_number_of_wrong_sums(rounds: Rounds) -> None:
+    await rounds.ready(1)
+    summed = await rounds.collect(1)
+    for place in range(2 * MAX_REFUSED_SUMS):
+        rounds.rogue.say(result=tampered(rounds, summed, place))
+        assert await rounds.rogue.hear_refusal() is Reason.SUM_NOT_VERIFIED
+    rounds.rogue.say(result=control_pb2.Result(run_id=RUN, outcome=rounds.close(summed)))
+    assert await rounds.rogue.hear_refusal("key 1") is Reason.KEY_SPENT
 
 
 async def test_a_key_does_not_come_back_under_another_number(rounds: Rounds) -> None:

@@ -9,8 +9,9 @@ import pytest
 from coordinator.run_state import Phase
 from crypto import cohort
 from crypto.cohort import MAX_REFUSED_SUMS
+from edge_agent.contribution import Contribution
 from edge_agent.participation import Participation
-from edge_agent.run_keys import count_refused_sum, require_fresh_key
+from edge_agent.run_keys import RunKeys
 from fedloom.errors import Reason
 from fedloom.v1 import control_pb2
 from tests.integration.federation import Agent, Federation, until
@@ -105,17 +106,17 @@ async def test_a_member_that_says_what_it_may_not_harms_nobody(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agents = await federation.enrol_all(FOUR)
-    original = Participation._send_mask_step
+    original = Contribution._send_mask_step
 
-    def chatty(self: Participation, message: bytes) -> None:
-        if self._device.identity.agent_id == agents[3].name:
+    def chatty(self: Contribution, round_number: int, message: bytes) -> None:
+        if self._here.agent_id == agents[3].name:
             stated = cohort.decode(message)
             foreign = stated.encode()[:28] + b"\0\0" + stated.encode()[30:]  # another's slot
             for wrong in (b"", b"garbage", message[:-1], message + b"\0", foreign):
-                original(self, wrong)
-        original(self, message)
+                original(self, round_number, wrong)
+        original(self, round_number, message)
 
-    monkeypatch.setattr(Participation, "_send_mask_step", chatty)
+    monkeypatch.setattr(Contribution, "_send_mask_step", chatty)
     run_id = federation.start_run("sealed", rounds=2)
     await complete(federation, run_id, agents)
 
@@ -135,28 +136,15 @@ async def test_what_a_member_promised_is_kept_where_only_its_owner_reads(
         assert stat.S_IMODE((agent.home / "identity.key").stat().st_mode) == 0o600
 
 
-async def test_an_agent_whose_run_key_refused_eight_sums_takes_no_further_part(
-    federation: Federation,
-) -> None:
+async def test_a_spent_run_key_is_replaced_and_the_run_goes_on(federation: Federation) -> None:
     agents = await federation.enrol_all(FOUR)
-    agents[0].engine.pauses_at = 1
     run_id = federation.start_run("sealed", rounds=2)
     spent = agents[3].home / "runs" / run_id.hex()
     spent.mkdir(parents=True)
+    keys = RunKeys(spent, agents[3].identity, run_id)
     for _ in range(MAX_REFUSED_SUMS):
-        require_fresh_key(spent)
-        count_refused_sum(spent)
-    for agent in agents[:3]:
-        agent.start()
-    await until("round 1", lambda: agents[0].engine.begun == 1)
-    agents[3].start()
-    await federation.connected(agents)
-    agents[0].engine.may_finish.set()
-    for agent in agents[:3]:
-        assert (await agent.finished()).outcome == control_pb2.RUN_OUTCOME_COMPLETED
-    assert all(len(record.slots) == 3 for record in federation.store.rounds(run_id))
-    assert Reason.KEY_UNAVAILABLE.value in {
-        report["refusal"]
-        for report in federation.store.reports(run_id)
-        if report["agent_id"] == agents[3].name
-    }
+        keys.count_refused_sum(1)
+    await complete(federation, run_id, agents)
+    records = federation.store.rounds(run_id)
+    assert len(records[-1].slots) == 4
+    assert records[-1].key_id == 2

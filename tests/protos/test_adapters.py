@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.adapters import adapter_header, read_adapter, write_adapter
+from fedloom.adapters import (
+    adapter_header,
+    read_adapter,
+    read_annotated_adapter,
+    write_adapter,
+)
 from fedloom.errors import Reason, Refused
 from fedloom.plans import TrainableTensor
 
@@ -87,3 +92,37 @@ def test_a_truncated_or_foreign_file_is_malformed(tmp_path: Path, content: bytes
     with pytest.raises(Refused, match=path.name) as caught:
         read_adapter(path, LAYOUT)
     assert caught.value.reason is Reason.MALFORMED
+
+
+_notes = st.dictionaries(st.text(max_size=20), st.text(max_size=60), min_size=1, max_size=5)
+
+
+@given(_theta, _notes)
+def test_notes_travel_with_theta(
+    tmp_path_factory: pytest.TempPathFactory, theta: np.ndarray, notes: dict[str, str]
+) -> None:
+    path = tmp_path_factory.mktemp("adapter") / "state.safetensors"
+    write_adapter(path, LAYOUT, theta, notes)
+    found, noted = read_annotated_adapter(path, LAYOUT)
+    assert (found.tobytes(), noted) == (theta.tobytes(), notes)
+    with pytest.raises(Refused):  # what an ONNX graph takes theta from has none
+        read_adapter(path, LAYOUT)
+
+
+def test_the_safetensors_library_reads_an_annotated_adapter(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors", reason="safetensors is in `plan`")
+    path = tmp_path / "state.safetensors"
+    write_adapter(path, LAYOUT, np.arange(SIZE, dtype=np.float32), {"round": "7"})
+    with safetensors.safe_open(path, "numpy") as found:
+        assert found.metadata() == {"round": "7"}
+        assert set(found.keys()) == {tensor.name for tensor in LAYOUT}
+
+
+@pytest.mark.parametrize("notes", [b"", b"[]", b"{}", b'{"__metadata__":[]}', b"\xff", b"{" * 99])
+def test_an_adapter_whose_notes_are_not_ours_is_refused(tmp_path: Path, notes: bytes) -> None:
+    path = tmp_path / "state.safetensors"
+    for length in (len(notes), 1 << 63):
+        path.write_bytes(length.to_bytes(8, "little") + notes + bytes(4 * SIZE))
+        with pytest.raises(Refused) as refused:
+            read_annotated_adapter(path, LAYOUT)
+        assert refused.value.reason is Reason.MALFORMED
