@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from crypto import Correction, Mask, RunKey, UpdateContext, masked, plain
+from crypto import Correction, Mask, ProtectionName, RunKey, UpdateContext, protection
 from fedloom.strategies import ServerState, federated_averaging
 
 KEY = RunKey(bytes(range(32)))
@@ -110,68 +111,84 @@ def test_a_step_leaves_no_number_that_could_be_flushed(theta, updates, rate):
 # sums
 
 
-def context_of(seed: int, cohort: bytes, clip: float) -> UpdateContext:
-    weight_cap = (1, 100, 1 << 20)[seed % 3]
-    bits = (16, 8)[seed % 2]
-    return UpdateContext(bytes(range(16)), seed, 1, P, 4, weight_cap, clip, bits, cohort)
+@dataclass(frozen=True)
+class Sum:
+    """The encoded sum of two updates: what a coordinator does is done once, for all agents."""
+
+    protection: ProtectionName
+    context: UpdateContext
+    encoded: bytes
+
+    def opened(self) -> np.ndarray:
+        key, source = self.key, io.BytesIO(self.encoded)
+        return protection(self.protection).open_sum(self.context, key, (0, 1), source).mean
+
+    @property
+    def key(self) -> RunKey | None:
+        return None if self.protection == "plain" else KEY
 
 
-def sum_of(seed: int, protection: str, clip: float) -> tuple[UpdateContext, bytes]:
-    """Return a sum of two updates; what a coordinator does is done once, for all agents."""
-    rng = np.random.default_rng(seed)
-    context = context_of(seed, bytes(32) if protection == "masked" else b"", clip)
-    module, key = (plain, None) if protection == "plain" else (masked, KEY)
-    total, masks = module.accumulator(context), None
+def sum_of(seed: int, name: ProtectionName, clip: float) -> Sum:
+    rng, own = np.random.default_rng(seed), [Mask(bytes([member]) * 32) for member in range(2)]
+    masked = name in ("masked", "sealed")
+    weight_cap, bits = (1, 100, 1 << 20)[seed % 3], (16, 8)[seed % 2]
+    cohort = bytes(32) if masked else b""
+    context = UpdateContext(bytes(range(16)), seed, 1, P, 4, weight_cap, clip, bits, cohort)
+    total, key = protection(name).accumulator(context), Sum(name, context, b"").key
     for member in range(2):
         update = (rng.standard_normal(P) * clip / 3).astype(np.float32)
         update[: P // 4] *= np.float32(2.0**-100)  # in `plain`, with a small clip: subnormal
-        masks = None if key is None else [Mask(bytes([member]) * 32)]
-        encoder = module.encoder(context, member, key, rng, masks)
+        masks = own[member : member + 1] if masked else None
+        encoder = protection(name).encoder(context, member, key, rng, masks)
         total.add(member, io.BytesIO(b"".join(encoder.encode(update, 1))))
-    left = None if key is None else Correction((Mask(bytes(32)), Mask(b"\1" * 32)))
-    return context, b"".join(total.result(left))
+    correction = Correction(tuple(own)) if masked else None
+    return Sum(name, context, b"".join(total.result(correction)))
 
 
-def opened(context: UpdateContext, encoded: bytes) -> np.ndarray:
-    source = io.BytesIO(encoded)
-    if context.cohort:
-        return masked.open_sum(context, KEY, (0, 1), source).mean
-    return plain.open_sum(context, None, (0, 1), source).mean
-
-
-def agents_theta(seed: int, sums: list[tuple[UpdateContext, bytes]]) -> bytes:
-    """Apply sums as an agent does."""
-    theta = np.random.default_rng(seed).normal(0, 0.1, P).astype(np.float32)
+def agents_theta(summed: Sum) -> bytes:
+    """Open and apply a sum as an agent does."""
+    theta = np.random.default_rng(0).normal(0, 0.1, P).astype(np.float32)
     theta[::7] = 0
-    return applied(theta, [opened(*summed) for summed in sums], 0.3)
+    return applied(theta, [summed.opened()], 0.3)
 
 
-CASES = [(0, "plain", 1e-8), (1, "plain", 0.5), (2, "masked", 0.5), (3, "masked", 1e-19)]
+CASES: list[tuple[int, ProtectionName, float]] = [
+    (0, "plain", 1e-8),
+    (1, "plain", 0.5),
+    (2, "masked", 0.5),
+    (3, "masked", 1e-19),
+    (4, "sealed", 0.5),
+    (5, "sealed", 1e-19),
+]
 
 
 @pytest.mark.parametrize("mode", MODE_NAMES)
 @pytest.mark.parametrize("case", CASES)
 def test_opened_and_applied_sums_do_not_depend_on_flushing(mode, case):
-    sums = [sum_of(*case)]
-    expected, mean = agents_theta(0, sums), opened(*sums[0]).tobytes()
+    summed = sum_of(*case)
+    expected, mean = agents_theta(summed), summed.opened().tobytes()
     with flushing(mode):
-        assert opened(*sums[0]).tobytes() == mean
-        assert agents_theta(0, sums) == expected
+        assert summed.opened().tobytes() == mean
+        assert agents_theta(summed) == expected
 
 
 def test_the_cases_have_numbers_that_could_be_flushed():
     """Else the tests above could not fail."""
-    smallest = [np.abs(opened(*sum_of(*case))) for case in CASES]
-    assert any(((mean > 0) & (mean < SMALLEST_NORMAL)).any() for mean in smallest)
+    sizes = np.abs([sum_of(*case).opened() for case in CASES])
+    assert ((sizes > 0) & (sizes < SMALLEST_NORMAL)).any()
+
+
+def digest_of_cases() -> str:
+    """Ciphertexts differ each time: what is opened and applied does not."""
+    digest = hashlib.sha256()
+    for case in CASES:
+        digest.update(agents_theta(sum_of(*case)))
+    return digest.hexdigest()
 
 
 PROGRAM = """
-import hashlib, sys
-from tests.crypto import test_equal_bits as here
-digest = hashlib.sha256()
-for seed, *case in here.CASES:
-    digest.update(here.agents_theta(seed, [here.sum_of(seed, *case)]))
-print(digest.hexdigest())
+from tests.crypto import test_equal_bits
+print(test_equal_bits.digest_of_cases())
 """
 
 
@@ -195,9 +212,6 @@ def dispatched() -> list[str]:
     ids=lambda changes: " ".join(f"{name}={value}" for name, value in changes.items()) or "as is",
 )
 def test_another_process_on_other_instructions_ends_with_the_same_bits(changes):
-    expected = hashlib.sha256()
-    for seed, *case in CASES:
-        expected.update(agents_theta(seed, [sum_of(seed, *case)]))
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), *sys.path])
     done = subprocess.run(
@@ -207,7 +221,7 @@ def test_another_process_on_other_instructions_ends_with_the_same_bits(changes):
         text=True,
         check=True,
     )
-    assert done.stdout.split() == [expected.hexdigest()]
+    assert done.stdout.split() == [digest_of_cases()]
 
 
 # places and pieces
@@ -215,8 +229,7 @@ def test_another_process_on_other_instructions_ends_with_the_same_bits(changes):
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 5, 8, 15])
 def test_where_arrays_lie_does_not_show(start):
-    context, encoded = sum_of(*CASES[0])
-    mean = opened(context, encoded)
+    mean = sum_of(*CASES[0]).opened()
     theta = np.random.default_rng(0).normal(0, 0.1, P).astype(np.float32)
     rule = federated_averaging(0.3)
     expected = rule.apply(ServerState(theta), mean.copy()).theta.tobytes()
@@ -231,8 +244,7 @@ def test_where_arrays_lie_does_not_show(start):
 
 @pytest.mark.parametrize("size", [1, 7, 4096, 16_384, 19_999])
 def test_pieces_make_the_same_whole(size):
-    context, encoded = sum_of(*CASES[0])
-    mean = opened(context, encoded)[: min(P, 200 * size)]
+    mean = sum_of(*CASES[0]).opened()[: min(P, 200 * size)]
     theta = np.random.default_rng(0).normal(0, 0.1, len(mean)).astype(np.float32)
     rule = federated_averaging(0.3)
     whole = rule.apply(ServerState(theta), mean.copy()).theta
