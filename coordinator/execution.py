@@ -50,7 +50,7 @@ from coordinator.masking import Candidate, Masking, known_candidate, read_candid
 from coordinator.published import Published
 from coordinator.reports import RoundReports
 from coordinator.returned_sum import ReturnedSum
-from coordinator.round_sum import Upload, UploadKind
+from coordinator.round_sum import Upload, UploadKind, load_protection
 from coordinator.rounds import handle
 from coordinator.run_state import Phase, RunState, Wish
 from coordinator.sessions import Sessions
@@ -105,6 +105,7 @@ class Execution:
 
     async def restore(self) -> None:
         """Go where the journal leaves the run; nobody is told anything yet."""
+        await asyncio.to_thread(load_protection, self.config.encoding.protection)
         if self._replay():
             self._log.info("run resumed", round=self.state.round, phase=self.state.phase.value)
         else:

@@ -49,6 +49,11 @@ def refused_by_crypto(error: crypto.CryptoError) -> Refused:
     raise error
 
 
+def load_protection(protection: Protection) -> None:
+    """Import what adding needs; blocks for 25 ms, from a cold disk for more."""
+    crypto.protection(_NAMES[protection])
+
+
 class RoundSum:
     """Spools, validates and adds updates; memory: one accumulator, however many agents.
 

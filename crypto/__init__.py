@@ -6,6 +6,7 @@ protection `encrypted` or `sealed` is asked for. How members agree on masks, and
 the subpackage `cohort`. The picture is in README.md.
 """
 
+from .crew import MAX_PROCESSES
 from .errors import (
     BackendMissing,
     CapacityExceeded,
@@ -55,7 +56,6 @@ from .run_key import (
     wrap,
 )
 from .wire import Source
-from .workers import MAX_PROCESSES
 
 __all__ = [
     "MAX_PROCESSES",

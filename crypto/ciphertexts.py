@@ -16,6 +16,7 @@ import numpy as np
 
 from .bfv import SEED_SIZE, Ciphertext, KeyedRing, Ring
 from .codec import Chunks, Words
+from .crew import Crew, count_processes, crew_of, stepped
 from .errors import MissingKey
 from .masks import Correction
 from .members import SummedMembers
@@ -37,7 +38,6 @@ from .wire import (
     planes_of,
     words_of,
 )
-from .workers import Crew, count_processes, crew_of, stepped
 
 _PLANES = PLANE_BYTES * RING_DEGREE  # bytes of one polynomial's high bits
 UPDATE_CIPHERTEXT = SEED_SIZE + _PLANES

@@ -22,6 +22,7 @@ from .ciphertexts import (
     encrypted,
 )
 from .codec import check_update
+from .crew import count_processes, stepped
 from .masks import Mask
 from .members import check_members, refuse_masks
 from .parameters import BfvParameters, UpdateContext
@@ -29,7 +30,6 @@ from .protection import OpenedSum
 from .run_key import RunKey
 from .tags import Tagger
 from .wire import HEADER_SIZE, Binding, Kind, Source
-from .workers import count_processes, stepped
 
 
 def encoder(

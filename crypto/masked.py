@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .chunks import packed, unpacked
 from .codec import Chunks, Words, check_update
+from .crew import count_processes, stepped
 from .errors import MalformedChunk
 from .masks import Correction, Mask, masked
 from .members import SummedMembers, check_members, require_masks
@@ -38,7 +39,6 @@ from .wire import (
     planes_of,
     words_of,
 )
-from .workers import count_processes, stepped
 
 _PLANES = PLANE_BYTES * RING_DEGREE
 _SHIFT = np.uint64(DROPPED_BITS)  # `wire` drops these bits of 60: coefficients use the others

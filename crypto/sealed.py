@@ -23,6 +23,7 @@ from .ciphertexts import (
     encrypted,
 )
 from .codec import Chunks, check_update
+from .crew import count_processes, stepped
 from .masks import Mask, masked
 from .members import check_members, require_masks
 from .parameters import BfvParameters, UpdateContext
@@ -30,7 +31,6 @@ from .protection import OpenedSum
 from .run_key import RunKey
 from .tags import Tagger
 from .wire import HEADER_SIZE, Binding, Kind, Source
-from .workers import count_processes, stepped
 
 
 def encoder(

@@ -1,13 +1,9 @@
-"""One step on several cores: SEAL holds the interpreter's lock, so its threads would only wait.
+"""A crew of processes: SEAL holds the interpreter's lock, so its threads would only wait.
 
     caller        (c, chunk) ──pipe──▶ worker c mod N
                   result     ◀──pipe── step
 
-A step turns an iterator of chunks, tuples that begin with the chunk's index, into an iterator with
-one result for each. With N = 1 it runs here, else in N processes, each of which sees the chunks
-whose index is the same modulo N: what a step keeps for a chunk is there when the chunk comes again.
-A worker has one chunk at a time, so that N chunks are in flight, however many there are, and
-results come in the order of the chunks.
+A worker has one chunk at a time, so that N chunks are in flight, however many there are.
 
 A step travels with all that it knows, keys too: through a pipe, never by a file or a command line.
 Workers are forked by a server process that has imported this package and done nothing else (where
@@ -15,27 +11,21 @@ there is none, each imports it anew): nothing may fork between making and using 
 They end when their pipe does, however the caller ends; a terminal's signals are the caller's.
 """
 
-import os
 import signal
 import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
-from .errors import IllegalStep, InvalidContext, WorkerLost
-
-MAX_PROCESSES = 256
-
-_Chunk = TypeVar("_Chunk", bound=tuple[Any, ...])
-_Result = TypeVar("_Result")
-Step = Callable[[Iterator[_Chunk]], Iterator[_Result]]
+from .crew import Chunk, Result, Step
+from .errors import IllegalStep, WorkerLost
 
 _METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
 _PRELOADED = ["crypto.sealed", "crypto.masked"]
@@ -43,38 +33,10 @@ _SECONDS_TO_END = 5.0  # a worker that got its last chunk needs 0.02
 _starting = threading.Lock()
 
 
-def count_processes(asked: int, chunks: int) -> int:
-    """Return how many processes to use for so many chunks; 0 asks for one for each core.
+class Workers(Generic[Chunk, Result]):
+    """See `Crew`: the step runs in each of several processes."""
 
-    Raises InvalidContext unless 0 .. 256 are asked for.
-    """
-    if not 0 <= asked <= MAX_PROCESSES:
-        raise InvalidContext("processes", f"0 .. {MAX_PROCESSES}", asked)
-    return max(1, min(asked or os.cpu_count() or 1, chunks))
-
-
-class InProcess(Generic[_Chunk, _Result]):
-    """Runs the step in the caller's thread."""
-
-    def __init__(self, step: Step[_Chunk, _Result]) -> None:
-        self._waiting: deque[_Chunk] = deque()
-        self._results = step(iter(self._waiting.popleft, None))
-
-    def run(self, chunks: Iterable[_Chunk]) -> Iterator[_Result]:
-        """Yield one result for each chunk, in their order."""
-        for chunk in chunks:
-            self._waiting.append(chunk)
-            yield next(self._results)
-
-    def close(self) -> None:
-        """Take no more chunks."""
-        self._results = iter(())
-
-
-class Workers(Generic[_Chunk, _Result]):
-    """Runs the step in several processes, which end with `close` or with this object."""
-
-    def __init__(self, step: Step[_Chunk, _Result], processes: int) -> None:
+    def __init__(self, step: Step[Chunk, Result], processes: int) -> None:
         self._connections: list[Connection[Any, Any]] = []
         self._processes: list[BaseProcess] = []
         self._running = False
@@ -82,8 +44,7 @@ class Workers(Generic[_Chunk, _Result]):
         for _ in range(processes):
             self._start(step)
 
-    def run(self, chunks: Iterable[_Chunk]) -> Iterator[_Result]:
-        """Yield one result for each chunk, in their order; one run at a time."""
+    def run(self, chunks: Iterable[Chunk]) -> Iterator[Result]:
         if self._running:
             raise IllegalStep("runs of one crew of workers", "one at a time", "two")
         self._running = True
@@ -109,7 +70,6 @@ class Workers(Generic[_Chunk, _Result]):
             self._running = False
 
     def close(self) -> None:
-        """End the workers, and wait until they have."""
         self._release()
         for process in self._processes:
             process.join(_SECONDS_TO_END)
@@ -117,25 +77,28 @@ class Workers(Generic[_Chunk, _Result]):
                 process.kill()
                 process.join()
 
-    def _start(self, step: Step[_Chunk, _Result]) -> None:
+    def _start(self, step: Step[Chunk, Result]) -> None:
         context = get_context(_METHOD)
         context.set_forkserver_preload(_PRELOADED)
         ours, theirs = context.Pipe()
         self._connections.append(ours)
         process: BaseProcess = context.Process(target=_serve, args=(theirs, step), daemon=True)  # type: ignore[attr-defined]
-        with theirs, _without_main():
-            process.start()
+        try:
+            with theirs, _without_main():
+                process.start()
+        except (EOFError, OSError) as error:
+            raise WorkerLost("worker process", "to start", error) from error
         self._processes.append(process)
 
-    def _send(self, worker: int, chunk: _Chunk) -> None:
+    def _send(self, worker: int, chunk: Chunk) -> None:
         try:
             self._connections[worker].send(chunk)
         except OSError as error:
             raise self._lost(worker) from error
 
-    def _receive(self, worker: int) -> _Result:
+    def _receive(self, worker: int) -> Result:
         failure: Exception | None
-        result: _Result
+        result: Result
         try:
             failure, result = self._connections[worker].recv()
         except (EOFError, OSError) as error:
@@ -154,25 +117,6 @@ class Workers(Generic[_Chunk, _Result]):
         process = self._processes[worker]
         process.join(_SECONDS_TO_END)
         return WorkerLost("worker process", "its result", f"its end, exit code {process.exitcode}")
-
-
-Crew = InProcess[_Chunk, _Result] | Workers[_Chunk, _Result]
-
-
-def crew_of(step: Step[_Chunk, _Result], processes: int) -> Crew[_Chunk, _Result]:
-    """Return who runs the step over the chunks of several calls."""
-    return InProcess(step) if processes == 1 else Workers(step, processes)
-
-
-def stepped(
-    step: Step[_Chunk, _Result], chunks: Iterable[_Chunk], processes: int
-) -> Generator[_Result, None, None]:
-    """Run the step over the chunks once. Raises what it raises, or WorkerLost."""
-    crew = crew_of(step, processes)
-    try:
-        yield from crew.run(chunks)
-    finally:
-        crew.close()
 
 
 def _close(connections: list["Connection[Any, Any]"]) -> None:
@@ -195,7 +139,7 @@ def _without_main() -> Iterator[None]:
             sys.modules["__main__"] = main
 
 
-def _serve(connection: "Connection[Any, Any]", step: Step[_Chunk, _Result]) -> None:
+def _serve(connection: "Connection[Any, Any]", step: Step[Chunk, Result]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(EOFError, OSError):  # the caller has ended, or needs no more
         try:

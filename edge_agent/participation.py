@@ -148,11 +148,17 @@ class Participation:
             identity = self._device.identity
             self._masking = Masking(self._folder, identity, terms.run_id, terms.minimum)
         plan, state = await self._take_up_plan(terms)
+        # In a thread: the first one imports TenSEAL, for which the event loop has no time.
+        protection = await asyncio.to_thread(
+            UpdateProtection,
+            terms,
+            plan.parameter_count,
+            self._here.agent_id,
+            self._device.crypto_processes,
+        )
         self._run = Undertaking(
             terms,
-            UpdateProtection(
-                terms, plan.parameter_count, self._here.agent_id, self._device.crypto_processes
-            ),
+            protection,
             state,
             self._keys,
             self._masking if terms.encoding.protection.has_masks else None,

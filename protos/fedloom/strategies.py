@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from fedloom.adapters import Theta
 from fedloom.terms import LocalTraining, Strategy
 
+_BLOCK = 1 << 14  # values handled at once: 64 KiB of float32 stays in the cache
+_EXPONENT = np.uint32(0x7F800000)  # bits of the exponent, biased by 127
+
 
 @dataclass(frozen=True)
 class ServerState:
@@ -41,15 +44,35 @@ class Algorithm:
 
 
 def federated_averaging(server_learning_rate: float = 1.0) -> Algorithm:
-    """Return FedAvg; float32 arithmetic, value by value, so that every machine gets equal bits."""
-    rate = np.float32(server_learning_rate)
+    """Return FedAvg; float32 arithmetic, value by value, so that every machine gets equal bits.
+
+    Some processors, and any that a library has told to, take numbers below the smallest normal
+    float32, 2^-126, for zero. So that all end alike, such numbers are zero here, with sign +, in
+    theta, in the mean and in the result; and products below 2^-125 are, since it depends on the
+    processor whether one that rounds up to 2^-126 counts as below it.
+    """
+    rate = np.array([server_learning_rate], np.float32)
+    _flush(rate)
 
     def apply(state: ServerState, mean_update: NDArray[np.float32]) -> ServerState:
-        mean_update *= rate
-        mean_update += state.theta
+        for start in range(0, len(mean_update), _BLOCK):
+            block = mean_update[start : start + _BLOCK]
+            theta = state.theta[start : start + _BLOCK].copy()
+            _flush(theta)
+            _flush(block)
+            block *= rate
+            _flush(block, least_exponent=2)
+            block += theta
+            _flush(block)
         return ServerState(mean_update, state.rounds + 1)
 
     return Algorithm(init=ServerState, apply=apply)
+
+
+def _flush(values: NDArray[np.float32], least_exponent: int = 1) -> None:
+    """Set numbers below 2^(least_exponent - 127) to +0, in place; no mode changes integers."""
+    bits = values.view(np.uint32)
+    bits *= (bits & _EXPONENT) >= np.uint32(least_exponent << 23)
 
 
 def algorithm(terms: LocalTraining) -> Algorithm:

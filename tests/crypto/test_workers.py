@@ -30,8 +30,9 @@ from crypto import (
     errors,
     workers,
 )
+from crypto.crew import InProcess, count_processes, crew_of, stepped
 from crypto.errors import IllegalStep
-from crypto.workers import InProcess, Workers, count_processes, stepped
+from crypto.workers import Workers
 
 P = 600_000  # three chunks of values at 16 bits, two at 8
 ECHO = partial(map, itemgetter(1))
@@ -148,7 +149,7 @@ def test_no_more_processes_than_chunks_or_cores():
     assert count_processes(8, 3) == 3
     assert count_processes(1, 3) == count_processes(8, 1) == 1
     assert count_processes(0, 1 << 20) == os.cpu_count()
-    assert isinstance(workers.crew_of(ECHO, 1), InProcess)
+    assert isinstance(crew_of(ECHO, 1), InProcess)
 
 
 def every_error():
@@ -217,6 +218,17 @@ def test_a_worker_that_ends_is_said():
     with pytest.raises(WorkerLost, match="exit code 3"):
         list(stepped(partial(starmap, os._exit), iter([(3,)]), 2))
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("error", [EOFError, OSError])
+def test_a_worker_that_does_not_start_is_said(monkeypatch, error):
+    def start(_):
+        raise error("no more processes")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", start)
+    with pytest.raises(WorkerLost, match="expected to start, found no more processes"):
+        list(stepped(ECHO, iter([(0, 0)]), 2))
+    assert sys.modules["__main__"].__file__
 
 
 def test_a_killed_worker_ends_the_encoding(encrypted, random_update):
