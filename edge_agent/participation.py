@@ -8,7 +8,6 @@ Steps raise Refused; the session tells the coordinator.
 import asyncio
 import hashlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TypeVar
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
+from edge_agent.checkpoints import Checkpoint, discard_checkpoint
 from edge_agent.engine import Engine, LocalUpdate
 from edge_agent.global_state import GlobalState
 from edge_agent.identity import Identity
@@ -184,11 +184,16 @@ class Participation:
             )
         self._interrupted, self.progress = False, 0.0
         self._log.info("training", round=terms.round)
-        started = time.monotonic()
-        update = await asyncio.to_thread(
-            engine.train, state.theta, terms.training, self._order_seed(terms), self._heed
-        )
-        seconds = time.monotonic() - started
+        checkpoint = Checkpoint(self._folder, terms.run_id, terms.round)
+        order_seed = self._order_seed(terms)
+        try:
+            update = await asyncio.to_thread(
+                engine.train, state.theta, terms.training, order_seed, self._heed, checkpoint
+            )
+        except Interrupted:
+            checkpoint.discard()
+            raise
+        seconds = checkpoint.seconds
         if not math.isfinite(update.mean_loss):
             raise Refused(
                 Reason.TRAINING_FAILED, f"expected a finite loss, found {update.mean_loss}"
@@ -242,6 +247,8 @@ class Participation:
         """Commit to one encoding under this attempt's masks, then send it; once, or again."""
         place = Place(masking.slot, masking.digest)
         if not masking.upload_sha256:
+            if self._trained is None:  # a former process trained it: its checkpoint has the update
+                await self._train(_present(self._terms))
             masked = replace(place, masks=masking.masks())
             masking.fix_upload((await self._encode(cohort, masked)).sha256)
         elif self._encoded is None:  # fixed by a former process: those very bytes, or none
@@ -305,6 +312,7 @@ class Participation:
             raise Refused(Reason.WRONG_ROUND, "expected the result of the next round")
         saturated = await self._apply(outcome)
         self._trained = None
+        discard_checkpoint(self._folder)
         evaluation = await asyncio.to_thread(
             _present(self._engine).evaluate, _present(self._state).theta
         )
@@ -332,6 +340,7 @@ class Participation:
         else:
             self._log.warning("run failed", reason=str(refused_from_details(message.reason)))
         forget_invitation(self._folder)
+        discard_checkpoint(self._folder)
 
     async def _export(self, message: control_pb2.Finished) -> None:
         await self._resume()

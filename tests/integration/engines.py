@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edge_agent.checkpoints import Checkpoint
 from edge_agent.engine import Evaluation, LocalUpdate, Progress
 from fedloom.adapters import Theta
 from fedloom.errors import Refused
@@ -53,7 +54,12 @@ class FakeEngine:
         self._spoil = spoil or (lambda update: update)
 
     def train(
-        self, theta: Theta, terms: LocalTraining, order_seed: int, progress: Progress
+        self,
+        theta: Theta,
+        terms: LocalTraining,
+        order_seed: int,
+        progress: Progress,
+        checkpoint: Checkpoint,
     ) -> LocalUpdate:
         """Draw an update; while `may_finish` is clear, behave like a training that goes on."""
         self.begun += 1
