@@ -40,8 +40,8 @@ from fedloom.secret_files import delete_secret, write_secret
 from fedloom.terms import LocalTraining
 from fedloom.version import software
 
-INTERVAL_SECONDS = 20.0
-PAUSE_PER_SAVE = 100.0
+INTERVAL_SECONDS = 20.0  # between saves, at least: flash memory wears out
+PAUSE_PER_SAVE = 100.0  # seconds of training for each second of saving, at least
 _FILE = "training.checkpoint"
 _MAGIC = b"FDLCKPT\1"
 _HEADER = struct.Struct("<8s16sQ32sQQQddd")
@@ -90,9 +90,10 @@ class Checkpoint:
     """What outlives the process of one training, that of `round_number` in a run.
 
     When to save is decided by time: a save that took d seconds is followed by at least
-    INTERVAL_SECONDS and at least PAUSE_PER_SAVE x d of training. So saving takes less than 1 % of
-    the time however slow the disk is, the first save and the last one apart, and a kill costs no
-    more than such a pause. A finished training is saved at once, without the optimiser's vectors.
+    INTERVAL_SECONDS and at least PAUSE_PER_SAVE x d of training. So however slow the disk is, all
+    saves but the last take less than 1 % of the training's time, and a kill costs no more than one
+    pause and the step in hand. A finished training is saved at once, without the optimiser's
+    vectors: its update is not trained again.
     """
 
     def __init__(
