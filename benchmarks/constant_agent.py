@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_agent.checkpoints import Checkpoint
 from edge_agent.engine import Evaluation, LocalUpdate, Progress
 from edge_agent.identity import load_identity
 from edge_agent.participation import Device
@@ -31,10 +32,15 @@ class ConstantEngine:
         self._update = LocalUpdate(values, SAMPLES, 0.0)
 
     def train(
-        self, theta: Theta, terms: LocalTraining, order_seed: int, progress: Progress
+        self,
+        theta: Theta,
+        terms: LocalTraining,
+        order_seed: int,
+        progress: Progress,
+        checkpoint: Checkpoint,
     ) -> LocalUpdate:
         """Return the update."""
-        del theta, terms, order_seed, progress
+        del theta, terms, order_seed, progress, checkpoint
         return self._update
 
     def evaluate(self, theta: Theta) -> Evaluation | None:

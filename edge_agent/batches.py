@@ -1,6 +1,8 @@
 """Token ids of a data set, compactly in memory, and how they are cut into batches."""
 
 import functools
+import hashlib
+import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +58,30 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @functools.cached_property
+    def sha256(self) -> bytes:
+        """Digest of all tokens and labels, in their order."""
+        digest = hashlib.sha256(len(self).to_bytes(8, "little"))
+        for array_ in (self.texts.offsets, self.labels):
+            digest.update(np.ascontiguousarray(array_, "<i8").data)
+        digest.update(np.ascontiguousarray(self.texts.tokens, "<i4").data)
+        return digest.digest()
+
+
+def training_batches(
+    lengths: NDArray[np.int64], batch_size: int, epochs: int, order_seed: int, steps_done: int
+) -> Iterator[Indices]:
+    """Yield the batches of a whole training, but for the first `steps_done`.
+
+    Every epoch has a generator of its own, from seed and epoch: its order can be had without that
+    of the epochs before, so a number of steps is all that a training must remember of its place.
+    """
+    first_epoch, skipped = divmod(steps_done, -(-len(lengths) // batch_size))
+    for epoch in range(first_epoch, epochs):
+        seed = np.random.SeedSequence(order_seed, spawn_key=(epoch,))
+        batches = shuffled_batches(lengths, batch_size, np.random.Generator(np.random.PCG64(seed)))
+        yield from itertools.islice(batches, skipped if epoch == first_epoch else 0, None)
 
 
 def shuffled_batches(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from edge_agent.checkpoints import Checkpoint
 from fedloom.adapters import Theta
 from fedloom.terms import LocalTraining
 
@@ -35,9 +36,18 @@ class Engine(Protocol):
     """
 
     def train(
-        self, theta: Theta, terms: LocalTraining, order_seed: int, progress: Progress
+        self,
+        theta: Theta,
+        terms: LocalTraining,
+        order_seed: int,
+        progress: Progress,
+        checkpoint: Checkpoint,
     ) -> LocalUpdate:
-        """Train from `theta` (unchanged) for one round; `order_seed` fixes the data's order."""
+        """Train from `theta` (unchanged) for one round; `order_seed` fixes the data's order.
+
+        Begin with the state that `checkpoint` loads and hand it every step's: the update is the
+        same to the last bit, wherever a process before this one was killed.
+        """
         ...
 
     def evaluate(self, theta: Theta) -> Evaluation | None:

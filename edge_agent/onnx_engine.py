@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_agent.batches import Indices, Samples, TokenisedTexts, micro_batches, shuffled_batches
+from edge_agent.batches import Indices, Samples, TokenisedTexts, micro_batches, training_batches
+from edge_agent.checkpoints import Checkpoint, TrainingState, training_subject
 from edge_agent.data import DataSource, Rows
 from edge_agent.engine import Evaluation, LocalUpdate, Progress
 from edge_agent.graphs import (
@@ -23,7 +24,7 @@ from edge_agent.graphs import (
     batched_logits,
     log_softmax,
 )
-from edge_agent.optimisers import Gradient, optimizer_for
+from edge_agent.optimisers import Gradient, Optimizer, optimizer_for
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
@@ -64,34 +65,62 @@ class OnnxEngine:
 
     @np.errstate(over="ignore", invalid="ignore")  # divergence is found below and refused
     def train(
-        self, theta: Theta, terms: LocalTraining, order_seed: int, progress: Progress
+        self,
+        theta: Theta,
+        terms: LocalTraining,
+        order_seed: int,
+        progress: Progress,
+        checkpoint: Checkpoint,
     ) -> LocalUpdate:
         """See Engine."""
         samples = self._training_samples
-        lengths = samples.texts.lengths
+        steps = terms.epochs * math.ceil(len(samples) / terms.batch_size)
+        optimizer = optimizer_for(terms, self._plan.parameter_count)
+        state = checkpoint.load(
+            TrainingState(
+                training_subject(theta, terms, order_seed, samples.sha256),
+                steps,
+                (theta.astype(np.float32), *optimizer.vectors),  # a copy of theta, moved in place
+            )
+        )
+        if state.step:
+            progress(state.step / steps)
+        for _ in self._steps(state, theta, terms, order_seed, optimizer):
+            checkpoint.save(state)
+            progress(state.step / steps)
+        delta = np.subtract(state.trained, theta, out=state.trained)
+        _require_learned(steps, delta)
+        return LocalUpdate(delta, len(samples), state.loss_sum / state.weight_sum)
+
+    def _steps(
+        self,
+        state: TrainingState,
+        theta: Theta,
+        terms: LocalTraining,
+        order_seed: int,
+        optimizer: Optimizer,
+    ) -> Iterator[None]:
+        """Move the state by a step each time, up to the training's end."""
+        if state.finished:
+            return
         # Dropped with its memory after the round: with MiniLM that gives back 100-200 MB, and
         # loading again takes 0.15 s. An agent waits for longer than it trains.
         session = GraphSession(self._folder, TRAIN, self._plan, self._threads)
-        generator = np.random.Generator(np.random.PCG64(order_seed))
-        optimizer = optimizer_for(terms, self._plan.parameter_count)
-        trained = theta.astype(np.float32)  # (P,) a copy, moved in place
-        steps = terms.epochs * math.ceil(len(samples) / terms.batch_size)
-        loss_total = weight_total = 0.0
-        step = 0
-        for _ in range(terms.epochs):
-            for rows in shuffled_batches(lengths, terms.batch_size, generator):
-                step += 1
-                loss, weight, gradient = self._sums(session, trained, samples, rows)
-                _require_finite(step, loss, weight, gradient)
-                gradient /= np.float32(weight)
-                proximal_gradient(gradient, trained, theta, terms.proximal_mu)
-                optimizer.step(trained, gradient)
-                loss_total += loss
-                weight_total += weight
-                progress(step / steps)
-        delta = np.subtract(trained, theta, out=trained)
-        _require_learned(steps, delta)
-        return LocalUpdate(delta, len(samples), loss_total / weight_total)
+        samples = self._training_samples
+        trained, *optimizer_vectors = state.vectors
+        optimizer.restore(state.step, tuple(optimizer_vectors))
+        for rows in training_batches(
+            samples.texts.lengths, terms.batch_size, terms.epochs, order_seed, state.step
+        ):
+            loss, weight, gradient = self._sums(session, trained, samples, rows)
+            _require_finite(state.step + 1, loss, weight, gradient)
+            gradient /= np.float32(weight)
+            proximal_gradient(gradient, trained, theta, terms.proximal_mu)
+            optimizer.step(trained, gradient)
+            state.step += 1
+            state.loss_sum += loss
+            state.weight_sum += weight
+            yield
 
     @np.errstate(over="ignore", invalid="ignore")
     def evaluate(self, theta: Theta) -> Evaluation | None:

@@ -15,11 +15,21 @@ from fedloom.adapters import Theta
 from fedloom.terms import LocalTraining
 from fedloom.terms import Optimizer as Kind
 
-Gradient = NDArray[np.float32]  # (P,) in the order of theta
+Vector = NDArray[np.float32]  # (P,) in the order of theta
+Gradient = Vector
 
 
 class Optimizer(Protocol):
     """One optimiser with its state, for one round."""
+
+    @property
+    def vectors(self) -> tuple[Vector, ...]:
+        """What it keeps from step to step, each (P,): the arrays themselves, not copies."""
+        ...
+
+    def restore(self, steps: int, vectors: tuple[Vector, ...]) -> None:
+        """Go on after so many steps from `vectors`, which it moves from now on."""
+        ...
 
     def step(self, theta: Theta, gradient: Gradient) -> None:
         """Move `theta` (P,) in place against `gradient` (P,), which stays as it is."""
@@ -47,6 +57,16 @@ class AdamW:
         self._m = np.zeros(parameter_count, np.float32)
         self._v = np.zeros(parameter_count, np.float32)
         self._scratch = np.empty(parameter_count, np.float32)
+
+    @property
+    def vectors(self) -> tuple[Vector, ...]:
+        """See Optimizer."""
+        return self._m, self._v
+
+    def restore(self, steps: int, vectors: tuple[Vector, ...]) -> None:
+        """See Optimizer."""
+        self._steps = steps
+        self._m, self._v = vectors
 
     def step(self, theta: Theta, gradient: Gradient) -> None:
         """See Optimizer."""
@@ -84,6 +104,17 @@ class Sgd:
         self._weight_decay = weight_decay
         self._velocity = np.zeros(parameter_count if momentum else 0, np.float32)
         self._scratch = np.empty(parameter_count, np.float32)
+
+    @property
+    def vectors(self) -> tuple[Vector, ...]:
+        """See Optimizer."""
+        return (self._velocity,) if self._momentum else ()
+
+    def restore(self, steps: int, vectors: tuple[Vector, ...]) -> None:
+        """See Optimizer."""
+        del steps
+        if self._momentum:
+            (self._velocity,) = vectors
 
     def step(self, theta: Theta, gradient: Gradient) -> None:
         """See Optimizer."""

@@ -8,7 +8,6 @@ Steps raise Refused; the session tells the coordinator.
 import asyncio
 import hashlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from edge_agent.applied_rounds import apply_round, forget_opened, return_sum
+from edge_agent.checkpoints import Checkpoint, discard_checkpoint
 from edge_agent.contribution import Contribution
 from edge_agent.engine import Engine, LocalUpdate
 from edge_agent.global_state import GlobalState
@@ -87,6 +87,7 @@ class Participation:
         self._trained: tuple[int, LocalUpdate, float] | None = None  # (round, update, seconds)
         self._interrupted = False
         self.round = 0  # that this device was invited to last
+        self._closed_round = 0  # the last one that went on without it
         self.progress = 0.0  # of the training in hand, 0..1
 
     def forget_state(self) -> None:
@@ -104,6 +105,7 @@ class Participation:
         if round_number == self.round:
             self.interrupt()
             self._forget_update()
+            self._closed_round = round_number
 
     def _forget_update(self) -> None:
         self._trained = None
@@ -212,11 +214,16 @@ class Participation:
         self.progress = 0.0
         self._here.report(Step.TRAINING, terms.round)
         self._log.info("training", round=terms.round)
-        started = time.monotonic()
-        update = await asyncio.to_thread(
-            engine.train, state.theta, terms.training, self._order_seed(terms), self._heed
-        )
-        seconds = time.monotonic() - started
+        checkpoint = Checkpoint(self._folder, terms.run_id, terms.round)
+        order_seed = self._order_seed(terms)
+        try:
+            update = await asyncio.to_thread(
+                engine.train, state.theta, terms.training, order_seed, self._heed, checkpoint
+            )
+        except Interrupted:
+            checkpoint.discard()
+            raise
+        seconds = checkpoint.seconds
         if not math.isfinite(update.mean_loss):
             raise Refused(
                 Reason.TRAINING_FAILED, f"expected a finite loss, found {update.mean_loss}"
@@ -246,21 +253,29 @@ class Participation:
     async def cohort(self, message: control_pb2.Cohort) -> None:
         """Encode the update for this cohort and upload it; under masks deal shares first."""
         run = await self._resume()
-        await self._contribution.give(run, message, self._update_of(run.terms.round))
+        await self._contribution.give(run, message, await self._update_of(run, message.round))
 
     async def mask_step(self, message: control_pb2.MaskStep) -> None:
         """Follow a message of the cohort's protocol: shares, the accepted list, its certificate."""
         run = await self._resume()
-        await self._contribution.mask_step(run, message, self._update_of(run.terms.round))
+        await self._contribution.mask_step(run, message, await self._update_of(run, message.round))
 
     def accepted(self, message: control_pb2.Accepted) -> None:
         """Check that our own upload stands in the accepted list as we sent it, if at all."""
         self._contribution.accepted(message)
 
-    def _update_of(self, round_number: int) -> LocalUpdate | None:
-        if self._trained is None or self._trained[0] != round_number:
-            return None
-        return self._trained[1]
+    async def _update_of(self, run: Undertaking, round_number: int) -> LocalUpdate | None:
+        """Return this device's update, trained again if a former process had it.
+
+        Its checkpoint makes that quick. None where it is not needed: the bytes are fixed already.
+        """
+        if self._trained is None or self._trained[0] != run.terms.round:
+            fixed = run.masking is not None and run.masking.upload_sha256
+            past = run.terms.round == self._closed_round
+            if fixed or past or round_number != run.terms.round:
+                return None
+            await self._train(run.terms)
+        return _present(self._trained)[1]
 
     # the way in
 
@@ -276,6 +291,7 @@ class Participation:
                 f"expected the result of a round from {last.round} on, found {outcome.round}",
             )
         self._forget_update()
+        discard_checkpoint(self._folder)
         applied = control_pb2.Applied(
             run_id=self.run_id,
             round=last.round,
@@ -313,6 +329,7 @@ class Participation:
             self._log.warning("run failed", reason=str(refused_from_details(message.reason)))
         forget_opened(self._folder)
         forget_invitation(self._folder)
+        discard_checkpoint(self._folder)
         self._here.report(Step.WAITING, 0, "the run is over")
 
     async def _export(self, message: control_pb2.Finished) -> None:

@@ -16,3 +16,4 @@ settings.load_profile("ci" if os.environ.get("CI") else "developer")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", action="store_true", help="100,000 cases over all parsers")
+    parser.addoption("--kills", type=int, default=6, help="of an agent while it trains")

@@ -4,7 +4,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.batches import TokenisedTexts, micro_batches, shuffled_batches
+from edge_agent.batches import (
+    Samples,
+    TokenisedTexts,
+    micro_batches,
+    shuffled_batches,
+    training_batches,
+)
 
 lengths_of_texts = st.lists(st.integers(1, 40), min_size=1, max_size=300)
 
@@ -22,14 +28,45 @@ def test_the_order_is_the_seeds_and_differs_between_epochs() -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 100)
 
     def epochs(seed: int) -> list[list[int]]:
-        generator = np.random.Generator(np.random.PCG64(seed))
-        return [
-            np.concatenate(list(shuffled_batches(lengths, 4, generator))).tolist() for _ in range(2)
-        ]
+        batches = list(training_batches(lengths, 4, 2, seed, 0))
+        return [np.concatenate(batches[half : half + 25]).tolist() for half in (0, 25)]
 
     assert epochs(1) == epochs(1)
     assert epochs(1) != epochs(2)
     assert epochs(1)[0] != epochs(1)[1]
+    assert epochs(1)[1] != epochs(2)[0]
+
+
+@given(
+    lengths_of_texts, st.integers(1, 20), st.integers(1, 4), st.integers(0, 2**64 - 1), st.data()
+)
+def test_a_training_goes_on_with_the_batches_that_are_left(
+    lengths: list[int], batch_size: int, epochs: int, seed: int, data: st.DataObject
+) -> None:
+    whole = list(training_batches(np.array(lengths), batch_size, epochs, seed, 0))
+    done = data.draw(st.integers(0, len(whole)))
+    rest = list(training_batches(np.array(lengths), batch_size, epochs, seed, done))
+    assert len(whole) == epochs * -(-len(lengths) // batch_size)
+    assert [rows.tolist() for rows in rest] == [rows.tolist() for rows in whole[done:]]
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), min_size=1, max_size=3),
+    st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=3), min_size=1, max_size=3),
+    st.lists(st.integers(0, 1), min_size=6, max_size=6),
+)
+def test_samples_have_one_digest_exactly_when_they_are_equal(
+    first: list[list[int]], second: list[list[int]], labels: list[int]
+) -> None:
+    one = [(ids, labels[i]) for i, ids in enumerate(first)]
+    other = [(ids, labels[-1 - i]) for i, ids in enumerate(second)]
+    digests = [
+        Samples(
+            TokenisedTexts.from_ids(ids for ids, _ in rows), np.array([label for _, label in rows])
+        ).sha256
+        for rows in (one, other)
+    ]
+    assert (digests[0] == digests[1]) == (one == other)
 
 
 def test_long_texts_come_at_any_time() -> None:

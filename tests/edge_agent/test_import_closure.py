@@ -12,7 +12,7 @@ HEAVY = ("onnxruntime", "tokenizers", "pyarrow")
 TRAIN = """
 import sys
 from pathlib import Path
-import edge_agent.onnx_engine, edge_agent.inference
+import edge_agent.checkpoints, edge_agent.onnx_engine, edge_agent.inference
 from edge_agent.data import DataSource
 from fedloom.exports import export_model
 from fedloom.plans import load_plan
@@ -22,7 +22,8 @@ folder, data = Path(sys.argv[1]), DataSource(Path(sys.argv[2]))
 plan = load_plan(folder)
 theta = read_adapter(folder / "adapter_model.safetensors", plan.layout)
 engine = edge_agent.onnx_engine.OnnxEngine(folder, plan, data, data, threads=1)
-theta = theta + engine.train(theta, LocalTraining(), 0, lambda share: None).delta
+checkpoint = edge_agent.checkpoints.Checkpoint(folder.parent, bytes(16), 1)
+theta = theta + engine.train(theta, LocalTraining(), 0, lambda share: None, checkpoint).delta
 engine.evaluate(theta)
 export_model(folder, plan, theta, folder.parent / "out")
 edge_agent.inference.Classifier(folder.parent / "out").classify(["lamp"])
@@ -30,7 +31,8 @@ print(*sys.modules)
 """
 LIGHT = """
 import sys
-import edge_agent.batches, edge_agent.data, edge_agent.engine, edge_agent.optimisers
+import edge_agent.batches, edge_agent.checkpoints, edge_agent.data, edge_agent.engine
+import edge_agent.optimisers
 print(*sys.modules)
 """
 

@@ -17,13 +17,14 @@ from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.exports import export_model
 from fedloom.plans import ADAPTER_FILE, BASE_FILE, INFER_GRAPH, PLAN_FILE, TRAIN_GRAPH, load_plan
 from fedloom.terms import LocalTraining
+from tests.edge_agent.toy import Unkept
 
 
 @pytest.fixture
 def trained(toy, train_data: DataSource) -> np.ndarray:
     engine = OnnxEngine(toy.folder, toy.plan, train_data, None, threads=1)
-    terms = LocalTraining(epochs=3, learning_rate=0.05)
-    return toy.theta + engine.train(toy.theta, terms, 0, lambda _: None).delta
+    terms = LocalTraining(epochs=6, learning_rate=0.05)
+    return toy.theta + engine.train(toy.theta, terms, 0, lambda _: None, Unkept()).delta
 
 
 @pytest.fixture

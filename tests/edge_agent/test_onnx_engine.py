@@ -13,6 +13,7 @@ from edge_agent.onnx_engine import OnnxEngine
 from fedloom.errors import Reason, Refused
 from fedloom.plans import TRAIN_GRAPH, TextClassification
 from fedloom.terms import LocalTraining, Optimizer, Strategy
+from tests.edge_agent.toy import Unkept
 
 TERMS = LocalTraining(epochs=3, batch_size=16, learning_rate=0.05)
 
@@ -22,7 +23,7 @@ def _quiet(_: float) -> None:
 
 
 def _train(engine: Engine, toy, terms: LocalTraining = TERMS, seed: int = 5) -> np.ndarray:
-    return engine.train(toy.theta, terms, seed, _quiet).delta
+    return engine.train(toy.theta, terms, seed, _quiet, Unkept()).delta
 
 
 def _refusal(toy, train_data: DataSource) -> Refused:
@@ -39,7 +40,7 @@ def engine(toy, train_data: DataSource, held_out: DataSource) -> OnnxEngine:
 def test_it_learns_the_toy_problem(engine: OnnxEngine, toy) -> None:
     before = engine.evaluate(toy.theta)
     start = toy.theta.copy()
-    update = engine.train(toy.theta, TERMS, 0, _quiet)
+    update = engine.train(toy.theta, TERMS, 0, _quiet, Unkept())
     after = engine.evaluate(toy.theta + update.delta)
     assert before is not None
     assert after is not None
@@ -106,7 +107,7 @@ def test_data_are_read_once(engine: OnnxEngine, toy, train_data: DataSource) -> 
 
 def test_progress_rises_to_one_with_every_step(engine: OnnxEngine, toy) -> None:
     seen: list[float] = []
-    engine.train(toy.theta, TERMS, 0, seen.append)
+    engine.train(toy.theta, TERMS, 0, seen.append, Unkept())
     assert len(seen) == 3 * 13  # ceil(200 / 16) steps in each of 3 epochs
     assert seen == sorted(set(seen))
     assert seen[-1] == 1
@@ -123,7 +124,7 @@ def test_what_progress_raises_interrupts_the_training(engine: OnnxEngine, toy) -
         raise EnoughError
 
     with pytest.raises(EnoughError):
-        engine.train(toy.theta, TERMS, 0, stop)
+        engine.train(toy.theta, TERMS, 0, stop, Unkept())
     assert len(calls) == 1
     assert _train(engine, toy).any()
 
@@ -144,7 +145,7 @@ def test_texts_are_cut_to_the_tasks_length(
 def test_broken_rows_are_left_out_and_counted(toy, write_csv: Callable[..., DataSource]) -> None:
     good = [("lamp dim", "lights"), ("song play", "music")]
     engine = OnnxEngine(toy.folder, toy.plan, write_csv("a.csv", [*good, ("", "music")]), None)
-    assert engine.train(toy.theta, TERMS, 0, _quiet).samples == 2
+    assert engine.train(toy.theta, TERMS, 0, _quiet, Unkept()).samples == 2
     assert engine.broken_rows == 1
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edge_agent.checkpoints import Checkpoint, TrainingState
 from edge_agent.engine import Evaluation, LocalUpdate, Progress
 from fedloom.adapters import Theta
 from fedloom.errors import Refused
@@ -56,7 +57,12 @@ class FakeEngine:
         self._spoil = spoil or (lambda update: update)
 
     def train(
-        self, theta: Theta, terms: LocalTraining, order_seed: int, progress: Progress
+        self,
+        theta: Theta,
+        terms: LocalTraining,
+        order_seed: int,
+        progress: Progress,
+        checkpoint: Checkpoint,
     ) -> LocalUpdate:
         """Draw an update; while `may_finish` is clear, behave like a training that goes on."""
         self.begun += 1
@@ -88,3 +94,36 @@ class FakeEngine:
             if np.array_equal(trained.theta, theta):
                 return trained.update
         raise AssertionError(f"never trained from this state, in {len(self.history)} rounds")
+
+
+class KeepingEngine(FakeEngine):
+    """Makes steps and keeps them as engines do that train; it stops halfway as a test asks."""
+
+    steps = 4
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples)
+        self.steps_made = 0  # by all trainings together
+
+    def train(
+        self,
+        theta: Theta,
+        terms: LocalTraining,
+        order_seed: int,
+        progress: Progress,
+        checkpoint: Checkpoint,
+    ) -> LocalUpdate:
+        """Go on from the kept state, wait halfway while `may_finish` is clear, draw an update."""
+        subject = order_seed.to_bytes(32, "little")
+        state = checkpoint.load(TrainingState(subject, self.steps, (theta.copy(),)))
+        while not state.finished:
+            state.step += 1
+            state.weight_sum += 1.0
+            self.steps_made += 1
+            checkpoint.save(state)
+            if state.step == self.steps // 2:
+                self.training.set()
+                while not self.may_finish.wait(0.01):
+                    progress(0.5)
+            progress(state.step / self.steps)
+        return super().train(theta, terms, order_seed, progress, checkpoint)
