@@ -87,10 +87,11 @@ def serve_command(
     home: Home = DEFAULT_HOME,
     until_idle: Annotated[bool, typer.Option(help="End when no run is left.")] = False,
     as_json: AsJson = False,
+    log_level: Annotated[str, typer.Option(help="Least level: debug, info, warning.")] = "info",
 ) -> None:
     """Serve agents and execute runs."""
     limit_arenas()
-    configure_logs(as_json)
+    configure_logs(as_json, log_level)
     asyncio.run(serve(home.expanduser(), until_idle))
 
 
