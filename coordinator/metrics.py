@@ -18,7 +18,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from coordinator import schema
-from coordinator.run_state import Phase
+from coordinator.run_state import Phase, RunState
 from coordinator.sessions import Sessions
 from fedloom.errors import Reason
 from fedloom.version import software
@@ -161,19 +161,34 @@ class Metrics:
             self.loop_lag_seconds.observe(max(0.0, time.perf_counter() - due))
 
 
-class PhaseClock:
-    """How long one run stays in each phase; times in seconds of a steady clock."""
+class RunMeter:
+    """One run's rounds and phases, told from its states alone; times in seconds of one clock.
 
-    def __init__(self, metrics: Metrics, phase: Phase, now: float) -> None:
+    Not to be told of what is replayed from the journal: that was counted before the restart.
+    """
+
+    def __init__(self, metrics: Metrics, now: float) -> None:
         self._metrics = metrics
-        self._phase = phase
         self._since = now
 
-    def moved(self, phase: Phase, now: float) -> None:
-        """Observe the phase that ended; nothing when it is the same one."""
-        if phase is not self._phase:
-            self._metrics.phase_seconds.labels(self._phase.value).observe(now - self._since)
-            self._phase, self._since = phase, now
+    def moved(self, before: RunState, after: RunState, now: float) -> None:
+        """Observe a phase that ended, and the attempt at a round that ended with it."""
+        if (before.phase, before.round) != (after.phase, after.round):
+            self._metrics.phase_seconds.labels(before.phase.value).observe(now - self._since)
+            self._since = now
+        if (outcome := _outcome(before, after)) is not None:
+            self._metrics.round_ended(outcome)
+
+
+def _outcome(before: RunState, after: RunState) -> RoundOutcome | None:
+    if after.completed > before.completed:
+        return RoundOutcome.FINISHED
+    if after.round > before.round:
+        return RoundOutcome.VOID
+    ended = after.phase is Phase.FAILED and before.phase not in (Phase.GATHERING, Phase.FAILED)
+    if after.failures > before.failures or ended:
+        return RoundOutcome.FAILED
+    return None
 
 
 _REASONS = frozenset(Reason)
@@ -230,8 +245,8 @@ class _StoreCollector(Collector):
         phase, count = schema.runs.c.phase, sa.func.count()
         with self._engine.connect() as db:
             agents = db.execute(sa.select(count).select_from(schema.agents)).scalar_one()
-            runs = db.execute(sa.select(phase, count).group_by(phase)).tuples()
-            return agents, dict(runs.all())
+            runs = db.execute(sa.select(phase, count).group_by(phase)).all()
+        return agents, {str(name): int(found) for name, found in runs}
 
     def describe(self) -> Iterator[Metric]:
         """Name the series without asking the store."""

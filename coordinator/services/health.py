@@ -1,9 +1,12 @@
-"""The standard health service (grpc.health.v1): whether this coordinator takes work."""
+"""The standard health service (grpc.health.v1), and the gate that makes its answer true."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fedloom.errors import RULES, Reason, Refused, refusal_trailers
 
 SERVICES = (
     "",  # the process as a whole
@@ -11,6 +14,8 @@ SERVICES = (
     "fedloom.v1.ArtifactService",
     "fedloom.v1.EnrolmentService",
 )
+_OWN_RPCS = "/grpc.health.v1.Health/"
+_CLOSED = Refused(Reason.INTERNAL, "the coordinator starts or stops: connect again")
 
 
 class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # comes untyped
@@ -40,3 +45,25 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc] # com
     ) -> None:
         """Refuse; clients then go on with `Check`."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "expected Check: Watch is not served")
+
+
+class HealthGate(grpc.aio.ServerInterceptor):
+    """Refuses new calls while the coordinator does not serve; agents then connect again later."""
+
+    def __init__(self, health: HealthService) -> None:
+        self._health = health
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Return the method's handler, or one that refuses."""
+        if self._health.serving or handler_call_details.method.startswith(_OWN_RPCS):
+            return await continuation(handler_call_details)
+        return grpc.stream_stream_rpc_method_handler(_refuse)  # to the wire, calls of all kinds
+
+
+async def _refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    code = RULES[_CLOSED.reason].code
+    await context.abort(code, _CLOSED.reason.name, refusal_trailers(_CLOSED))
