@@ -25,8 +25,8 @@ from coordinator.services.metering import Metering
 from coordinator.sessions import Sessions
 from coordinator.status_page import operator_pages
 from coordinator.store import Store
-from crypto import MAX_PROCESSES
 from coordinator.supervision import Supervisor, Unfinished, first_signal
+from crypto import MAX_PROCESSES
 from fedloom.channels import SERVER_OPTIONS
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.v1 import artifact_pb2_grpc, control_pb2_grpc, enrolment_pb2_grpc
