@@ -17,11 +17,7 @@ PROBE_SECONDS = 5.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 when it serves, 1 when it does not or cannot be reached."""
-    parser = argparse.ArgumentParser(prog="coordinator.probe")
-    parser.add_argument("address", help="host:port of the enrolment port")
-    parser.add_argument("authority", type=Path, help="the authority's certificate, PEM")
-    parser.add_argument("--service", default="", help="full name of a service; default: all")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         status = _status(options.address, options.authority.read_bytes(), options.service)
     except grpc.RpcError as error:
@@ -32,6 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     sys.stdout.write(f"{health_pb2.HealthCheckResponse.ServingStatus.Name(status)}\n")
     return 0 if status == health_pb2.HealthCheckResponse.SERVING else 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what the command line may say."""
+    found = argparse.ArgumentParser(prog="coordinator.probe")
+    found.add_argument("address", help="host:port of the enrolment port")
+    found.add_argument("authority", type=Path, help="the authority's certificate, PEM")
+    found.add_argument("--service", default="", help="full name of a service; default: all")
+    return found
 
 
 def _status(address: str, authority: bytes, service: str) -> int:
