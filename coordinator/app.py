@@ -71,11 +71,16 @@ def init(
     listen: Annotated[str, typer.Option(help="Interface to listen on.")] = "[::]",
     control_port: Annotated[int, typer.Option(help="Port for agents.")] = 7070,
     enrolment_port: Annotated[int, typer.Option(help="Port for devices that join.")] = 7072,
+    metrics_listen: Annotated[
+        str, typer.Option(help="host:port of the page and /metrics, without login; empty: off.")
+    ] = ServerConfig.metrics_listen,
 ) -> None:
     """Make the authority, the server's keys, the store and coordinator.toml."""
     home = home.expanduser()
     make_private_folder(home)
-    config = ServerConfig(address, listen, control_port, enrolment_port)
+    config = ServerConfig(
+        address, listen, control_port, enrolment_port, metrics_listen=metrics_listen
+    )
     Authority.create(home, [address])
     write_server_config(home, config)
     open_store(home).close()
@@ -87,10 +92,11 @@ def serve_command(
     home: Home = DEFAULT_HOME,
     until_idle: Annotated[bool, typer.Option(help="End when no run is left.")] = False,
     as_json: AsJson = False,
+    log_level: Annotated[str, typer.Option(help="Least level: debug, info, warning.")] = "info",
 ) -> None:
     """Serve agents and execute runs."""
     limit_arenas()
-    configure_logs(as_json)
+    configure_logs(as_json, log_level)
     asyncio.run(serve(home.expanduser(), until_idle))
 
 

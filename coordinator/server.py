@@ -1,7 +1,6 @@
 """The coordinator's process: two TLS ports, three services, one conductor."""
 
 import asyncio
-import signal
 import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,22 +9,31 @@ from pathlib import Path
 
 import grpc
 import structlog
+from grpc_health.v1 import health_pb2_grpc
 
+from coordinator.audit import AuditLog
 from coordinator.authority import Authority, load_server_identity
 from coordinator.conductor import Conductor
+from coordinator.http_port import showing
+from coordinator.metrics import Metrics
 from coordinator.published import Published
 from coordinator.services.artifacts import ArtifactService
 from coordinator.services.control import ControlService
 from coordinator.services.enrolment import EnrolmentService
+from coordinator.services.health import HealthGate, HealthService
+from coordinator.services.metering import Metering
 from coordinator.sessions import Sessions
+from coordinator.status_page import operator_pages
 from coordinator.store import Store
+from coordinator.supervision import Supervisor, Unfinished, first_signal
 from crypto import MAX_PROCESSES
 from fedloom.channels import SERVER_OPTIONS
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.v1 import artifact_pb2_grpc, control_pb2_grpc, enrolment_pb2_grpc
 
 CONFIG_FILE = "coordinator.toml"
-SHUTDOWN_SECONDS = 2.0
+SHUTDOWN_SECONDS = 2.0  # for calls to end after agents were sent away
+DRAIN_SECONDS = 30.0  # for updates that were received whole to be added
 _log = structlog.get_logger()
 
 
@@ -38,6 +46,7 @@ class ServerConfig:
     control_port: int = 7070  # mutual TLS: agents
     enrolment_port: int = 7072  # TLS: devices that have a token and no certificate yet
     crypto_processes: int = 1  # to add updates in; 1: this one, 0: one for each core
+    metrics_listen: str = "127.0.0.1:7071"  # HTTP without login: a page, /metrics; empty: off
 
     @property
     def control_address(self) -> str:
@@ -103,36 +112,77 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
         authority.certificate,
         config.crypto_processes,
     )
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    metrics, health, unfinished = Metrics(), HealthService(), Unfinished()
+    metrics.watch_sessions(sessions)
+    metrics.watch_store(store.engine)
+    interceptors = [Metering(metrics), HealthGate(health)]
+    server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
-        ArtifactService(published.folder, store, conductor), server
+        ArtifactService(published.folder, store, conductor, unfinished), server
     )
     control_pb2_grpc.add_ControlServiceServicer_to_server(
         ControlService(sessions, store, conductor), server
     )
     enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(
-        EnrolmentService(authority, store, config.control_address), server
+        EnrolmentService(authority, store, config.control_address, AuditLog(store.engine)), server
     )
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    lag = asyncio.create_task(metrics.watch_loop())
+    pages = operator_pages(store, metrics)
+    try:
+        async with (
+            showing(config.metrics_listen, pages) as shown,
+            _answering(server, home, config, health),
+        ):
+            where = {"control": config.control_address, "enrolment": config.enrolment_address}
+            _log.info("serving", **where, metrics=shown)
+            yield conductor
+            health.serving = False
+            await _drain(sessions, unfinished)
+    finally:
+        lag.cancel()
+        store.close()
+
+
+@asynccontextmanager
+async def _answering(
+    server: grpc.aio.Server, home: Path, config: ServerConfig, health: HealthService
+) -> AsyncIterator[None]:
     try:
         _add_ports(server, home, config)
         await server.start()
-        _log.info("serving", control=config.control_address, enrolment=config.enrolment_address)
-        yield conductor
+        health.serving = True
+        yield
     finally:
+        health.serving = False
         await server.stop(SHUTDOWN_SECONDS)
-        store.close()
+
+
+async def _drain(sessions: Sessions, unfinished: Unfinished) -> None:
+    """Send agents away, to come back, and bring to an end what was begun."""
+    sessions.on_close = lambda session: None  # that we stop is no event of a run
+    for session in sessions:
+        session.send(Refused(Reason.INTERNAL, "the coordinator stops: connect again"))
+    if not await unfinished.settled(DRAIN_SECONDS):
+        _log.warning("updates were not added before the shutdown", seconds=DRAIN_SECONDS)
 
 
 async def serve(home: Path, until_idle: bool) -> None:
     """Serve until SIGINT or SIGTERM, or until the queued runs are done."""
+    supervisor = Supervisor()
+    stopping = asyncio.create_task(first_signal())
     async with serving(home) as conductor:
         conducting = asyncio.create_task(conductor.conduct(until_idle))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, conducting.cancel)
-        try:
-            await conducting
-        except asyncio.CancelledError:
-            _log.info("stopping")
+        watching = asyncio.create_task(supervisor.watch())
+        supervisor.tell("READY=1")
+        await asyncio.wait({conducting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        supervisor.tell("STOPPING=1")
+        if conducting.done():
+            conducting.result()
+        _log.info("stopping")
+    # Runs are conducted to the last: an update that was being added still has a run to go to.
+    for task in (conducting, stopping, watching):
+        task.cancel()
 
 
 def _add_ports(server: grpc.aio.Server, home: Path, config: ServerConfig) -> None:

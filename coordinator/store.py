@@ -68,6 +68,11 @@ class Store:
         sa.event.listen(self._engine, "connect", _set_pragmas)
         schema.METADATA.create_all(self._engine)
 
+    @property
+    def engine(self) -> sa.Engine:
+        """The database, for what shares it or watches it (`audit`, `metrics`)."""
+        return self._engine
+
     def close(self) -> None:
         """Release the file."""
         self._engine.dispose()

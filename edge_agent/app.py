@@ -19,7 +19,7 @@ from edge_agent.session import Session
 from edge_agent.status import read_status, told
 from fedloom.errors import RULES, ConfigError, FedloomError, Reaction, Refused
 from fedloom.exports import export_model
-from fedloom.logs import configure_logs
+from fedloom.logs import LEVELS, configure_logs
 from fedloom.memory import limit_arenas
 from fedloom.plans import Plan
 from fedloom.privacy import privacy_statement
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     options.home = options.home.expanduser().resolve()
     limit_arenas()
-    configure_logs(options.json)
+    configure_logs(options.json, options.log_level)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         sys.exit(command(options))
@@ -223,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=software())
     parser.add_argument("--home", type=Path, default=DEFAULT_HOME, help="folder of this agent")
     parser.add_argument("--json", action="store_true", help="answers and logs as JSON lines")
+    parser.add_argument("--log-level", choices=LEVELS, default="info", help="least level of logs")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("join", help="join a federation with a token")

@@ -11,6 +11,7 @@ from coordinator.round_sum import Upload, UploadKind
 from coordinator.services.access import refusing, require_agent
 from coordinator.services.turns import Turns
 from coordinator.store import Store
+from coordinator.supervision import Unfinished
 from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference, PartialFile
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import artifact_pb2, artifact_pb2_grpc
@@ -37,10 +38,17 @@ class Rounds(Protocol):
 class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
     """Moves artifacts; what they mean is the conductor's business."""
 
-    def __init__(self, published: Path, store: Store, rounds: Rounds) -> None:
+    def __init__(
+        self,
+        published: Path,
+        store: Store,
+        rounds: Rounds,
+        unfinished: Unfinished | None = None,
+    ) -> None:
         self._published = published  # folder of files named by their SHA-256 in hex
         self._store = store
         self._rounds = rounds
+        self._unfinished = unfinished or Unfinished()
         self._uploading: set[Path] = set()
         self._turns = Turns()
 
@@ -74,7 +82,7 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
                         await self._receive(agent, file, request_iterator)
                         self._rounds.upload_path(upload)  # still wanted? its folder may be gone
                         file.finish(path)
-                await self._rounds.accept_upload(upload, path)
+                await self._unfinished.finish(self._rounds.accept_upload(upload, path))
             finally:
                 self._uploading.discard(path)
             yield artifact_pb2.UploadArtifactResponse(stored=artifact_pb2.UploadStored())

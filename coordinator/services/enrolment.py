@@ -5,23 +5,24 @@ import time
 from typing import Any
 
 import grpc
-import structlog
 
+from coordinator.audit import Action, AuditLog
 from coordinator.authority import Authority, parse_certificate_request
 from coordinator.services.access import public_key_sha256, refusing
 from coordinator.store import Store
 from fedloom.v1 import enrolment_pb2, enrolment_pb2_grpc
 
-_log = structlog.get_logger()
-
 
 class EnrolmentService(enrolment_pb2_grpc.EnrolmentServiceServicer):
     """Issues client certificates to holders of an invitation."""
 
-    def __init__(self, authority: Authority, store: Store, control_address: str) -> None:
+    def __init__(
+        self, authority: Authority, store: Store, control_address: str, audit: AuditLog
+    ) -> None:
         self._authority = authority
         self._store = store
         self._control_address = control_address
+        self._audit = audit
 
     async def Enrol(  # noqa: N802 - gRPC's name
         self,
@@ -36,7 +37,7 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServiceServicer):
                 public_key_sha256(signing_request),
                 time.time(),
             )
-            _log.info("agent enrolled", agent=agent_id)
+            self._audit.append(f"agent {agent_id}", Action.AGENT_ENROLLED, agent_id)
             return enrolment_pb2.EnrolResponse(
                 agent_id=agent_id,
                 certificate=self._authority.issue_agent(signing_request, agent_id),

@@ -18,11 +18,14 @@ PACKAGES = {
 # gRPC stays at the edges: the rest speaks frozen values, refusals and files.
 GRPC_EDGES = {
     "fedloom.errors",  # the codes and trailers of refusals
+    "coordinator.probe",
     "coordinator.server",
     "coordinator.services.access",
     "coordinator.services.artifacts",
     "coordinator.services.control",
     "coordinator.services.enrolment",
+    "coordinator.services.health",
+    "coordinator.services.metering",
     "edge_agent.connection",
     "edge_agent.enrolment",
     "edge_agent.identity",

@@ -1,0 +1,55 @@
+"""What the code imports is what an installation of it brings: a stranger has no more than that."""
+
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+
+import pytest
+
+from tests.architecture.test_imports import MODULES, PACKAGES, ROOT, _imports
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    """Return the names that are required, with those of our own extras."""
+    found: set[str] = set()
+    for requirement in requirements:
+        if extras := re.match(r"fedloom\[(.*)\]", requirement):
+            for extra in extras[1].split(","):
+                found |= distributions(PROJECT["optional-dependencies"][extra])
+        else:
+            found.add(re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-"))
+    return found
+
+
+def third_parties(prefix: str, without: str = " ") -> dict[str, set[str]]:
+    """Return what each module below `prefix` imports and neither we nor Python bring."""
+    ours = {*PACKAGES, "google"} | set(sys.stdlib_module_names)
+    return {
+        name: {found.partition(".")[0] for found in _imports(path)} - ours
+        for name, path in MODULES.items()
+        if name.startswith(prefix) and not name.startswith(without)
+    }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "without", "extras"),
+    [
+        ("fedloom", " ", []),
+        ("crypto", " ", ["he"]),
+        ("edge_agent", " ", ["agent", "parquet"]),
+        ("coordinator", "coordinator.plans", ["coordinator"]),
+        ("coordinator.plans", " ", ["coordinator", "plan"]),
+    ],
+)
+def test_what_is_imported_is_required(prefix: str, without: str, extras: list[str]) -> None:
+    required = distributions(PROJECT["dependencies"])
+    for extra in extras:
+        required |= distributions(PROJECT["optional-dependencies"][extra])
+    providers = packages_distributions()
+    for module, imports in third_parties(prefix, without).items():
+        for name in imports:
+            found = {provider.lower().replace("_", "-") for provider in providers.get(name, [])}
+            assert found & required, f"{module} imports {name}, which nothing requires"
