@@ -12,6 +12,7 @@ import structlog
 
 import crypto
 from coordinator.masking import Masking
+from coordinator.metrics import CryptoStep, Metrics
 from coordinator.published import Published
 from coordinator.round_sum import RoundSum, Upload
 from coordinator.run_state import RunState
@@ -32,9 +33,11 @@ class Collection:
         members: tuple[str, ...],
         spool: Path,
         masking: Masking | None,
+        metrics: Metrics,
         crypto_processes: int = 1,
     ) -> None:
         self.context = context
+        self._metrics = metrics
         self.masking = masking
         self.sum = RoundSum(context, protection, members, spool, crypto_processes)
         self._members = members
@@ -47,12 +50,19 @@ class Collection:
         `place` is asked again when it is the update's turn; it raises Refused for one that is not
         wanted any more.
         """
+        with self._metrics.upload_waits():
+            return await self._add(upload, path, place)
+
+    async def _add(
+        self, upload: Upload, path: Path, place: Callable[[Upload], Path | None]
+    ) -> bool:
         async with self._one_by_one:
             if place(upload) is None:
                 return False
             if self._closed:
                 raise Refused(Reason.WRONG_ROUND, "expected an update before the sum was closed")
-            await self.sum.add(upload, path)
+            with self._metrics.crypto(CryptoStep.ADD):
+                await self.sum.add(upload, path)
             return True
 
     async def restore(self, uploads: Mapping[str, bytes]) -> bool:
@@ -87,7 +97,8 @@ class Collection:
                 _log.warning("masks could not be taken out", round=state.round)
                 return None
         try:
-            reference = await asyncio.to_thread(published.put, self.sum.encoded(correction))
+            with self._metrics.crypto(CryptoStep.STORE):
+                reference = await asyncio.to_thread(published.put, self.sum.encoded(correction))
         except (OSError, crypto.LocalFault) as error:
             _log.error("sum failed", error=type(error).__name__)
             return None

@@ -21,6 +21,7 @@ from coordinator.events import (
     Tick,
 )
 from coordinator.execution import Execution
+from coordinator.metrics import Metrics
 from coordinator.published import Published
 from coordinator.round_sum import Upload
 from coordinator.run_state import Phase
@@ -45,6 +46,7 @@ class Conductor:
         published: Published,
         spool: Path,
         authority: x509.Certificate,
+        metrics: Metrics,
         crypto_processes: int = 1,
     ) -> None:
         self._store = store
@@ -52,6 +54,7 @@ class Conductor:
         self._published = published
         self._spool = spool
         self._authority = authority
+        self._metrics = metrics
         self._crypto_processes = crypto_processes
         self._open: Execution | None = None
         self._settled = False  # whether it is known which run is open, after a start
@@ -105,6 +108,7 @@ class Conductor:
             self._published,
             self._spool,
             self._authority,
+            self._metrics,
             self._crypto_processes,
         )
 

@@ -14,6 +14,7 @@ import structlog
 from cryptography import x509
 
 import crypto
+from coordinator.audit import COORDINATOR, Action, AuditLog
 from coordinator.clock import Clock
 from coordinator.collection import Collection
 from coordinator.config import RunConfig
@@ -47,11 +48,13 @@ from coordinator.events import (
 )
 from coordinator.journal import Journal, MaskMessage
 from coordinator.masking import Candidate, Masking, known_candidate, read_candidate
+from coordinator.metrics import Metrics, RunMeter
 from coordinator.published import Published
 from coordinator.reports import RoundReports
 from coordinator.returned_sum import ReturnedSum
 from coordinator.round_sum import Upload, UploadKind, load_protection
 from coordinator.rounds import handle
+from coordinator.run_keys import Grant
 from coordinator.run_state import Phase, RunState, Wish
 from coordinator.sessions import Sessions
 from coordinator.store import RunRecord, Store
@@ -78,6 +81,7 @@ class Execution:
         published: Published,
         spool: Path,
         authority: x509.Certificate,
+        metrics: Metrics,
         crypto_processes: int = 1,
     ) -> None:
         self.run_id = record.run_id
@@ -89,8 +93,11 @@ class Execution:
         self._published = published
         self._spool = spool / record.run_id.hex()
         self._authority = authority
+        self._metrics = metrics
+        self._audit = AuditLog(store.engine)
         self._crypto_processes = crypto_processes
         self._clock = Clock()
+        self._meter = RunMeter(metrics, self._clock.now())
         self._journal = Journal(store, record.run_id)
         self._candidates: dict[str, Candidate] = {}  # under masks: agents that said READY
         self._collection: Collection | None = None
@@ -178,6 +185,7 @@ class Execution:
             return ()
         if not self._agents.muted:
             self._journal.append(now, event)
+            self._meter.moved(before, after, now)
         self.state = after
         if isinstance(event, Ready) and after is not before and before.phase is Phase.TRAINING:
             self._keep_candidate(event)
@@ -347,6 +355,7 @@ class Execution:
         match effect:
             case ShareKey(grant):
                 self._log.info("run key asked", key_id=grant.key_id, fresh=grant.fresh)
+                self._record_rotation(grant)
                 self._agents.ask_for_key(grant)
             case Invite(agents):
                 self._invite(agents, before, now)
@@ -369,6 +378,11 @@ class Execution:
                 self._finish()
             case Reject(agent, reason, subject):
                 self.refuse(agent, Refused(reason, subject))
+
+    def _record_rotation(self, grant: Grant) -> None:
+        if grant.fresh and not self._agents.muted:
+            run, key = self.run_id.hex(), grant.key_id
+            self._audit.append(f"agent {grant.holder}", Action.RUN_KEY_ROTATED, run, key_id=key)
 
     def _invite(self, agents: frozenset[str], before: RunState, now: float) -> None:
         # A repeated invitation keeps the deadline: the round goes on, it does not start anew.
@@ -393,7 +407,7 @@ class Execution:
         spool = self._spool / f"{state.round}.{state.attempt}"
         protection = self.config.encoding.protection
         self._collection = Collection(
-            context, protection, state.cohort, spool, masking, self._crypto_processes
+            context, protection, state.cohort, spool, masking, self._metrics, self._crypto_processes
         )
         self._agents.cohort(state.cohort, state, self._collection, self._seconds_left())
         late = state.invited - set(state.cohort)
@@ -432,6 +446,7 @@ class Execution:
             {agent: self._candidates[agent] for agent in state.cohort},
             self._send_mask_step,
             self._remember_mask_step,
+            self._metrics,
         )
 
     def _send_mask_step(self, agent: str, message: bytes) -> None:
@@ -494,6 +509,13 @@ class Execution:
         self._agents.finished(state)
         reason = None if state.reason is None else state.reason.name
         self._log.info("run finished", phase=state.phase.value, reason=reason)
+        self._audit.append(
+            COORDINATOR,
+            Action.RUN_FINISHED,
+            self.run_id.hex(),
+            phase=state.phase.value,
+            reason=reason,
+        )
         self._journal.clear()
         self.finished.set()
 

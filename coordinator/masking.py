@@ -5,11 +5,13 @@ It holds no secret of its own, and nothing that it could do wrong opens a smalle
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cryptography import x509
 
+from coordinator.metrics import CryptoStep, Metrics
 from crypto import CryptoError, LocalFault, cohort
 from crypto.errors import StaleAttempt, StepRefused
 from crypto.masks import Correction
@@ -76,7 +78,9 @@ class Masking:
         candidates: Mapping[str, Candidate],
         send: Send,
         remember: Remember,
+        metrics: Metrics,
     ) -> None:
+        self._metrics = metrics
         self._candidates = candidates
         self._send = send
         self._remember = remember
@@ -139,7 +143,7 @@ class Masking:
     def _handle(
         self, event: cohort.RelayEvent, remember: Callable[[], None] = lambda: None
     ) -> None:
-        before = self._state
+        before, begun = self._state, time.perf_counter()
         try:
             after, effects = cohort.handle_relay(before, event, self._signed_by)
         except LocalFault:
@@ -156,6 +160,8 @@ class Masking:
                 case cohort.Send(agent_id, message):
                     self._send(agent_id, message.encode())
                 case cohort.Correct(correction):
+                    seconds = time.perf_counter() - begun
+                    self._metrics.crypto_seconds.labels(CryptoStep.CORRECT).observe(seconds)
                     self._settle(correction)
                 case cohort.Abandon():
                     self._settle(None)

@@ -104,15 +104,16 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     config = load_server_config(home)
     authority = Authority.load(home)
     store, published, sessions = open_store(home), open_published(home), Sessions()
+    metrics, health, unfinished = Metrics(), HealthService(), Unfinished()
     conductor = Conductor(
         store,
         sessions,
         published,
         home / "spool",
         authority.certificate,
+        metrics,
         config.crypto_processes,
     )
-    metrics, health, unfinished = Metrics(), HealthService(), Unfinished()
     metrics.watch_sessions(sessions)
     metrics.watch_store(store.engine)
     interceptors = [Metering(metrics), HealthGate(health)]

@@ -322,6 +322,26 @@ async def test_a_taken_port_stops_no_training(
     assert "metrics are off" in "".join(capsys.readouterr())
 
 
+async def test_a_run_is_measured_and_its_end_is_on_record(watched: Federation) -> None:
+    agents = await watched.enrol_all()
+    run_id = watched.start_run("sealed", rounds=2)
+    for agent in agents:
+        agent.start()
+    assert (await watched.run_over(run_id)).phase is Phase.COMPLETED
+    series = await scrape(watched)
+    assert value(series, "fedloom_rounds_total", outcome="finished") == 2
+    assert value(series, "fedloom_rounds_total", outcome="failed") == 0
+    for step, count in (("add", 6), ("store", 2), ("correct", 2)):
+        assert value(series, "fedloom_crypto_seconds_count", step=step) == count
+    for phase in ("training", "collecting", "summing", "applying"):
+        assert value(series, "fedloom_phase_seconds_count", phase=phase) == 2
+    assert value(series, "fedloom_store_writes_total", table="journal") > 10
+    log = AuditLog(watched.store.engine)
+    deeds = [(entry.action, entry.subject) for entry in log.entries()][-2:]
+    assert deeds == [("run key rotated", run_id.hex()), ("run finished", run_id.hex())]
+    assert log.verify() == 5
+
+
 # the record
 
 
