@@ -136,6 +136,7 @@ class Execution:
             match happened:
                 case RunState():
                     self.state = replace(happened, policy=self.config.policy)
+                    self._round_started = at
                 case MaskMessage(agent, message):
                     self.heard_mask_step(agent, message)
                 case _:
