@@ -107,20 +107,21 @@ def invite(
     config, secret = load_server_config(home), os.urandom(SECRET_BYTES)
     token = EnrolmentToken(config.enrolment_address, secret, Authority.load(home).certificate_der)
     store = open_store(home)
-    store.add_invitation(hashlib.sha256(secret).digest(), name, time.time() + 3600 * hours)
+    store.roster.add_invitation(hashlib.sha256(secret).digest(), name, time.time() + 3600 * hours)
     typer.echo(token.encode())
 
 
 @agents_app.command("list")
 def agents_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """List enrolled agents."""
-    rows = open_store(home.expanduser()).agents()
+    rows = open_store(home.expanduser()).roster.agents()
     if as_json:
-        typer.echo(json.dumps([{"agent": name, "enrolled_at": at} for name, at in rows]))
+        typer.echo(json.dumps([{"agent": a.agent_id, "enrolled_at": a.enrolled_at} for a in rows]))
         return
     table = Table("agent", "enrolled")
-    for name, enrolled_at in rows:
-        table.add_row(name, time.strftime("%Y-%m-%d %H:%M", time.localtime(enrolled_at)))
+    for agent in rows:
+        enrolled = time.strftime("%Y-%m-%d %H:%M", time.localtime(agent.enrolled_at))
+        table.add_row(agent.agent_id, enrolled)
     Console().print(table)
 
 

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -14,6 +15,7 @@ import structlog
 from coordinator.authority import Authority, load_server_identity
 from coordinator.conductor import Conductor
 from coordinator.published import Published
+from coordinator.services.access import AccessInterceptor
 from coordinator.services.artifacts import ArtifactService
 from coordinator.services.control import ControlService
 from coordinator.services.enrolment import EnrolmentService
@@ -103,15 +105,16 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
         authority.certificate,
         config.crypto_processes,
     )
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    authority.keep_server_current(home, [config.address], datetime.now(UTC))
+    server = grpc.aio.server(interceptors=[AccessInterceptor(store.roster)], options=SERVER_OPTIONS)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
-        ArtifactService(published.folder, store, conductor), server
+        ArtifactService(published.folder, conductor), server
     )
     control_pb2_grpc.add_ControlServiceServicer_to_server(
-        ControlService(sessions, store, conductor), server
+        ControlService(sessions, store.roster, conductor), server
     )
     enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(
-        EnrolmentService(authority, store, config.control_address), server
+        EnrolmentService(authority, store.roster, config.control_address), server
     )
     try:
         _add_ports(server, home, config)
@@ -149,7 +152,7 @@ def _add_ports(server: grpc.aio.Server, home: Path, config: ServerConfig) -> Non
 
 
 def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _toml(value: str | int) -> str:
