@@ -8,13 +8,22 @@ first locks its row by an update.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from datetime import UTC
 
 import sqlalchemy as sa
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from coordinator.roster_records import (
+    AgentRecord,
+    CertificateRequest,
+    Invitation,
+    Row,
+    end_of,
+    invitation_id_of,
+    invitation_of,
+    record_of,
+    request_of,
+)
 from coordinator.schema import agents, certificate_requests, invitations
 from fedloom.errors import ConfigError, Reason, Refused
 
@@ -22,41 +31,6 @@ MAX_USES = 10_000
 MAX_NAME = 64
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _RENEWAL = b""  # stands in a request for the secret of an invitation
-
-
-@dataclass(frozen=True)
-class Invitation:
-    """What an operator handed out; times in seconds since 1970."""
-
-    id: str
-    name: str
-    expires_at: float
-    uses: int
-    used: int
-    revoked_at: float | None
-
-
-@dataclass(frozen=True)
-class AgentRecord:
-    """An enrolled agent; times in seconds since 1970."""
-
-    agent_id: str
-    enrolled_at: float
-    certificate_until: float
-    banned_at: float | None
-    ban_reason: str | None
-    last_seen: float | None
-
-
-@dataclass(frozen=True)
-class CertificateRequest:
-    """A key that asks for a certificate in an agent's name."""
-
-    agent_id: str
-    public_key_sha256: bytes
-    request: bytes  # PKCS #10, DER
-    former_key_signature: bytes = b""  # of a renewal with a new key
-    chain: tuple[bytes, ...] = ()  # DER, leaf first; empty until it is signed
 
 
 class Roster:
@@ -75,7 +49,7 @@ class Roster:
         Numbers are given out when an invitation for several devices is made, and never twice. A
         repeat with the same secret changes nothing. Raises ConfigError.
         """
-        _require_name(name, uses)
+        require_name(name, uses)
         row = {
             "secret_sha256": secret_sha256,
             "name": name,
@@ -92,7 +66,7 @@ class Roster:
                 row["first_number"] = None if uses == 1 else _next_number(db, name)
                 db.execute(sa.insert(invitations).values(row))
                 found = db.execute(this).one()
-            return _invitation(found)
+            return invitation_of(found)
 
     def invitations(self) -> list[Invitation]:
         """Return all invitations, those that end last first."""
@@ -100,7 +74,7 @@ class Roster:
             invitations.c.expires_at.desc(), invitations.c.secret_sha256
         )
         with self._engine.connect() as db:
-            return [_invitation(row) for row in db.execute(query)]
+            return [invitation_of(row) for row in db.execute(query)]
 
     def revoke_invitation(self, invitation_id: str, at: float) -> Invitation:
         """Make an invitation worthless; agents that have joined with it stay.
@@ -109,7 +83,7 @@ class Roster:
         """
         with self._engine.begin() as db:
             keys = db.execute(sa.select(invitations.c.secret_sha256)).scalars()
-            found = [key for key in keys if _invitation_id(key) == invitation_id]
+            found = [key for key in keys if invitation_id_of(key) == invitation_id]
             if len(found) != 1:
                 raise Refused(
                     Reason.NOT_FOUND,
@@ -121,7 +95,7 @@ class Roster:
             unsigned = certificate_requests.c.chain.is_(None)
             from_it = certificate_requests.c.secret_sha256 == found[0]
             db.execute(sa.delete(certificate_requests).where(from_it & unsigned))
-            return _invitation(db.execute(sa.select(invitations).where(this)).one())
+            return invitation_of(db.execute(sa.select(invitations).where(this)).one())
 
     # certificates
 
@@ -168,7 +142,7 @@ class Roster:
             renewals = certificate_requests.c.secret_sha256 == _RENEWAL
             db.execute(sa.delete(certificate_requests).where(renewals & others))
             found = _find_request(db, _RENEWAL, key)
-            if found is not None and (not found.chain or _end_of(found.chain) > until):
+            if found is not None and (not found.chain or end_of(found.chain) > until):
                 return found
             this = renewals & (certificate_requests.c.public_key_sha256 == key)
             db.execute(sa.delete(certificate_requests).where(this))
@@ -185,7 +159,7 @@ class Roster:
             .order_by(certificate_requests.c.requested_at, certificate_requests.c.agent_id)
         )
         with self._engine.connect() as db:
-            return [_request(row) for row in db.execute(query)]
+            return [request_of(row) for row in db.execute(query)]
 
     def grant(self, agent_id: str, key_sha256: bytes, chain: Iterable[bytes], now: float) -> bool:
         """Keep a signed certificate for the key that asked for it; whether it still waited.
@@ -212,9 +186,9 @@ class Roster:
                 return False
             db.execute(sa.update(certificate_requests).where(waiting).values(chain=pem))
             if all(secret == _RENEWAL for secret in secrets):
-                _admit_next_key(db, agent_id, key_sha256, _end_of(chain))
+                _admit_next_key(db, agent_id, key_sha256, end_of(chain))
             else:
-                _enrol(db, agent_id, key_sha256, _end_of(chain), now)
+                _enrol(db, agent_id, key_sha256, end_of(chain), now)
             return True
 
     # agents
@@ -223,12 +197,12 @@ class Roster:
         """Return every enrolled agent, by name."""
         with self._engine.connect() as db:
             rows = db.execute(sa.select(agents).order_by(agents.c.agent_id))
-            return [_record(row) for row in rows]
+            return [record_of(row) for row in rows]
 
     def agent(self, agent_id: str) -> AgentRecord:
         """Return one agent; raises Refused(NOT_FOUND)."""
         with self._engine.connect() as db:
-            return _record(_require_agent(db, agent_id))
+            return record_of(_require_agent(db, agent_id))
 
     def ban(self, agent_id: str, reason: str, at: float) -> AgentRecord:
         """Keep an agent out; a repeat keeps the time and takes the reason. Raises NOT_FOUND."""
@@ -266,10 +240,11 @@ class Roster:
     def _change(self, agent_id: str, values: Mapping[str, object]) -> AgentRecord:
         with self._engine.begin() as db:
             db.execute(sa.update(agents).where(agents.c.agent_id == agent_id).values(values))
-            return _record(_require_agent(db, agent_id))
+            return record_of(_require_agent(db, agent_id))
 
 
-def _require_name(name: str, uses: int) -> None:
+def require_name(name: str, uses: int = 1) -> None:
+    """Raise ConfigError unless agents may have this name."""
     if not 1 <= uses <= MAX_USES:
         raise ConfigError("uses", f"expected 1..{MAX_USES}, found {uses}")
     longest = MAX_NAME if uses == 1 else MAX_NAME - len(f"-{MAX_USES * 100}")
@@ -290,24 +265,24 @@ def _next_number(db: sa.Connection, name: str) -> int:
     return int(max(taken)) + 1
 
 
-def _next_agent_id(invitation: sa.Row[tuple[object, ...]]) -> str:
+def _next_agent_id(invitation: Row) -> str:
     if invitation.first_number is None:
         return str(invitation.name)
     return f"{invitation.name}-{invitation.first_number + invitation.used}"
 
 
-def _find_agent(db: sa.Connection, agent_id: str) -> sa.Row[tuple[object, ...]] | None:
+def _find_agent(db: sa.Connection, agent_id: str) -> Row | None:
     return db.execute(sa.select(agents).where(agents.c.agent_id == agent_id)).one_or_none()
 
 
-def _require_agent(db: sa.Connection, agent_id: str) -> sa.Row[tuple[object, ...]]:
+def _require_agent(db: sa.Connection, agent_id: str) -> Row:
     row = _find_agent(db, agent_id)
     if row is None:
         raise Refused(Reason.NOT_FOUND, f"expected an enrolled agent, found none of {agent_id!r}")
     return row
 
 
-def _require_not_banned(row: sa.Row[tuple[object, ...]] | None) -> None:
+def _require_not_banned(row: Row | None) -> None:
     if row is not None and row.banned_at is not None:
         raise Refused(Reason.BANNED, str(row.ban_reason))
 
@@ -357,46 +332,4 @@ def _find_request(
         & (certificate_requests.c.public_key_sha256 == key_sha256)
     )
     row = db.execute(query).one_or_none()
-    return None if row is None else _request(row)
-
-
-def _request(row: sa.Row[tuple[object, ...]]) -> CertificateRequest:
-    links = [] if row.chain is None else x509.load_pem_x509_certificates(row.chain)
-    return CertificateRequest(
-        row.agent_id,
-        row.public_key_sha256,
-        row.request,
-        row.former_key_signature,
-        tuple(link.public_bytes(serialization.Encoding.DER) for link in links),
-    )
-
-
-def _invitation_id(secret_sha256: bytes) -> str:
-    return secret_sha256.hex()[:8]
-
-
-def _invitation(row: sa.Row[tuple[object, ...]]) -> Invitation:
-    return Invitation(
-        _invitation_id(row.secret_sha256),
-        row.name,
-        row.expires_at,
-        row.uses,
-        row.used,
-        row.revoked_at,
-    )
-
-
-def _record(row: sa.Row[tuple[object, ...]]) -> AgentRecord:
-    return AgentRecord(
-        row.agent_id,
-        row.enrolled_at,
-        row.certificate_until,
-        row.banned_at,
-        row.ban_reason,
-        row.last_seen,
-    )
-
-
-def _end_of(chain: tuple[bytes, ...]) -> float:
-    certificate = x509.load_der_x509_certificate(chain[0])
-    return certificate.not_valid_after_utc.astimezone(UTC).timestamp()
+    return None if row is None else request_of(row)

@@ -12,7 +12,8 @@ from cryptography.exceptions import InvalidSignature
 
 from coordinator.authority import Authority
 from coordinator.certificates import parse_certificate_request
-from coordinator.roster import CertificateRequest, Roster
+from coordinator.roster import Roster
+from coordinator.roster_records import CertificateRequest
 from coordinator.services.access import Peer, calling_peer, public_key_sha256, refusing
 from fedloom.errors import Reason, Refused
 from fedloom.renewals import check_renewal

@@ -50,6 +50,14 @@ def parse_token(text: str) -> EnrolmentToken:
         raise wrong from None
     # Without its last field a token cut short would parse, and trust no authority or every one.
     whole = len(message.secret) == SECRET_BYTES and message.authority_certificate
-    if not whole or ":" not in message.address:
+    if not whole or not _is_address(message.address):
         raise wrong
     return EnrolmentToken(message.address, message.secret, message.authority_certificate)
+
+
+def _is_address(text: str) -> bool:
+    """Whether this is `host:port`, an IPv6 address in brackets."""
+    host, _, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]") and len(host) > 2
+    named = host != "" and ":" not in host and text.isprintable() and " " not in text
+    return (bracketed or named) and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
