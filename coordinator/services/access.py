@@ -24,7 +24,7 @@ from fedloom.chains import AGENT_ROLE, OPERATOR_ROLE, public_key_bytes, subject_
 from fedloom.errors import RULES, Reason, Refused, refusal_trailers
 
 _Context = grpc.aio.ServicerContext[Any, Any]
-_Handler = grpc.RpcMethodHandler[Any, Any]
+_Handler = Any  # grpc.RpcMethodHandler, which is generic in its stubs alone
 _log = structlog.get_logger()
 
 

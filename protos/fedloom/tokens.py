@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import ipaddress
 from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
@@ -58,6 +59,16 @@ def parse_token(text: str) -> EnrolmentToken:
 def _is_address(text: str) -> bool:
     """Whether this is `host:port`, an IPv6 address in brackets."""
     host, _, port = text.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]") and len(host) > 2
-    named = host != "" and ":" not in host and text.isprintable() and " " not in text
-    return (bracketed or named) and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        return False
+    if host.startswith("["):
+        return host.endswith("]") and _is_ipv6(host[1:-1])
+    return host != "" and ":" not in host and host.isprintable() and " " not in host
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True

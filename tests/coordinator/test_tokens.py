@@ -80,7 +80,8 @@ def test_a_changed_character_is_refused_or_another_token(place: int, character: 
         {"address": "::1:7072"},
         {"address": "coordinator.example:0"},
         {"address": "coordinator.example:65536"},
-        {"address": "coordinator.example:７072"},
+        {"address": "coordinator.example:\uff17072"},  # a digit, and none of ASCII
+        {"address": "[coordinator.example]:7072"},
         {"address": "coordinator .example:7072"},
         {"authority_certificate": b""},
     ],
