@@ -16,6 +16,7 @@ from edge_agent.connection import Unreachable, open_channel, understood
 from edge_agent.identity import (
     Identity,
     certificate_request,
+    joining_key,
     key_fingerprint,
     request_key,
     save_membership,
@@ -52,7 +53,7 @@ async def join(
         authority = x509.load_der_x509_certificate(token.authority_certificate)
     except ValueError as error:
         raise Refused(Reason.INVALID_TOKEN, "expected an authority in the token") from error
-    key = request_key(home)
+    key = joining_key(home)
     pem = authority.public_bytes(serialization.Encoding.PEM)
     async with open_channel(token.address, grpc.ssl_channel_credentials(pem)) as channel:
         response = await _enrolled(channel, token, key, waiting)

@@ -123,6 +123,14 @@ def request_key(home: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def joining_key(home: Path) -> ec.EllipticCurvePrivateKey:
+    """Return the key to join with: of an open request, or the one that this device is known by."""
+    known = home / _AGENT_FILE
+    if known.exists() and not (home / _REQUEST_KEY_FILE).exists():
+        return _load_key(known)
+    return request_key(home)
+
+
 def certificate_request(key: ec.EllipticCurvePrivateKey) -> x509.CertificateSigningRequest:
     """Return a signing request for the key; the coordinator chooses the name."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))

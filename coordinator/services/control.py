@@ -23,7 +23,7 @@ from fedloom.version import OLDEST_SERVED_PROTOCOL, PROTOCOL_VERSION
 
 HELLO_SECONDS = 20.0
 HEARTBEAT_SECONDS = 15
-SEEN_SECONDS = 60.0  # how exact it is known when an agent was last heard of
+STANDING_SECONDS = 60.0  # how late a ban may reach an open stream, and how exact `last_seen` is
 MAX_ENVELOPE_BYTES = 16_384
 MAX_UNFINISHED_RUNS = 16
 MAX_COUNT = 1 << 62
@@ -45,21 +45,22 @@ class Conversation(Protocol):
 
 
 class Membership:
-    """An agent's standing, looked up again with every message: a ban ends the open stream too."""
+    """An agent's standing, looked up again while it talks: a ban ends its open stream too."""
 
     def __init__(self, roster: Roster, peer: Peer) -> None:
         self.agent_id = peer.name
         self._roster = roster
         self._key = peer.public_key_sha256
-        self._seen = -SEEN_SECONDS
+        self._looked_at = -math.inf
         self.check()
 
     def check(self) -> None:
         """Raise Refused (BANNED, NOT_PERMITTED) when the agent is out by now."""
+        if time.monotonic() - self._looked_at < STANDING_SECONDS:
+            return
+        self._looked_at = time.monotonic()
         self._roster.require_member(self.agent_id, self._key)
-        if time.monotonic() - self._seen >= SEEN_SECONDS:
-            self._roster.seen(self.agent_id, time.time())
-            self._seen = time.monotonic()
+        self._roster.seen(self.agent_id, time.time())
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
@@ -102,7 +103,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def _read(
         self,
         session: Session,
-        membership: "Membership",
+        membership: Membership,
         requests: AsyncIterator[control_pb2.ConnectRequest],
     ) -> None:
         ending: Refused = _END

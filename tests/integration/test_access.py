@@ -143,7 +143,10 @@ async def test_a_unix_socket_proves_the_operator_and_no_agent(
         assert await reason_of(channel, rpc) is Reason.NOT_PERMITTED
 
 
-async def test_a_ban_ends_the_stream_that_is_open_and_says_why(federation: Federation) -> None:
+async def test_a_ban_ends_the_stream_that_is_open_and_says_why(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.services.control.STANDING_SECONDS", 0.0)
     agent = await federation.enrol("device")
     async with raw_channel(agent.identity) as channel:
         control = RawControl(channel)

@@ -25,6 +25,11 @@ async def refuses_to_join(home: Path, token: str) -> Refused:
     return caught.value
 
 
+def names(federation: Federation) -> list[str]:
+    """Return who is enrolled."""
+    return [agent.agent_id for agent in federation.store.roster.agents()]
+
+
 def altered(token: str, **fields: bytes | str) -> str:
     """Return the token with other fields."""
     found = parse_token(token)
@@ -52,7 +57,7 @@ async def test_a_token_with_a_wrong_secret_or_without_an_authority_is_refused(
     for wrong in (altered(token, secret=bytes(32)), altered(token, authority_certificate=b"x")):
         refusal = await refuses_to_join(tmp_path / "device", wrong)
         assert refusal.reason is Reason.INVALID_TOKEN
-    assert federation.store.agents() == []
+    assert federation.store.roster.agents() == []
 
 
 async def test_an_expired_token_is_refused(
@@ -73,7 +78,7 @@ async def test_a_used_token_serves_its_own_device_again_and_no_other(
     assert first.agent_id == again.agent_id == "device"
     refusal = await refuses_to_join(tmp_path / "thief", token)
     assert refusal.reason is Reason.INVALID_TOKEN
-    assert [name for name, _ in federation.store.agents()] == ["device"]
+    assert names(federation) == ["device"]
 
 
 async def test_a_server_of_another_authority_gets_no_secret_and_a_clear_message(
