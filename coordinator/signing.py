@@ -52,7 +52,7 @@ _DER = serialization.Encoding.DER
 class Standing(Enum):
     """What the root knows of a key that asks for a name."""
 
-    NEW = "new: compare the key with what the device shows"
+    NEW = "new: compare the key with what is shown where it was made"
     SAME = "known: the same key as before"
     VOUCHED = "renewal: the key before has signed for this one"
     OTHER = "ANOTHER KEY than before: is this the same device?"
@@ -92,7 +92,7 @@ class Root:
     def standing(self, request: SigningRequest) -> Standing:
         """Say what is known of the key that asks for this name."""
         holder = self._holders.get((request.kind.value, request.name))
-        if holder is None:
+        if holder is None or request.kind is Kind.ISSUING:  # whose every request is for a new key
             return Standing.NEW
         if public_key_bytes(holder) == public_key_bytes(request.request):
             return Standing.SAME
