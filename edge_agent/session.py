@@ -11,6 +11,7 @@ import structlog
 
 from edge_agent.connection import Closings, Unreachable, open_channel
 from edge_agent.enrolment import until_renewed
+from edge_agent.identity import Identity
 from edge_agent.invitations import read_run_id, unfinished_runs
 from edge_agent.participation import Device, Participation
 from edge_agent.run_keys import share_run_key
@@ -47,6 +48,7 @@ class Session:
         self._closed: tuple[bytes, int] | None = None  # a round, before its invitation's turn came
         self._outbox: asyncio.Queue[control_pb2.ConnectRequest | None] = asyncio.Queue()
         self._steps: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
+        self._at_work = asyncio.Lock()  # held during a step
         self._heartbeat_seconds = 15.0
         self.finished: asyncio.Queue[control_pb2.Finished] = asyncio.Queue()
 
@@ -62,7 +64,7 @@ class Session:
         """Stay connected, with a newer certificate as soon as there is one."""
         while True:
             connected = asyncio.create_task(self._stay_connected())
-            renewed = asyncio.create_task(until_renewed(self._device.home, self._device.identity))
+            renewed = asyncio.create_task(self._renewed())
             try:
                 await asyncio.wait({connected, renewed}, return_when=asyncio.FIRST_COMPLETED)
                 if connected.done():
@@ -74,6 +76,12 @@ class Session:
                 renewed.cancel()
                 await asyncio.wait({connected, renewed})
             self._run = None  # it knew the old identity; the next one reads the disk
+
+    async def _renewed(self) -> Identity:
+        """Return a newer identity when there is one and no step is being done."""
+        identity = await until_renewed(self._device.home, self._device.identity)
+        async with self._at_work:
+            return identity
 
     async def _stay_connected(self) -> None:
         address = self._device.identity.control_address
@@ -215,7 +223,8 @@ class Session:
         while True:
             message = await self._steps.get()
             try:
-                await self._step(transfer, message)
+                async with self._at_work:
+                    await self._step(transfer, message)
             except Interrupted:
                 _log.info("step interrupted: the run went on")
             except Refused as refused:

@@ -156,7 +156,7 @@ async def test_a_renewal_waits_for_a_root_that_is_offline_and_is_vouched_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with offline(tmp_path, True) as federation:
-        enrolling = asyncio.create_task(enrol(federation, monkeypatch, days=365))
+        enrolling = asyncio.create_task(enrol(federation, monkeypatch))
         await until("the request", federation.store.roster.pending)
         federation.sign()
         agent = await enrolling
