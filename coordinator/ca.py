@@ -1,6 +1,7 @@
 """`fedloom-coordinator ca`: an authority whose key never comes near the coordinator."""
 
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -50,24 +51,31 @@ def create(
 @ca_app.command("requests")
 def requests(
     out: Annotated[Path | None, typer.Option(help=f"File; default: {REQUESTS_FILE}.")] = None,
+    renew: Annotated[
+        bool, typer.Option(help="Ask for the coordinator's own certificates before they end.")
+    ] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Write what the authority shall sign into one file."""
-    write_all_requests(home.expanduser(), out)
+    write_all_requests(home.expanduser(), out, renew)
 
 
-def write_all_requests(home: Path, out: Path | None = None) -> None:
+def write_all_requests(home: Path, out: Path | None = None, renew: bool = False) -> None:
     """Write the file of requests and say what is in it."""
     authority = Authority.load(home)
     if authority.custody is Custody.BESIDE:
         raise ConfigError(str(home), "has its authority beside it: there is nothing to be signed")
     store = open_store(home)
-    found = collect_requests(home, load_server_config(home).address, store.roster)
+    address, now = load_server_config(home).address, datetime.now(UTC)
+    found = collect_requests(home, address, store.roster, now, renew)
     store.close()
     out = home / REQUESTS_FILE if out is None else out
     write_requests(out, authority.certificate, found)
     for request in found:
         typer.echo(_line(request))
+    if not found:
+        typer.echo("nothing waits for a signature")
+        return
     typer.echo(f"{out}: take it to the authority, `fedloom-coordinator ca sign FOLDER {out.name}`")
 
 

@@ -34,6 +34,7 @@ from fedloom.chains import (
     AGENT_ROLE,
     Subject,
     UntrustedChain,
+    needs_renewal,
     public_key_bytes,
     subject_of,
     verified_client,
@@ -128,21 +129,33 @@ class Root:
         return Granted(request.kind, request.name, certificate)
 
 
-def collect_requests(home: Path, address: str, roster: Roster) -> list[SigningRequest]:
-    """Return what this coordinator wants signed: server, issuing key, agents that wait."""
-    key = load_key(home / SERVER_KEY_FILE)
-    found = [SigningRequest(Kind.SERVER, address, request_for(key, server_names([address])))]
-    if _path_length(Authority.load(home).certificate) != 0:
+def collect_requests(
+    home: Path, address: str, roster: Roster, now: datetime, renew: bool = False
+) -> list[SigningRequest]:
+    """Return what this coordinator wants signed: server, issuing key, agents that wait.
+
+    Server and issuing key only when what they have is missing or ends soon, or with `renew`.
+    """
+    found = []
+    if renew or not _is_good(home / SERVER_FILE, now):
+        request = request_for(load_key(home / SERVER_KEY_FILE), server_names([address]))
+        found.append(SigningRequest(Kind.SERVER, address, request))
+    strict = _path_length(Authority.load(home).certificate) == 0
+    if not strict and (renew or not _is_good(home / ISSUING_FILE, now)):
         if not (home / ISSUING_KEY_FILE).exists():
             write_secret(home / ISSUING_KEY_FILE, private_key_pem(new_key()))
-        issuing = request_for(load_key(home / ISSUING_KEY_FILE))
-        found.append(SigningRequest(Kind.ISSUING, address, issuing))
+        request = request_for(load_key(home / ISSUING_KEY_FILE))
+        found.append(SigningRequest(Kind.ISSUING, address, request))
     for asked in roster.pending():
         request = x509.load_der_x509_csr(asked.request)
         found.append(
             SigningRequest(Kind.AGENT, asked.agent_id, request, asked.former_key_signature)
         )
     return found
+
+
+def _is_good(path: Path, now: datetime) -> bool:
+    return path.exists() and not needs_renewal(load_certificate(path), now)
 
 
 def install(home: Path, roster: Roster, granted: Sequence[Granted], now: float) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 import stat
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ from typer.testing import CliRunner, Result
 
 from coordinator.app import app
 from coordinator.authority import Authority, Custody, load_certificate
-from coordinator.certificates import alternative_name, request_for
+from coordinator.certificates import (
+    ISSUING_DAYS,
+    SERVER_DAYS,
+    alternative_name,
+    request_for,
+)
 from coordinator.roster import Roster
 from coordinator.roster_records import CertificateRequest
 from coordinator.server import open_store
-from coordinator.signing import Root, Standing
+from coordinator.signing import Root, Standing, collect_requests
 from coordinator.signing_files import Kind, SigningRequest
 from fedloom.errors import ConfigError, Refused
 from fedloom.renewals import sign_renewal
@@ -59,9 +65,9 @@ class Site:
         """Bring the certificates back."""
         return ca("ca", "install", self.stick, "--home", self.home).stdout
 
-    def collect(self) -> str:
+    def collect(self, *options: str) -> str:
         """Write the requests anew."""
-        return ca("ca", "requests", "--home", self.home).stdout
+        return ca("ca", "requests", "--home", self.home, *options).stdout
 
     def roster(self) -> Roster:
         """Return what the coordinator remembers."""
@@ -120,7 +126,8 @@ def test_an_issuing_certificate_is_installed_and_replaced(site: Site) -> None:
     assert first.custody is Custody.ISSUING
     assert stat.S_IMODE((site.home / "issuing.pem").stat().st_mode) == 0o600
     assert not (site.home / "issuing.key").exists()
-    site.collect()
+    assert "nothing waits" in site.collect()
+    site.collect("--renew")
     assert Authority.load(site.home).custody is Custody.ISSUING  # while another one is asked for
     site.sign("--issuing")
     site.install()
@@ -154,6 +161,7 @@ def test_a_name_that_had_another_key_is_shown_and_not_signed_unasked(site: Site)
     site.install()
     thief = Holder()
     site.redeem(thief, "kitchen-pi", secret=bytes([1]) * 32)
+    site.redeem(Holder(), "hall-pi", secret=bytes([2]) * 32)
     site.collect()
     shown = site.sign("--yes", answer="").stdout
     assert Standing.OTHER.value in shown
@@ -292,3 +300,15 @@ def test_a_root_on_a_coordinators_machine_is_warned_of(tmp_path: Path) -> None:
     assert "can make up members" in result.stderr
     with pytest.raises(ConfigError, match="has an authority already"):
         ca("ca", "create", tmp_path / "home" / "root")
+
+
+def test_certificates_that_are_good_are_not_asked_for_again(site: Site) -> None:
+    def kinds(now: datetime) -> list[Kind]:
+        return [r.kind for r in collect_requests(site.home, "c.example", site.roster(), now)]
+
+    site.sign("--issuing")
+    site.install()
+    now = datetime.now(UTC)
+    assert kinds(now) == []
+    assert kinds(now + 0.68 * timedelta(days=ISSUING_DAYS)) == [Kind.ISSUING]
+    assert kinds(now + 0.68 * timedelta(days=SERVER_DAYS)) == [Kind.SERVER, Kind.ISSUING]

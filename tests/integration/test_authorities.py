@@ -29,7 +29,7 @@ class Offline(Federation):
     def sign(self, *options: str) -> None:
         """Carry the requests to the root and the certificates back."""
         certificates = self.folder / "certificates.json"
-        command("ca", "requests", "--home", self.home)
+        command("ca", "requests", "--home", self.home, "--renew")
         requests = self.home / "requests.json"
         command("ca", "sign", self.root, requests, "--out", certificates, "--yes", *options)
         command("ca", "install", certificates, "--home", self.home)
