@@ -23,14 +23,14 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from benchmarks.federation import EventLog, make_plan
 from benchmarks.processes import Children, Failed, exit_on_termination, free_port, run, usage
 from benchmarks.virtual_agents import PARAMETERS, load_identities
 from coordinator.authority import Authority
+from coordinator.certificates import new_key, private_key_pem, request_for
+from coordinator.services.access import public_key_sha256
 from coordinator.store import Store
 from edge_agent.identity import Identity
 from fedloom.channels import CLIENT_OPTIONS
@@ -186,15 +186,12 @@ class Fleet:
                 json.dumps({"authority": authority.certificate.public_bytes(Encoding.PEM).decode()})
             )
             for name in names:
-                key = ec.generate_private_key(ec.SECP256R1())
-                _enlist(store, name, key)
-                request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
-                der = authority.issue_agent(request.sign(key, hashes.SHA256()), name)
-                certificate = x509.load_der_x509_certificate(der)
-                pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+                key = new_key()
+                chain = _enlist(store, authority, name, request_for(key))
+                certificate = x509.load_der_x509_certificate(chain[0])
                 fields = {
                     "name": name,
-                    "key": pem.decode(),
+                    "key": private_key_pem(key).decode(),
                     "certificate": certificate.public_bytes(Encoding.PEM).decode(),
                 }
                 file.write("\n" + json.dumps(fields))
@@ -202,12 +199,16 @@ class Fleet:
         return path
 
 
-def _enlist(store: Store, name: str, key: ec.EllipticCurvePrivateKey) -> None:
-    secret = hashlib.sha256(name.encode()).digest()
-    spki = serialization.PublicFormat.SubjectPublicKeyInfo
-    digest = hashlib.sha256(key.public_key().public_bytes(Encoding.DER, spki)).digest()
-    store.add_invitation(secret, name, time.time() + 3600)
-    store.redeem_invitation(secret, digest, time.time())
+def _enlist(
+    store: Store, authority: Authority, name: str, request: x509.CertificateSigningRequest
+) -> tuple[bytes, ...]:
+    secret, digest = hashlib.sha256(name.encode()).digest(), public_key_sha256(request)
+    roster, now = store.roster, time.time()
+    roster.add_invitation(secret, name, now + 3600)
+    roster.redeem(secret, digest, request.public_bytes(Encoding.DER), now)
+    chain = authority.issue_agent(request, name)
+    roster.grant(name, digest, chain, now)
+    return chain
 
 
 class Probe:

@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 import os
-import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.authority import Authority
+from coordinator.authority import Authority, load_root
+from coordinator.ca import ca_app, warn_of_key_here, write_all_requests
 from coordinator.config import load_run_config, unencodable
 from coordinator.export import export_run
 from coordinator.progress import read_progress, watch
@@ -25,6 +25,7 @@ from coordinator.server import (
     serve,
     write_server_config,
 )
+from coordinator.signing import ROOT_KEY_FILE
 from coordinator.store import RunRecord, Store
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.logs import configure_logs
@@ -44,8 +45,8 @@ agents_app = typer.Typer(help="Enrolled devices.", no_args_is_help=True)
 app.add_typer(plan_app, name="plan")
 app.add_typer(run_app, name="run")
 app.add_typer(agents_app, name="agents")
+app.add_typer(ca_app, name="ca")
 
-_AGENT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 Home = Annotated[Path, typer.Option("--home", help="Folder of this coordinator.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 DEFAULT_HOME = Path("~/.fedloom/coordinator")
@@ -74,16 +75,27 @@ def init(
     metrics_listen: Annotated[
         str, typer.Option(help="host:port of the page and /metrics, without login; empty: off.")
     ] = ServerConfig.metrics_listen,
+    authority: Annotated[
+        Path | None, typer.Option(help="root.pem of an authority that stays offline.")
+    ] = None,
 ) -> None:
     """Make the authority, the server's keys, the store and coordinator.toml."""
     home = home.expanduser()
+    root = None if authority is None else load_root(authority)
     make_private_folder(home)
     config = ServerConfig(
         address, listen, control_port, enrolment_port, metrics_listen=metrics_listen
     )
-    Authority.create(home, [address])
+    if root is None:
+        Authority.create(home, [address])
+    else:
+        Authority.adopt(home, root)
     write_server_config(home, config)
     open_store(home).close()
+    if authority is not None:
+        if (authority.parent / ROOT_KEY_FILE).exists():
+            warn_of_key_here(authority.parent)
+        write_all_requests(home)
     typer.echo(f"{home}: ready; agents will connect to {config.control_address}")
 
 
@@ -105,28 +117,29 @@ def invite(
     name: Annotated[str, typer.Option(help="The agent's name: a-z, 0-9 and '-'.")],
     home: Home = DEFAULT_HOME,
     hours: Annotated[float, typer.Option(min=0.01, max=24 * 365, help="Validity.")] = 24.0,
+    uses: Annotated[int, typer.Option(min=1, help="Devices; more than 1: NAME-1, NAME-2.")] = 1,
 ) -> None:
-    """Print a token with which one device can join under this name."""
-    if not _AGENT_NAME.fullmatch(name):
-        raise ConfigError("--name", f"expected up to 64 of a-z, 0-9 and '-', found {name!r}")
+    """Print a token with which a device can join under this name."""
     home = home.expanduser()
     config, secret = load_server_config(home), os.urandom(SECRET_BYTES)
     token = EnrolmentToken(config.enrolment_address, secret, Authority.load(home).certificate_der)
     store = open_store(home)
-    store.add_invitation(hashlib.sha256(secret).digest(), name, time.time() + 3600 * hours)
+    digest, ends = hashlib.sha256(secret).digest(), time.time() + 3600 * hours
+    store.roster.add_invitation(digest, name, ends, uses)
     typer.echo(token.encode())
 
 
 @agents_app.command("list")
 def agents_list(home: Home = DEFAULT_HOME, as_json: AsJson = False) -> None:
     """List enrolled agents."""
-    rows = open_store(home.expanduser()).agents()
+    rows = open_store(home.expanduser()).roster.agents()
     if as_json:
-        typer.echo(json.dumps([{"agent": name, "enrolled_at": at} for name, at in rows]))
+        typer.echo(json.dumps([{"agent": a.agent_id, "enrolled_at": a.enrolled_at} for a in rows]))
         return
     table = Table("agent", "enrolled")
-    for name, enrolled_at in rows:
-        table.add_row(name, time.strftime("%Y-%m-%d %H:%M", time.localtime(enrolled_at)))
+    for agent in rows:
+        enrolled = time.strftime("%Y-%m-%d %H:%M", time.localtime(agent.enrolled_at))
+        table.add_row(agent.agent_id, enrolled)
     Console().print(table)
 
 

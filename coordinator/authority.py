@@ -1,50 +1,65 @@
-"""The federation's certificate authority: it names agents and the server, and nothing else.
+"""The federation's authority as this coordinator holds it: what devices pin, and who may issue.
 
-ECDSA over P-256 throughout: the curve that every TLS stack verifies by default. An agent's
-certificate says who it is (common name) and what it may do (organisational unit: its role).
+Three custodies of the key that names agents. Only in the last is a lying coordinator unable to make
+up members; in the first two it can.
+
+    BESIDE    the root's key lies here             authority.pem, authority.key
+    ISSUING   the root is offline and has given    authority.pem, issuing.pem (key and certificate)
+              this coordinator an issuing key
+    OFFLINE   the root is offline and signs every  authority.pem
+              agent itself (`ca requests`, `ca sign`, `ca install`)
+
+In the folder as well: server.pem and server.key, and in the last two custodies issuing.key, the key
+of a request that the root may sign.
 """
 
-import ipaddress
+import hashlib
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 
+import structlog
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedloom.errors import ConfigError, Reason, Refused
+from coordinator.certificates import (
+    Issuer,
+    alternative_name,
+    new_key,
+    private_key_pem,
+)
+from fedloom.chains import MAX_CERTIFICATE_BYTES, needs_renewal, public_key_bytes
+from fedloom.errors import ConfigError
 from fedloom.secret_files import write_secret
 
-AGENT_ROLE = "agent"
-AUTHORITY_DAYS = 3650
-SERVER_DAYS = 825
-AGENT_DAYS = 365
-MAX_REQUEST_BYTES = 4096
-_BACKDATED = timedelta(minutes=10)  # devices' clocks are late
+AUTHORITY_FILE = "authority.pem"
+AUTHORITY_KEY_FILE = "authority.key"
+ISSUING_FILE = "issuing.pem"
+ISSUING_KEY_FILE = "issuing.key"
+SERVER_FILE = "server.pem"
+SERVER_KEY_FILE = "server.key"
+HOW_TO_RENEW = "ca requests, ca sign at the root, ca install"
+_PEM = serialization.Encoding.PEM
+_DER = serialization.Encoding.DER
+_log = structlog.get_logger()
 
-_NOT_A_REQUEST = (
-    ValueError,
-    TypeError,
-    InvalidSignature,
-    UnsupportedAlgorithm,
-    x509.InvalidVersion,
-)
 
-_CERTIFICATE_FILE = "authority.pem"
-_KEY_FILE = "authority.key"
-_SERVER_CERTIFICATE_FILE = "server.pem"
-_SERVER_KEY_FILE = "server.key"
+class Custody(Enum):
+    """Where the key is that names agents."""
+
+    BESIDE = "beside the coordinator"
+    ISSUING = "offline, with an issuing key at the coordinator"
+    OFFLINE = "offline"
 
 
 @dataclass(frozen=True)
 class ServerIdentity:
-    """What the server shows to TLS peers, all PEM."""
+    """What the server shows to TLS peers, and what it pins, all PEM."""
 
     private_key: bytes
     certificate: bytes
@@ -55,181 +70,201 @@ class ServerIdentity:
 
 
 class Authority:
-    """Issues certificates; the private key stays in its folder, mode 0600."""
+    """Issues certificates, if its custody lets it; `certificate` is what devices pin."""
 
-    def __init__(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
+    def __init__(
+        self, certificate: x509.Certificate, custody: Custody, issuer: Issuer | None
+    ) -> None:
         self.certificate = certificate
-        self._key = key
+        self.custody = custody
+        self._issuer = issuer
 
     @classmethod
     def create(cls, folder: Path, hosts: Sequence[str]) -> "Authority":
-        """Make the authority and a server certificate for `hosts` in a folder that has neither."""
-        if (folder / _KEY_FILE).exists():
-            raise ConfigError(str(folder), "has a coordinator already; choose another --home")
-        names = dict.fromkeys([*hosts, "localhost", "127.0.0.1", "::1", socket.gethostname()])
-        alternatives = [_alternative(host) for host in names]
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = _name("Fedloom authority", "authority")
-        builder = (
-            _builder(name, name, key.public_key(), key.public_key(), AUTHORITY_DAYS)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_key_usage(signs_certificates=True), critical=True)
-        )
-        authority = cls(builder.sign(key, hashes.SHA256()), key)
-        _write(folder, _CERTIFICATE_FILE, _KEY_FILE, authority.certificate, key)
-        authority._issue_server(folder, alternatives)
-        return authority
+        """Make an authority beside the coordinator, and a server certificate for `hosts`."""
+        _require_new(folder)
+        names = server_names(hosts)
+        root, key = Issuer.new_root(path_length=0), new_key()
+        write_secret(folder / SERVER_KEY_FILE, private_key_pem(key))
+        _write(folder / SERVER_FILE, root.server(key.public_key(), names))
+        write_secret(folder / AUTHORITY_KEY_FILE, private_key_pem(root.key))
+        _write(folder / AUTHORITY_FILE, root.certificate)  # last: it makes the folder a whole one
+        return cls.load(folder)
+
+    @classmethod
+    def adopt(cls, folder: Path, root: x509.Certificate) -> "Authority":
+        """Take an offline root for the authority; `ca requests` asks it for certificates."""
+        _require_new(folder)
+        write_secret(folder / SERVER_KEY_FILE, private_key_pem(new_key()))
+        _write(folder / AUTHORITY_FILE, root)
+        return cls.load(folder)
 
     @classmethod
     def load(cls, folder: Path) -> "Authority":
-        """Read the authority of a folder."""
-        try:
-            certificate = x509.load_pem_x509_certificate((folder / _CERTIFICATE_FILE).read_bytes())
-            key = serialization.load_pem_private_key((folder / _KEY_FILE).read_bytes(), None)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                str(folder), f"expected a coordinator's folder: run `init` first ({error})"
-            ) from error
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ConfigError(str(folder / _KEY_FILE), "expected an ECDSA key")
-        return cls(certificate, key)
+        """Read the authority of a coordinator's folder."""
+        certificate = load_certificate(folder / AUTHORITY_FILE)
+        if (folder / AUTHORITY_KEY_FILE).exists():
+            key = load_key(folder / AUTHORITY_KEY_FILE)
+            return cls(certificate, Custody.BESIDE, Issuer(certificate, key))
+        if (folder / ISSUING_FILE).exists():
+            issuing = load_certificate(folder / ISSUING_FILE)
+            require_issued(issuing, certificate, ISSUING_FILE)
+            issuer = Issuer(issuing, load_key(folder / ISSUING_FILE))
+            return cls(certificate, Custody.ISSUING, issuer)
+        return cls(certificate, Custody.OFFLINE, None)
 
     @property
     def certificate_der(self) -> bytes:
         """The authority's certificate as tokens carry it."""
-        return self.certificate.public_bytes(serialization.Encoding.DER)
+        return self.certificate.public_bytes(_DER)
 
-    def issue_agent(self, request: x509.CertificateSigningRequest, agent_id: str) -> bytes:
-        """Return a client certificate (DER) for the key of a parsed request."""
-        builder = (
-            _builder(
-                _name(agent_id, AGENT_ROLE),
-                self.certificate.subject,
-                request.public_key(),
-                self._key.public_key(),
-                AGENT_DAYS,
-            )
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-        )
-        certificate = builder.sign(self._key, hashes.SHA256())
-        return certificate.public_bytes(serialization.Encoding.DER)
+    @property
+    def is_offline(self) -> bool:
+        """Whether no key that could name an agent is here: then this coordinator can forge none.
 
-    def _issue_server(self, folder: Path, names: Sequence[x509.GeneralName]) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        builder = (
-            _builder(
-                _name("Fedloom coordinator", "coordinator"),
-                self.certificate.subject,
-                key.public_key(),
-                self._key.public_key(),
-                SERVER_DAYS,
-            )
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        )
-        certificate = builder.sign(self._key, hashes.SHA256())
-        _write(folder, _SERVER_CERTIFICATE_FILE, _SERVER_KEY_FILE, certificate, key)
+        A root of path length 0 makes this certain to devices as well: below it no issuing
+        certificate is valid. Of any other root it says what is so now, not what once was signed.
+        """
+        return self.custody is Custody.OFFLINE
+
+    def can_issue(self, now: datetime) -> bool:
+        """Whether a device gets its certificate at once."""
+        return self._issuer is not None and now < self._issuer.certificate.not_valid_after_utc
+
+    def issue_agent(
+        self, request: x509.CertificateSigningRequest, agent_id: str
+    ) -> tuple[bytes, ...]:
+        """Return a client certificate for the key of a parsed request and its issuers, DER."""
+        issuer = self._able_issuer()
+        return self._chain(issuer, issuer.agent(request.public_key(), agent_id))
+
+    def issue_operator(
+        self, request: x509.CertificateSigningRequest, name: str
+    ) -> tuple[bytes, ...]:
+        """Return an operator's client certificate and its issuers, DER."""
+        issuer = self._able_issuer()
+        return self._chain(issuer, issuer.operator(request.public_key(), name))
+
+    def keep_server_current(self, folder: Path, hosts: Sequence[str], now: datetime) -> None:
+        """Renew the server's certificate when it ends soon or lacks a name; at start.
+
+        The key stays the same, so that one file is replaced at once. With a root that is offline
+        this only warns.
+        """
+        found = load_certificate(_signed_server_file(folder))
+        alternatives = found.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+        names, wanted = list(alternatives.value), server_names(hosts)
+        missing = [name for name in wanted[: len(hosts)] if name not in names]
+        if self.custody is Custody.BESIDE and (missing or needs_renewal(found, now)):
+            issued = self._able_issuer().server(found.public_key(), [*names, *missing])
+            _write(folder / SERVER_FILE, issued)
+            _log.info("server certificate renewed", until=_day(issued))
+            return
+        if missing:
+            _log.warning("server certificate lacks a name", names=[name.value for name in missing])
+        self._warn_of_end(found, "server certificate ends soon", now)
+        if self._issuer is not None:
+            self._warn_of_end(self._issuer.certificate, "issuing certificate ends soon", now)
+
+    def _warn_of_end(self, certificate: x509.Certificate, event: str, now: datetime) -> None:
+        if needs_renewal(certificate, now):
+            # Of a root beside the coordinator there is no renewal: devices pin it.
+            commands = "" if certificate == self.certificate else HOW_TO_RENEW
+            _log.warning(event, until=_day(certificate), commands=commands)
+
+    def _able_issuer(self) -> Issuer:
+        if self._issuer is None:
+            raise ConfigError("authority", "expected an issuing key; the root of this one signs")
+        return self._issuer
+
+    def _chain(self, issuer: Issuer, certificate: x509.Certificate) -> tuple[bytes, ...]:
+        chain = [certificate]
+        if issuer.certificate != self.certificate:
+            chain.append(issuer.certificate)
+        return tuple(link.public_bytes(_DER) for link in chain)
+
+
+def authority_is_offline(folder: Path) -> bool:
+    """Whether the coordinator of this folder is unable to forge members; see Authority."""
+    return Authority.load(folder).is_offline
 
 
 def load_server_identity(folder: Path) -> ServerIdentity:
     """Read what the server shows to its peers."""
     return ServerIdentity(
-        (folder / _SERVER_KEY_FILE).read_bytes(),
-        (folder / _SERVER_CERTIFICATE_FILE).read_bytes(),
-        (folder / _CERTIFICATE_FILE).read_bytes(),
+        (folder / SERVER_KEY_FILE).read_bytes(),
+        _signed_server_file(folder).read_bytes(),
+        (folder / AUTHORITY_FILE).read_bytes(),
     )
 
 
-def parse_certificate_request(data: bytes) -> x509.CertificateSigningRequest:
-    """Validate a foreign signing request; raises Refused(MALFORMED)."""
-    if len(data) > MAX_REQUEST_BYTES:
-        raise Refused(
-            Reason.MALFORMED, f"expected at most {MAX_REQUEST_BYTES} bytes, found {len(data)}"
-        )
+def load_root(path: Path) -> x509.Certificate:
+    """Read the certificate of an offline root, as it was brought here; raises ConfigError."""
+    if b"PRIVATE KEY" in path.read_bytes():
+        raise ConfigError(str(path), "expected the certificate alone: the key stays at the root")
+    root = load_certificate(path)
+    require_issued(root, root, str(path))
+    constraints = root.extensions.get_extension_for_class(x509.BasicConstraints).value
+    if not constraints.ca or len(root.public_bytes(_DER)) > MAX_CERTIFICATE_BYTES // 2:
+        raise ConfigError(str(path), "expected the certificate that `ca create` made")
+    return root
+
+
+def server_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """Return what a server certificate states: these hosts first, then this machine's names."""
+    here = ["localhost", "127.0.0.1", "::1", socket.gethostname()]
+    return list(dict.fromkeys(alternative_name(host) for host in [*hosts, *here]))
+
+
+def require_issued(certificate: x509.Certificate, issuer: x509.Certificate, where: str) -> None:
+    """Raise ConfigError unless the issuer has signed the certificate."""
     try:
-        request = x509.load_der_x509_csr(data)
-        signed = request.is_signature_valid
-        key = request.public_key()
-    except _NOT_A_REQUEST as error:
-        raise Refused(Reason.MALFORMED, "expected a DER certificate signing request") from error
-    p256 = isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)
-    if not signed or not p256:
-        raise Refused(Reason.MALFORMED, "expected a request signed by its own P-256 key")
-    return request
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise ConfigError(where, "expected a certificate that the authority has signed") from error
 
 
-def _builder(
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: CertificatePublicKeyTypes,
-    issuer_key: ec.EllipticCurvePublicKey,
-    days: int,
-) -> x509.CertificateBuilder:
-    # Both identifiers: strict verifiers (RFC 5280, sections 4.2.1.1 and 4.2.1.2) ask for them.
-    subject_id = x509.SubjectKeyIdentifier.from_public_key(key)
-    issuer_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key)
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _BACKDATED)
-        .not_valid_after(now + timedelta(days=days))
-        .add_extension(subject_id, critical=False)
-        .add_extension(issuer_id, critical=False)
-    )
-
-
-def _name(common_name: str, role: str) -> x509.Name:
-    return x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
-            x509.NameAttribute(NameOID.COMMON_NAME, common_name),
-        ]
-    )
-
-
-def _alternative(host: str) -> x509.GeneralName:
+def load_certificate(path: Path) -> x509.Certificate:
+    """Read a file's certificate; raises ConfigError."""
     try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        pass
+        return x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            str(path), f"expected a certificate; a coordinator's folder is made by `init` ({error})"
+        ) from error
+
+
+def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a file's private key; raises ConfigError."""
     try:
-        return x509.DNSName(host)
-    except ValueError as error:
-        raise ConfigError(host, "expected an IP address or a host name in ASCII") from error
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(str(path), "expected a private key without a password") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(str(path), "expected an ECDSA key")
+    return key
 
 
-def _key_usage(signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+def key_fingerprint(holder: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """Return the SHA-256 of the public key, for people to compare."""
+    return hashlib.sha256(public_key_bytes(holder)).hexdigest()
 
 
-def _write(
-    folder: Path,
-    certificate_file: str,
-    key_file: str,
-    certificate: x509.Certificate,
-    key: ec.EllipticCurvePrivateKey,
-) -> None:
-    (folder / certificate_file).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    pem = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    write_secret(folder / key_file, pem)
+def _signed_server_file(folder: Path) -> Path:
+    path = folder / SERVER_FILE
+    if not path.exists() and (folder / SERVER_KEY_FILE).exists():
+        raise ConfigError(str(path), f"expected what the root has to sign first: {HOW_TO_RENEW}")
+    return path
+
+
+def _require_new(folder: Path) -> None:
+    if (folder / AUTHORITY_FILE).exists():
+        raise ConfigError(str(folder), "has a coordinator already; choose another --home")
+
+
+def _write(path: Path, certificate: x509.Certificate) -> None:
+    write_secret(path, certificate.public_bytes(_PEM))  # no secret, but whole or not at all
+
+
+def _day(certificate: x509.Certificate) -> str:
+    return certificate.not_valid_after_utc.astimezone(UTC).date().isoformat()

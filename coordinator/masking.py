@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from cryptography import x509
 
@@ -15,7 +16,7 @@ from coordinator.metrics import CryptoStep, Metrics
 from crypto import CryptoError, LocalFault, cohort
 from crypto.errors import StaleAttempt, StepRefused
 from crypto.masks import Correction
-from fedloom.certified_keys import IDENTITY_KEY, check_certified
+from fedloom.certified_keys import IDENTITY_KEY, CertifiedKey, check_certified
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import control_pb2
 
@@ -41,14 +42,8 @@ def read_candidate(
     """Verify what came with READY, so that one bad key does not spoil a cohort; raises Refused."""
     if identity is None:
         raise Refused(Reason.COHORT_REFUSED, "expected keys for the cohort with READY")
-    check_certified(
-        IDENTITY_KEY,
-        agent,
-        identity.public_key,
-        identity.signature,
-        identity.certificate,
-        authority,
-    )
+    key = CertifiedKey.of(identity)
+    check_certified(IDENTITY_KEY, agent, key, authority, datetime.now(UTC))
     candidate = known_candidate(advertisement, identity)
     stated = candidate.advertisement
     if stated.agent_id != agent:

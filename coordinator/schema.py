@@ -9,15 +9,35 @@ agents = sa.Table(
     METADATA,
     sa.Column("agent_id", sa.String, primary_key=True),
     sa.Column("public_key_sha256", sa.LargeBinary, nullable=False),
+    sa.Column("next_key_sha256", sa.LargeBinary),  # of a renewal that the agent has not used yet
     sa.Column("enrolled_at", sa.Float, nullable=False),
+    sa.Column("certificate_until", sa.Float, nullable=False),
+    sa.Column("banned_at", sa.Float),
+    sa.Column("ban_reason", sa.String),
+    sa.Column("last_seen", sa.Float),
 )
 invitations = sa.Table(
     "invitations",
     METADATA,
     sa.Column("secret_sha256", sa.LargeBinary, primary_key=True),
-    sa.Column("agent_id", sa.String, nullable=False),
+    sa.Column("name", sa.String, nullable=False),
     sa.Column("expires_at", sa.Float, nullable=False),
-    sa.Column("public_key_sha256", sa.LargeBinary),  # of the key that used it, or NULL
+    sa.Column("uses", sa.Integer, nullable=False),
+    sa.Column("used", sa.Integer, nullable=False),
+    sa.Column("first_number", sa.Integer),  # of NAME-1, ...; NULL: one use, NAME itself
+    sa.Column("revoked_at", sa.Float),
+    sa.UniqueConstraint("name", "first_number"),  # of two made at once, one fails
+)
+certificate_requests = sa.Table(
+    "certificate_requests",
+    METADATA,
+    sa.Column("secret_sha256", sa.LargeBinary, primary_key=True),  # empty: a renewal
+    sa.Column("public_key_sha256", sa.LargeBinary, primary_key=True),
+    sa.Column("agent_id", sa.String, nullable=False),
+    sa.Column("request", sa.LargeBinary, nullable=False),  # PKCS #10, DER
+    sa.Column("former_key_signature", sa.LargeBinary, nullable=False),  # of a renewal, or empty
+    sa.Column("requested_at", sa.Float, nullable=False),
+    sa.Column("chain", sa.LargeBinary),  # PEM, leaf first; NULL: not signed yet
 )
 runs = sa.Table(
     "runs",

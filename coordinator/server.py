@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -17,6 +18,7 @@ from coordinator.conductor import Conductor
 from coordinator.http_port import showing
 from coordinator.metrics import Metrics
 from coordinator.published import Published
+from coordinator.services.access import AccessInterceptor
 from coordinator.services.artifacts import ArtifactService
 from coordinator.services.control import ControlService
 from coordinator.services.enrolment import EnrolmentService
@@ -116,16 +118,18 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     )
     metrics.watch_sessions(sessions)
     metrics.watch_store(store.engine)
-    interceptors = [Metering(metrics), HealthGate(health)]
+    authority.keep_server_current(home, [config.address], datetime.now(UTC))
+    interceptors = [Metering(metrics), HealthGate(health), AccessInterceptor(store.roster)]
     server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
-        ArtifactService(published.folder, store, conductor, unfinished), server
+        ArtifactService(published.folder, conductor, unfinished), server
     )
     control_pb2_grpc.add_ControlServiceServicer_to_server(
-        ControlService(sessions, store, conductor), server
+        ControlService(sessions, store.roster, conductor), server
     )
     enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(
-        EnrolmentService(authority, store, config.control_address, AuditLog(store.engine)), server
+        EnrolmentService(authority, store.roster, config.control_address, AuditLog(store.engine)),
+        server,
     )
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     lag = asyncio.create_task(metrics.watch_loop())
@@ -200,7 +204,7 @@ def _add_ports(server: grpc.aio.Server, home: Path, config: ServerConfig) -> Non
 
 
 def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _toml(value: str | int) -> str:

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.sqlite import insert
 
 from coordinator import schema
+from coordinator.roster import Roster
 from coordinator.run_state import Phase, Wish
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
@@ -67,6 +68,7 @@ class Store:
         self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
         sa.event.listen(self._engine, "connect", _set_pragmas)
         schema.METADATA.create_all(self._engine)
+        self.roster = Roster(self._engine)
 
     @property
     def engine(self) -> sa.Engine:
@@ -76,63 +78,6 @@ class Store:
     def close(self) -> None:
         """Release the file."""
         self._engine.dispose()
-
-    # enrolment
-
-    def add_invitation(self, secret_sha256: bytes, agent_id: str, expires_at: float) -> None:
-        """Remember that whoever knows the secret may become `agent_id`."""
-        row = {"secret_sha256": secret_sha256, "agent_id": agent_id, "expires_at": expires_at}
-        with self._engine.begin() as db:
-            db.execute(sa.insert(schema.invitations).values(row))
-
-    def redeem_invitation(self, secret_sha256: bytes, key_sha256: bytes, now: float) -> str:
-        """Bind the invitation to a key, once, and return the agent's name.
-
-        The same key may ask again: its first answer may have been lost.
-        Raises Refused(INVALID_TOKEN or TOKEN_EXPIRED).
-        """
-        this = schema.invitations.c.secret_sha256 == secret_sha256
-        unused = schema.invitations.c.public_key_sha256.is_(None)
-        ours = unused | (schema.invitations.c.public_key_sha256 == key_sha256)
-        with self._engine.begin() as db:
-            # Bound before it is read: a read takes no lock, and two keys would both see it unused.
-            bound = db.execute(
-                sa.update(schema.invitations)
-                .where(this & ours & (schema.invitations.c.expires_at > now))
-                .values(public_key_sha256=key_sha256)
-            )
-            row = db.execute(sa.select(schema.invitations).where(this)).one_or_none()
-            if row is None or row.public_key_sha256 not in (None, key_sha256):
-                raise Refused(Reason.INVALID_TOKEN, "expected an unused enrolment token")
-            if bound.rowcount != 1:
-                raise Refused(Reason.TOKEN_EXPIRED, "the enrolment token has expired")
-            agent = {
-                "agent_id": row.agent_id,
-                "public_key_sha256": key_sha256,
-                "enrolled_at": now,
-            }
-            db.execute(
-                insert(schema.agents)
-                .values(agent)
-                .on_conflict_do_update(index_elements=["agent_id"], set_=agent)
-            )
-            return str(row.agent_id)
-
-    def agent_key(self, agent_id: str) -> bytes | None:
-        """Return the SHA-256 of the enrolled agent's public key."""
-        query = sa.select(schema.agents.c.public_key_sha256).where(
-            schema.agents.c.agent_id == agent_id
-        )
-        with self._engine.connect() as db:
-            return db.execute(query).scalar_one_or_none()
-
-    def agents(self) -> list[tuple[str, float]]:
-        """Return every agent's name and time of enrolment."""
-        query = sa.select(schema.agents.c.agent_id, schema.agents.c.enrolled_at).order_by(
-            schema.agents.c.agent_id
-        )
-        with self._engine.connect() as db:
-            return [(row.agent_id, row.enrolled_at) for row in db.execute(query)]
 
     # runs
 

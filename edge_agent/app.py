@@ -64,7 +64,7 @@ def _join(options: argparse.Namespace) -> int:
     token = options.token
     if token.startswith("@"):
         token = Path(token[1:]).read_text()
-    identity = asyncio.run(join(options.home, token))
+    identity = asyncio.run(join(options.home, token, _wait_for_signature))
     if options.data is not None:
         held_out = options.held_out and _source(options, options.held_out)
         config = AgentConfig(
@@ -89,6 +89,15 @@ def _join(options: argparse.Namespace) -> int:
 
 def _source(options: argparse.Namespace, path: Path) -> DataSource:
     return DataSource(path.resolve(), options.text, options.label)
+
+
+def _wait_for_signature(fingerprint: str) -> None:
+    print(
+        f"SHA-256 of this device's key: {fingerprint}\n"
+        "The authority is offline: tell its operator this line, who compares it before signing.\n"
+        "Waiting. Ctrl-C loses nothing: the same command goes on.",
+        file=sys.stderr,
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

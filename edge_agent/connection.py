@@ -5,16 +5,29 @@ import grpc
 from fedloom.channels import CLIENT_OPTIONS
 from fedloom.errors import FedloomError, refused_from_rpc
 
+CLOSED_TIMES = 3  # in a row, before the cause is named: a restart closes connections too
+
 _FOREIGN_SERVER = (
     "the server's certificate is not of the authority that this device pinned: "
     "join again with a new token if the coordinator was set up anew"
 )
-_TLS_PROBLEMS = {
-    "CERTIFICATE_VERIFY_FAILED": _FOREIGN_SERVER,
-    "certificate signature failure": _FOREIGN_SERVER,  # an authority of the same name as ours
-    "WRONG_VERSION_NUMBER": "the port does not speak TLS: check the address",
-    "Hostname Verification": "the server's certificate is for another host name",
-}
+# What gRPC says of a failed TLS handshake, what it means, and whether trying again cannot help.
+_TLS_PROBLEMS = (
+    ("certificate has expired", "the server's certificate has ended, or our clock is fast", False),
+    ("certificate is not yet valid", "the server's certificate is of tomorrow: our clock?", False),
+    ("CERTIFICATE_VERIFY_FAILED", _FOREIGN_SERVER, True),
+    ("certificate signature failure", _FOREIGN_SERVER, True),  # an authority of the same name
+    ("WRONG_VERSION_NUMBER", "the port does not speak TLS: check the address", True),
+    ("Hostname Verification", "the server's certificate is for another host name", True),
+)
+# TLS 1.3 lets a client speak before its certificate is looked at, and gRPC's server ends the
+# connection without saying why: this is all that a device learns of a certificate refused by TLS.
+_CLOSED_AT_ONCE = ("failed to connect to all addresses", "Socket closed")
+_NOT_KNOWN = (
+    "the coordinator closes every connection at once: it may not know the authority that this "
+    "device joined under, or no coordinator is behind the address; join again with a new token if "
+    "it was set up anew"
+)
 
 
 class Unreachable(FedloomError):
@@ -36,7 +49,22 @@ def understood(error: grpc.aio.AioRpcError, address: str) -> FedloomError:
     if refused is not None:
         return refused
     found = f"{error.details()} {error.debug_error_string()}"
-    for sign, problem in _TLS_PROBLEMS.items():
+    for sign, problem, hopeless in _TLS_PROBLEMS:
         if sign in found:
-            return Unreachable(address, problem, hopeless=True)
+            return Unreachable(address, problem, hopeless)
     return Unreachable(address, f"{error.code().name}: {error.details()}", hopeless=False)
+
+
+class Closings:
+    """Counts connections that the coordinator closed as soon as TLS was done."""
+
+    def __init__(self) -> None:
+        self._times = 0
+
+    def explained(self, error: grpc.aio.AioRpcError, address: str) -> FedloomError:
+        """Return what a failed call means, in the light of those before it."""
+        closed = all(sign in (error.details() or "") for sign in _CLOSED_AT_ONCE)
+        self._times = self._times + 1 if closed else 0
+        if self._times >= CLOSED_TIMES:
+            return Unreachable(address, _NOT_KNOWN, hopeless=False)
+        return understood(error, address)

@@ -3,11 +3,15 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import grpc
 import structlog
 
-from edge_agent.connection import Unreachable, open_channel, understood
+from edge_agent.connection import Closings, Unreachable, open_channel
+from edge_agent.enrolment import until_renewed
+from edge_agent.identity import Identity
 from edge_agent.invitations import read_run_id, unfinished_runs
 from edge_agent.participation import Device, Participation
 from edge_agent.run_keys import share_run_key
@@ -44,31 +48,56 @@ class Session:
         self._closed: tuple[bytes, int] | None = None  # a round, before its invitation's turn came
         self._outbox: asyncio.Queue[control_pb2.ConnectRequest | None] = asyncio.Queue()
         self._steps: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
+        self._at_work = asyncio.Lock()  # held during a step
         self._heartbeat_seconds = 15.0
         self.finished: asyncio.Queue[control_pb2.Finished] = asyncio.Queue()
 
     async def run(self) -> None:
         """Stay connected; raises Refused or Unreachable when trying again cannot help."""
         try:
-            await self._stay_connected()
+            await self._stay()
         except FedloomError as error:
             self._status.link(Link.ENDED, str(error))
             raise
 
+    async def _stay(self) -> None:
+        """Stay connected, with a newer certificate as soon as there is one."""
+        while True:
+            connected = asyncio.create_task(self._stay_connected())
+            renewed = asyncio.create_task(self._renewed())
+            try:
+                await asyncio.wait({connected, renewed}, return_when=asyncio.FIRST_COMPLETED)
+                if connected.done():
+                    return connected.result()
+                # The old connection ends before the new key is used: with that the old one is out.
+                self._device = replace(self._device, identity=renewed.result())
+            finally:
+                connected.cancel()
+                renewed.cancel()
+                await asyncio.wait({connected, renewed})
+            self._run = None  # it knew the old identity; the next one reads the disk
+
+    async def _renewed(self) -> Identity:
+        """Return a newer identity when there is one and no step is being done."""
+        identity = await until_renewed(self._device.home, self._device.identity)
+        async with self._at_work:
+            return identity
+
     async def _stay_connected(self) -> None:
         address = self._device.identity.control_address
-        backoff = FIRST_BACKOFF_SECONDS
+        backoff, closings = FIRST_BACKOFF_SECONDS, Closings()
         credentials = self._device.identity.channel_credentials()
         async with open_channel(address, credentials) as channel:
             worker = asyncio.create_task(self._work(Transfer(channel, address)))
             try:
                 while True:
+                    self._device.identity.require_valid(datetime.now(UTC))
                     try:
                         await self._converse(channel, worker)
                         cause: FedloomError = Unreachable(address, "stream ended", hopeless=False)
                         backoff = FIRST_BACKOFF_SECONDS
                     except grpc.aio.AioRpcError as error:
-                        cause = understood(error, address)
+                        cause = closings.explained(error, address)
                     _raise_if_hopeless(cause)
                     self._status.link(Link.RECONNECTING, str(cause))
                     _log.info("reconnecting", cause=str(cause), seconds=round(backoff, 1))
@@ -194,7 +223,8 @@ class Session:
         while True:
             message = await self._steps.get()
             try:
-                await self._step(transfer, message)
+                async with self._at_work:
+                    await self._step(transfer, message)
             except Interrupted:
                 _log.info("step interrupted: the run went on")
             except Refused as refused:

@@ -1,9 +1,16 @@
-"""Who may call what: one table, and the identity that a call comes with."""
+"""Who may call what: one table, one interceptor, and the identity that a call comes with.
 
+A service is not asked: the interceptor refuses before it is entered. What is not in the table is
+refused to everybody.
+"""
+
+import contextlib
 import hashlib
-from collections.abc import AsyncIterator
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -11,13 +18,13 @@ from typing import Any
 import grpc
 import structlog
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
-from cryptography.x509.oid import NameOID
 
-from coordinator.authority import AGENT_ROLE
-from coordinator.store import Store
+from coordinator.roster import Roster
+from fedloom.chains import AGENT_ROLE, OPERATOR_ROLE, public_key_bytes, subject_of
 from fedloom.errors import RULES, Reason, Refused, refusal_trailers
 
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Handler = Any  # grpc.RpcMethodHandler, which is generic in its stubs alone
 _log = structlog.get_logger()
 
 
@@ -25,11 +32,13 @@ class Role(Enum):
     """What a caller proved to be."""
 
     ANYONE = "anyone"
-    AGENT = "agent"
+    AGENT = AGENT_ROLE  # enrolled, and not banned
+    OPERATOR = OPERATOR_ROLE  # a certificate of that role, or the coordinator's own user
 
 
 REQUIRED_ROLE = {
     "/fedloom.v1.EnrolmentService/Enrol": Role.ANYONE,
+    "/fedloom.v1.EnrolmentService/Renew": Role.AGENT,
     "/fedloom.v1.ControlService/Connect": Role.AGENT,
     "/fedloom.v1.ArtifactService/UploadArtifact": Role.AGENT,
     "/fedloom.v1.ArtifactService/DownloadArtifact": Role.AGENT,
@@ -40,53 +49,86 @@ REQUIRED_ROLE = {
 
 @dataclass(frozen=True)
 class Peer:
-    """The subject of a verified client certificate."""
+    """What a verified client certificate says."""
 
-    agent_id: str
+    name: str
     role: str
     public_key_sha256: bytes
+    certificate: x509.Certificate
+
+    @property
+    def until(self) -> datetime:
+        """When the certificate ends."""
+        return self.certificate.not_valid_after_utc
 
 
-def require_agent(context: grpc.aio.ServicerContext[Any, Any], store: Store) -> str:
-    """Return the name of the enrolled agent that calls; raises Refused(NOT_PERMITTED).
-
-    TLS has verified the certificate against our authority; here it must also be the one that the
-    agent enrolled with last, so that a device that enrols again shuts its old key out.
-    """
+def peer_of(context: _Context) -> Peer | None:
+    """Return who calls, as TLS has verified it; None without a client certificate."""
     pem = next(iter(context.auth_context().get("x509_pem_cert", ())), None)
-    peer = None if pem is None else _read_certificate(pem)
-    if peer is None or peer.role != AGENT_ROLE:
-        raise Refused(Reason.NOT_PERMITTED, "expected an agent's client certificate")
-    if store.agent_key(peer.agent_id) != peer.public_key_sha256:
-        raise Refused(Reason.NOT_PERMITTED, "expected the certificate of this agent's enrolment")
-    return peer.agent_id
+    return None if pem is None else _read_certificate(pem)
+
+
+def calling_peer(context: _Context) -> Peer:
+    """Return who calls an RPC that the table gives to holders of a certificate."""
+    peer = peer_of(context)
+    if peer is None:
+        raise AssertionError("the interceptor lets nobody in here without a certificate")
+    return peer
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses every call that the table does not allow its caller."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """Return the RPC's handler behind a check of its caller."""
+        handler = await continuation(handler_call_details)
+        rpc = handler_call_details.method
+
+        async def admit(context: _Context) -> None:
+            async with refusing(context, rpc):
+                self._admit(rpc, context)
+
+        return None if handler is None else _guarded(handler, admit)
+
+    def _admit(self, rpc: str, context: _Context) -> None:
+        required = REQUIRED_ROLE.get(rpc)
+        if required is Role.ANYONE:
+            return
+        # A unix socket has no TLS: that the file's mode lets nobody else connect is its proof.
+        if required is Role.OPERATOR and context.peer().startswith("unix:"):
+            return
+        peer = peer_of(context)
+        if required is None or peer is None or peer.role != required.value:
+            wanted = "no caller" if required is None else f"a certificate of role {required.value}"
+            found = "none" if peer is None else f"role {peer.role[:64]!r}"
+            raise Refused(Reason.NOT_PERMITTED, f"expected {wanted}, found {found}")
+        if peer.until < datetime.now(UTC):  # since the connection was made
+            raise Refused(Reason.CERTIFICATE_EXPIRED, f"the certificate ended on {peer.until}")
+        if required is Role.AGENT:
+            self._roster.require_member(peer.name, peer.public_key_sha256)
 
 
 @lru_cache(maxsize=16_384)
 def _read_certificate(pem: bytes) -> Peer:
     certificate = x509.load_pem_x509_certificate(pem)
-    return Peer(
-        _attribute(certificate, NameOID.COMMON_NAME),
-        _attribute(certificate, NameOID.ORGANIZATIONAL_UNIT_NAME),
-        public_key_sha256(certificate),
-    )
-
-
-def _attribute(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:
-    values = certificate.subject.get_attributes_for_oid(oid)
-    return str(values[0].value) if values else ""
+    subject = subject_of(certificate)
+    return Peer(subject.name, subject.role, public_key_sha256(certificate), certificate)
 
 
 def public_key_sha256(holder: x509.Certificate | x509.CertificateSigningRequest) -> bytes:
-    """Return the digest by which the store knows a key."""
-    der = holder.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return hashlib.sha256(der).digest()
+    """Return the digest by which the roster knows a key."""
+    return hashlib.sha256(public_key_bytes(holder)).digest()
 
 
 @asynccontextmanager
-async def refusing(context: grpc.aio.ServicerContext[Any, Any], rpc: str) -> AsyncIterator[None]:
+async def refusing(context: _Context, rpc: str) -> AsyncIterator[None]:
     """End the RPC with the refusal that the body raises; a fault of ours tells no details."""
     try:
         yield
@@ -99,3 +141,28 @@ async def refusing(context: grpc.aio.ServicerContext[Any, Any], rpc: str) -> Asy
     else:
         return
     await context.abort(RULES[ending.reason].code, ending.reason.name, refusal_trailers(ending))
+
+
+def _guarded(handler: _Handler, admit: Callable[[_Context], Awaitable[None]]) -> _Handler:
+    """Return the handler with `admit` before it, whatever its kind."""
+    kinds = {
+        (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+        (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+        (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+        (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+    }
+    attribute, make = kinds[bool(handler.request_streaming), bool(handler.response_streaming)]
+    behaviour = getattr(handler, attribute)
+
+    async def answer(request: Any, context: _Context) -> Any:
+        await admit(context)
+        return await behaviour(request, context)
+
+    async def answers(request: Any, context: _Context) -> AsyncIterator[Any]:
+        await admit(context)
+        async with contextlib.aclosing(behaviour(request, context)) as messages:
+            async for message in messages:
+                yield message
+
+    guarded = answers if inspect.isasyncgenfunction(behaviour) else answer
+    return make(guarded, handler.request_deserializer, handler.response_serializer)

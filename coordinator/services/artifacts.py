@@ -8,9 +8,8 @@ import grpc
 import structlog
 
 from coordinator.round_sum import Upload, UploadKind
-from coordinator.services.access import refusing, require_agent
+from coordinator.services.access import calling_peer, refusing
 from coordinator.services.turns import Turns
-from coordinator.store import Store
 from coordinator.supervision import Unfinished
 from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference, PartialFile
 from fedloom.errors import Reason, Refused
@@ -41,12 +40,10 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
     def __init__(
         self,
         published: Path,
-        store: Store,
         rounds: Rounds,
         unfinished: Unfinished | None = None,
     ) -> None:
         self._published = published  # folder of files named by their SHA-256 in hex
-        self._store = store
         self._rounds = rounds
         self._unfinished = unfinished or Unfinished()
         self._uploading: set[Path] = set()
@@ -59,7 +56,7 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
     ) -> AsyncIterator[artifact_pb2.UploadArtifactResponse]:
         """Spool the parts, then have the whole update counted."""
         async with refusing(context, "UploadArtifact"):
-            agent = require_agent(context, self._store)
+            agent = calling_peer(context).name
             first = await anext(request_iterator, None)
             if first is None or first.WhichOneof("step") != "header":
                 raise Refused(Reason.MALFORMED, "expected an upload's header first")
@@ -116,7 +113,7 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
     ) -> None:
         """Send a published artifact from the offset asked for."""
         async with refusing(context, "DownloadArtifact"):
-            agent = require_agent(context, self._store)
+            agent = calling_peer(context).name
             path = self._published / request.sha256.hex()
             if len(request.sha256) != 32 or not path.is_file():
                 raise Refused(Reason.NOT_FOUND, f"expected a published artifact: {path.name[:64]}")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -11,9 +12,10 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from coordinator.events import Applied, Declined, Evaluation, KeyShared, Ready
-from coordinator.services.access import refusing, require_agent
+from coordinator.roster import Roster
+from coordinator.services.access import Peer, calling_peer, refusing
 from coordinator.sessions import Session, Sessions
-from coordinator.store import Store
+from fedloom.chains import MAX_CERTIFICATE_BYTES, MAX_ISSUERS
 from fedloom.errors import Reason, Refused, refused_from_details
 from fedloom.terms import MAX_CAPACITY, MAX_WEIGHT_CLASS, Protection
 from fedloom.v1 import control_pb2, control_pb2_grpc
@@ -21,7 +23,7 @@ from fedloom.version import OLDEST_SERVED_PROTOCOL, PROTOCOL_VERSION
 
 HELLO_SECONDS = 20.0
 HEARTBEAT_SECONDS = 15
-MAX_CERTIFICATE_BYTES = 4096
+STANDING_SECONDS = 60.0  # how late a ban may reach an open stream, and how exact `last_seen` is
 MAX_ENVELOPE_BYTES = 16_384
 MAX_UNFINISHED_RUNS = 16
 MAX_COUNT = 1 << 62
@@ -42,12 +44,31 @@ class Conversation(Protocol):
         """An agent is alive; `share` of its local training is done."""
 
 
+class Membership:
+    """An agent's standing, looked up again while it talks: a ban ends its open stream too."""
+
+    def __init__(self, roster: Roster, peer: Peer) -> None:
+        self.agent_id = peer.name
+        self._roster = roster
+        self._key = peer.public_key_sha256
+        self._looked_at = -math.inf
+        self.check()
+
+    def check(self) -> None:
+        """Raise Refused (BANNED, NOT_PERMITTED) when the agent is out by now."""
+        if time.monotonic() - self._looked_at < STANDING_SECONDS:
+            return
+        self._looked_at = time.monotonic()
+        self._roster.require_member(self.agent_id, self._key)
+        self._roster.seen(self.agent_id, time.time())
+
+
 class ControlService(control_pb2_grpc.ControlServiceServicer):
     """Keeps an agent's stream open and hands its messages on."""
 
-    def __init__(self, sessions: Sessions, store: Store, conversation: Conversation) -> None:
+    def __init__(self, sessions: Sessions, roster: Roster, conversation: Conversation) -> None:
         self._sessions = sessions
-        self._store = store
+        self._roster = roster
         self._conversation = conversation
 
     async def Connect(  # noqa: N802 - gRPC's name
@@ -57,7 +78,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     ) -> AsyncIterator[control_pb2.ConnectResponse]:
         """Admit the agent, then read and write until either side ends."""
         async with refusing(context, "Connect"):
-            agent_id = require_agent(context, self._store)
+            membership = Membership(self._roster, calling_peer(context))
+            agent_id = membership.agent_id
             session = _session(agent_id, await _first(request_iterator))
             yield control_pb2.ConnectResponse(
                 welcome=control_pb2.Welcome(
@@ -67,7 +89,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             )
             self._sessions.open(session)
             _log.info("agent connected", agent=agent_id)
-            reader = asyncio.create_task(self._read(session, request_iterator))
+            reader = asyncio.create_task(self._read(session, membership, request_iterator))
             try:
                 while not isinstance(message := await session.outbox.get(), Refused):
                     yield message
@@ -79,11 +101,15 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 _log.info("agent disconnected", agent=agent_id)
 
     async def _read(
-        self, session: Session, requests: AsyncIterator[control_pb2.ConnectRequest]
+        self,
+        session: Session,
+        membership: Membership,
+        requests: AsyncIterator[control_pb2.ConnectRequest],
     ) -> None:
         ending: Refused = _END
         try:
             async for request in requests:
+                membership.check()
                 self._dispatch(session.agent_id, request)
         except Refused as refused:
             ending = refused
@@ -149,16 +175,18 @@ def _session(agent_id: str, hello: control_pb2.Hello) -> Session:
         )
     known = {protection.value for protection in Protection}
     key = hello.exchange_key if hello.HasField("exchange_key") else None
-    if key is not None and (
-        len(key.public_key) != 32
-        or max(len(key.signature), len(key.certificate)) > MAX_CERTIFICATE_BYTES
-    ):
+    if key is not None and not (len(key.public_key) == 32 and _small(key)):
         raise Refused(Reason.MALFORMED, "expected a 32-byte X25519 key with its certificate")
     unfinished = tuple(hello.unfinished_run_ids)
     if len(unfinished) > MAX_UNFINISHED_RUNS or any(len(run_id) != 16 for run_id in unfinished):
         raise Refused(Reason.MALFORMED, f"expected at most {MAX_UNFINISHED_RUNS} run ids")
     protections = frozenset(Protection(p) for p in hello.protections if p in known)
     return Session(agent_id, protections, key, unfinished)
+
+
+def _small(key: control_pb2.ExchangeKey | control_pb2.IdentityKey) -> bool:
+    parts = (key.signature, key.certificate, *key.issuers)
+    return len(key.issuers) <= MAX_ISSUERS and max(map(len, parts)) <= MAX_CERTIFICATE_BYTES
 
 
 def _require(condition: bool, expected: str) -> None:
@@ -179,10 +207,7 @@ def _ready(agent: str, message: control_pb2.Ready) -> Ready:
     _require(math.isfinite(message.training_loss), "a finite training loss")
     seconds = message.training_time.ToTimedelta().total_seconds()
     identity = message.identity
-    _require(
-        max(len(identity.signature), len(identity.certificate)) <= MAX_CERTIFICATE_BYTES,
-        "an identity with a certificate",
-    )
+    _require(_small(identity), "an identity with a certificate")
     return Ready(
         agent,
         message.round,

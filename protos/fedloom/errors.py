@@ -9,6 +9,7 @@ control stream.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum, IntEnum
 
 import grpc
@@ -128,12 +129,16 @@ class FedloomError(Exception):
 
 
 class Refused(FedloomError):
-    """A step is refused. `subject` says what was expected and found; it never holds a secret."""
+    """A step is refused. `subject` says what was expected and found; it never holds a secret.
 
-    def __init__(self, reason: Reason, subject: str) -> None:
+    `retry_after`, in seconds, is the earliest sensible time for another try; None: the table says.
+    """
+
+    def __init__(self, reason: Reason, subject: str, retry_after: float | None = None) -> None:
         super().__init__(f"{reason.name}: {subject}")
         self.reason = reason
         self.subject = subject
+        self.retry_after = retry_after
 
 
 class ConfigError(FedloomError):
@@ -150,9 +155,12 @@ def refusal_details(refused: Refused) -> refusal_pb2.RefusalDetails:
     # A file name may hold bytes that are no UTF-8 (lone surrogates in Python): they become "?".
     utf8 = refused.subject.encode(errors="replace")
     subject = utf8[:MAX_SUBJECT_BYTES].decode(errors="ignore")
-    return refusal_pb2.RefusalDetails(
+    details = refusal_pb2.RefusalDetails(
         reason=refusal_pb2.Reason.ValueType(refused.reason), subject=subject
     )
+    if refused.retry_after is not None:
+        details.retry_after.FromTimedelta(timedelta(seconds=refused.retry_after))
+    return details
 
 
 def refused_from_details(details: refusal_pb2.RefusalDetails) -> Refused:
@@ -165,7 +173,10 @@ def refused_from_details(details: refusal_pb2.RefusalDetails) -> Refused:
         reason = Reason(details.reason) if details.reason else Reason.MALFORMED
     except ValueError:
         reason = Reason.INTERNAL
-    return Refused(reason, details.subject[:MAX_SUBJECT_BYTES])
+    later = details.retry_after
+    # Read without Duration's own conversion, which raises on a foreign value out of range.
+    seconds = later.seconds + later.nanos / 1e9 if details.HasField("retry_after") else None
+    return Refused(reason, details.subject[:MAX_SUBJECT_BYTES], seconds)
 
 
 def refusal_trailers(refused: Refused) -> tuple[tuple[str, bytes], ...]:

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import ipaddress
 from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
@@ -50,6 +51,24 @@ def parse_token(text: str) -> EnrolmentToken:
         raise wrong from None
     # Without its last field a token cut short would parse, and trust no authority or every one.
     whole = len(message.secret) == SECRET_BYTES and message.authority_certificate
-    if not whole or ":" not in message.address:
+    if not whole or not _is_address(message.address):
         raise wrong
     return EnrolmentToken(message.address, message.secret, message.authority_certificate)
+
+
+def _is_address(text: str) -> bool:
+    """Whether this is `host:port`, an IPv6 address in brackets."""
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        return False
+    if host.startswith("["):
+        return host.endswith("]") and _is_ipv6(host[1:-1])
+    return host != "" and ":" not in host and host.isprintable() and " " not in host
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True

@@ -2,6 +2,8 @@
 
 import ssl
 import stat
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.authority import (
-    AGENT_ROLE,
-    MAX_REQUEST_BYTES,
     Authority,
+    Custody,
+    authority_is_offline,
+    load_certificate,
+    load_root,
     load_server_identity,
-    parse_certificate_request,
 )
+from coordinator.certificates import (
+    AGENT_DAYS,
+    MAX_REQUEST_BYTES,
+    SERVER_DAYS,
+    Issuer,
+    parse_certificate_request,
+    private_key_pem,
+)
+from fedloom.chains import AGENT_ROLE, OPERATOR_ROLE, Subject, needs_renewal, subject_of
 from fedloom.errors import ConfigError, Reason, Refused
+from tests.coordinator.holders import PEM, Holder
 
 HOSTS = ("coordinator.example", "192.0.2.7", "2001:db8::7")
 
@@ -48,20 +61,10 @@ def der(request: x509.CertificateSigningRequest) -> bytes:
 
 
 def write_agent(authority: Authority, folder: Path, agent_id: str) -> Path:
-    """Enrol an agent as the service does; return its PEM file of key and certificate."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    request = parse_certificate_request(der(request_of(key)))
-    certificate = x509.load_der_x509_certificate(authority.issue_agent(request, agent_id))
-    path = folder / f"{agent_id}.pem"
-    path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        + certificate.public_bytes(serialization.Encoding.PEM)
-    )
-    return path
+    """Enrol an agent as the service does; return its PEM file of key and chain."""
+    device = Holder()
+    chain = authority.issue_agent(parse_certificate_request(device.request_der), agent_id)
+    return replace(device, chain=chain).write(folder / f"{agent_id}.pem")
 
 
 def shake_hands(server: ssl.SSLContext, client: ssl.SSLContext, host: str) -> ssl.SSLObject:
@@ -130,7 +133,7 @@ def test_an_agent_of_another_authority_is_no_agent(home: Path, tmp_path: Path) -
 def test_an_agents_certificate_is_for_clients_and_signs_nothing(authority: Authority) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     request = parse_certificate_request(der(request_of(key, "someone-else")))
-    issued = x509.load_der_x509_certificate(authority.issue_agent(request, "kitchen-pi"))
+    [issued] = map(x509.load_der_x509_certificate, authority.issue_agent(request, "kitchen-pi"))
     issued.verify_directly_issued_by(authority.certificate)
     assert issued.public_key() == key.public_key()
     names = issued.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
@@ -140,7 +143,7 @@ def test_an_agents_certificate_is_for_clients_and_signs_nothing(authority: Autho
     assert not issued.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
     usage = issued.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]
-    again = x509.load_der_x509_certificate(authority.issue_agent(request, "kitchen-pi"))
+    [again] = map(x509.load_der_x509_certificate, authority.issue_agent(request, "kitchen-pi"))
     assert again.serial_number != issued.serial_number
 
 
@@ -209,10 +212,10 @@ def test_an_authority_is_loaded_as_it_was_made(home: Path, authority: Authority)
 
 
 def test_a_folder_without_an_authority_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="run `init` first"):
+    with pytest.raises(ConfigError, match="made by `init`"):
         Authority.load(tmp_path)
     (tmp_path / "authority.pem").write_bytes(b"no certificate")
-    with pytest.raises(ConfigError, match="run `init` first"):
+    with pytest.raises(ConfigError, match="made by `init`"):
         Authority.load(tmp_path)
 
 
@@ -230,3 +233,153 @@ def test_a_server_identity_shows_no_key(home: Path) -> None:
     assert b"PRIVATE KEY" in identity.private_key
     assert "PRIVATE" not in repr(identity)
     assert identity.authority == (home / "authority.pem").read_bytes()
+
+
+def test_an_operator_is_named_as_one(authority: Authority) -> None:
+    [issued] = authority.issue_operator(Holder().request, "alice")
+    assert subject_of(x509.load_der_x509_certificate(issued)) == Subject("alice", OPERATOR_ROLE)
+
+
+NOW = datetime.now(UTC)
+
+
+@pytest.fixture
+def young(tmp_path: Path) -> Path:
+    """A folder of its own, for what changes files."""
+    Authority.create(tmp_path, HOSTS)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("share", "renewed"), [(0.6, False), (0.7, True), (1.1, True)])
+def test_the_servers_certificate_is_renewed_in_its_last_third(
+    young: Path, share: float, renewed: bool
+) -> None:
+    before = load_certificate(young / "server.pem")
+    key = (young / "server.key").read_bytes()
+    authority = Authority.load(young)
+    at = NOW + share * timedelta(days=SERVER_DAYS)
+    authority.keep_server_current(young, HOSTS, at)
+    after = load_certificate(young / "server.pem")
+    assert (after != before) == renewed
+    assert (young / "server.key").read_bytes() == key  # one file changes, at once
+    assert after.public_key() == before.public_key()
+    assert shake_hands(*contexts(young), HOSTS[0]).version()
+
+
+def test_a_new_address_is_taken_into_the_servers_certificate(young: Path) -> None:
+    authority = Authority.load(young)
+    authority.keep_server_current(young, ["moved.example"], NOW)
+    for host in ("moved.example", *HOSTS):
+        assert shake_hands(*contexts(young), host).version()
+
+
+def test_an_agents_certificate_is_renewed_after_two_thirds() -> None:
+    root = Issuer.new_root(path_length=0)
+    issued = root.agent(Holder().key.public_key(), "kitchen-pi")
+    lifetime = timedelta(days=AGENT_DAYS)
+    assert not needs_renewal(issued, NOW + 0.66 * lifetime)
+    assert needs_renewal(issued, NOW + 0.67 * lifetime)
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> tuple[Issuer, Path]:
+    """A root elsewhere, and a coordinator's folder that has adopted it."""
+    root = Issuer.new_root(path_length=1)
+    (tmp_path / "root.pem").write_bytes(root.certificate.public_bytes(PEM))
+    home = tmp_path / "home"
+    home.mkdir()
+    Authority.adopt(home, load_root(tmp_path / "root.pem"))
+    return root, home
+
+
+def test_a_coordinator_without_an_issuing_key_can_name_nobody(
+    offline: tuple[Issuer, Path],
+) -> None:
+    _, home = offline
+    authority = Authority.load(home)
+    assert authority.custody is Custody.OFFLINE
+    assert authority.is_offline
+    assert authority_is_offline(home)
+    assert not authority.can_issue(NOW)
+    for issue in (authority.issue_agent, authority.issue_operator):
+        with pytest.raises(ConfigError, match="expected an issuing key"):
+            issue(Holder().request, "kitchen-pi")
+    assert [path.name for path in home.glob("*.key")] == ["server.key"]
+    with pytest.raises(ConfigError, match="ca requests, ca sign"):
+        load_server_identity(home)
+
+
+def install_issuing(root: Issuer, home: Path, key: Holder) -> x509.Certificate:
+    issuing = root.issuing(key.key.public_key())
+    pem = private_key_pem(key.key) + issuing.public_bytes(PEM)
+    (home / "issuing.pem").write_bytes(pem)
+    return issuing
+
+
+def test_an_issuing_key_names_agents_at_once_and_is_no_offline_authority(
+    offline: tuple[Issuer, Path], tmp_path: Path
+) -> None:
+    root, home = offline
+    issuing = install_issuing(root, home, Holder())
+    authority = Authority.load(home)
+    assert authority.custody is Custody.ISSUING
+    assert not authority.is_offline
+    assert authority.can_issue(NOW)
+    assert not authority.can_issue(issuing.not_valid_after_utc)
+    chain = authority.issue_agent(Holder().request, "kitchen-pi")
+    leaf, link = map(x509.load_der_x509_certificate, chain)
+    assert link == issuing
+    assert leaf.not_valid_after_utc <= issuing.not_valid_after_utc
+    assert authority.certificate == root.certificate  # what devices pin stays the root
+
+
+def test_an_agent_below_an_issuing_key_is_let_in_and_stays_when_it_is_replaced(
+    offline: tuple[Issuer, Path], tmp_path: Path
+) -> None:
+    root, home = offline
+    names = [x509.DNSName("localhost")]
+    server_key = Holder()
+    (home / "server.key").write_bytes(server_key.key_pem)
+    (home / "server.pem").write_bytes(
+        root.server(server_key.key.public_key(), names).public_bytes(PEM)
+    )
+    install_issuing(root, home, Holder())
+    old = write_agent(Authority.load(home), tmp_path, "old")
+    install_issuing(root, home, Holder())
+    new = write_agent(Authority.load(home), tmp_path, "new")
+    for agent in (old, new):
+        assert shake_hands(*contexts(home, agent), "localhost").getpeercert()
+    without_issuer = tmp_path / "cut.pem"
+    text = new.read_text()
+    without_issuer.write_text(text[: text.index("-----END CERTIFICATE-----") + 26])
+    with pytest.raises(ssl.SSLError):
+        shake_hands(*contexts(home, without_issuer), "localhost")
+
+
+def test_an_issuing_certificate_of_another_root_is_refused(
+    offline: tuple[Issuer, Path],
+) -> None:
+    _, home = offline
+    install_issuing(Issuer.new_root(path_length=1), home, Holder())
+    with pytest.raises(ConfigError, match="that the authority has signed"):
+        Authority.load(home)
+
+
+def test_a_root_that_brings_its_key_along_is_refused(tmp_path: Path) -> None:
+    root = Issuer.new_root(path_length=1)
+    path = tmp_path / "root.pem"
+    path.write_bytes(private_key_pem(root.key) + root.certificate.public_bytes(PEM))
+    with pytest.raises(ConfigError, match="the key stays at the root"):
+        load_root(path)
+
+
+def test_a_certificate_that_is_no_root_is_refused(tmp_path: Path) -> None:
+    root = Issuer.new_root(path_length=1)
+    path = tmp_path / "root.pem"
+    for other in (root.agent(Holder().key.public_key(), "a"), root.issuing(root.key.public_key())):
+        path.write_bytes(other.public_bytes(PEM))
+        with pytest.raises(ConfigError):
+            load_root(path)
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError):
+        load_root(path)

@@ -71,7 +71,7 @@ def test_the_store_is_watched_without_its_knowledge(store: Store, run_id: bytes)
     metrics = Metrics()
     metrics.watch_store(store.engine)
     seconds = "fedloom_store_transaction_seconds_count"
-    store.add_invitation(bytes(32), "device", 10.0)
+    store.roster.add_invitation(bytes(32), "device", 10.0)
     store.report(run_id, 1, "device", progress=0.5)
     assert store.runs()
     assert value(metrics, "fedloom_store_writes_total", table="invitations") == 1

@@ -1,4 +1,4 @@
-"""The store: an invitation buys one key, and what was stored is there after a restart."""
+"""The store: what was stored is there after a restart."""
 
 import hashlib
 import subprocess
@@ -17,71 +17,8 @@ from coordinator.store import RoundRecord, Store
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
 
-SECRET, KEY, OTHER_KEY = bytes(32), bytes([1]) * 32, bytes([2]) * 32
 SUM = ArtifactReference(hashlib.sha256(b"sum").digest(), 3)
 ROUND = RoundRecord(1, 2, 64, (0, 2, 5), SUM, 1.5)
-
-
-def redeem(
-    store: Store, key: bytes = KEY, now: float = 5.0, secret: bytes = SECRET
-) -> Reason | str:
-    """Return the agent's name, or the reason why there is none."""
-    try:
-        return store.redeem_invitation(secret, key, now)
-    except Refused as refused:
-        return refused.reason
-
-
-def test_an_invitation_names_the_agent_of_the_key(store: Store) -> None:
-    store.add_invitation(SECRET, "kitchen-pi", expires_at=10.0)
-    assert store.agent_key("kitchen-pi") is None
-    assert redeem(store) == "kitchen-pi"
-    assert store.agent_key("kitchen-pi") == KEY
-    assert store.agents() == [("kitchen-pi", 5.0)]
-
-
-def test_an_unknown_secret_is_refused(store: Store) -> None:
-    store.add_invitation(SECRET, "kitchen-pi", expires_at=10.0)
-    assert redeem(store, secret=bytes(31) + b"\1") is Reason.INVALID_TOKEN
-    assert store.agents() == []
-
-
-@pytest.mark.parametrize(("now", "found"), [(9.9, "kitchen-pi"), (10.0, Reason.TOKEN_EXPIRED)])
-def test_an_invitation_ends_at_its_time(store: Store, now: float, found: object) -> None:
-    store.add_invitation(SECRET, "kitchen-pi", expires_at=10.0)
-    assert redeem(store, now=now) == found
-    assert (store.agents() == []) == (found is Reason.TOKEN_EXPIRED)
-
-
-def test_a_second_key_is_refused_and_the_first_may_ask_again(store: Store) -> None:
-    store.add_invitation(SECRET, "kitchen-pi", expires_at=10.0)
-    assert redeem(store) == "kitchen-pi"
-    for now in (6.0, 11.0):
-        assert redeem(store, OTHER_KEY, now) is Reason.INVALID_TOKEN
-    assert redeem(store, KEY, 7.0) == "kitchen-pi"
-    assert store.agent_key("kitchen-pi") == KEY
-
-
-def test_a_second_invitation_replaces_the_key(store: Store) -> None:
-    store.add_invitation(SECRET, "kitchen-pi", expires_at=10.0)
-    store.add_invitation(OTHER_KEY, "kitchen-pi", expires_at=10.0)
-    assert redeem(store) == "kitchen-pi"
-    assert redeem(store, OTHER_KEY, secret=OTHER_KEY) == "kitchen-pi"
-    assert store.agent_key("kitchen-pi") == OTHER_KEY
-    assert len(store.agents()) == 1
-
-
-def test_of_many_keys_at_once_one_gets_the_invitation(store: Store) -> None:
-    keys = [bytes([number]) * 32 for number in range(8)]
-    for attempt in range(10):
-        secret = bytes([attempt]) * 32
-        store.add_invitation(secret, f"agent-{attempt}", expires_at=10.0)
-        with ThreadPoolExecutor(len(keys)) as pool:
-            found = list(pool.map(lambda key, secret=secret: redeem(store, key, 5.0, secret), keys))
-        winners = [key for key, answer in zip(keys, found, strict=True) if isinstance(answer, str)]
-        assert len(winners) == 1, found
-        assert store.agent_key(f"agent-{attempt}") == winners[0]
-        assert found.count(Reason.INVALID_TOKEN) == len(keys) - 1
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
@@ -171,19 +108,16 @@ def test_reports_of_one_agent_add_up(store: Store, run_id: bytes) -> None:
 
 
 def test_everything_is_there_after_a_restart(store_path: Path, store: Store, run_id: bytes) -> None:
-    store.add_invitation(SECRET, "kitchen-pi", expires_at=10.0)
-    redeem(store)
     store.update_run(run_id, Phase.COLLECTING, 2, 7)
     store.add_round(run_id, ROUND)
     store.put_envelopes(run_id, store.next_key_id(run_id), [("a", b"opaque")])
     store.report(run_id, 1, "a", progress=1.0)
-    before = (store.runs(), store.rounds(run_id), store.reports(run_id), store.agents())
+    before = (store.runs(), store.rounds(run_id), store.reports(run_id))
     store.close()
     again = Store(store_path)
-    assert (again.runs(), again.rounds(run_id), again.reports(run_id), again.agents()) == before
+    assert (again.runs(), again.rounds(run_id), again.reports(run_id)) == before
     assert again.run(run_id).attempt == 7
     assert again.envelopes(run_id, 1) == {"a": b"opaque"}
-    assert redeem(again, OTHER_KEY) is Reason.INVALID_TOKEN
     again.close()
 
 

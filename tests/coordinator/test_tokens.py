@@ -14,7 +14,11 @@ from fedloom.v1 import enrolment_pb2
 SECRET = b"the secret of the kitchen device"
 TOKEN = EnrolmentToken("coordinator.example:7072", SECRET, bytes(range(200)))
 TEXT = TOKEN.encode()
-_hosts = st.text(st.characters(codec="utf-8"), max_size=40)
+_hosts = st.one_of(
+    st.from_regex(r"[a-z0-9][a-z0-9.-]{0,40}", fullmatch=True),
+    st.ip_addresses(v=4).map(str),
+    st.ip_addresses(v=6).map("[{}]".format),
+)
 
 
 def refused(text: str) -> Refused:
@@ -70,6 +74,15 @@ def test_a_changed_character_is_refused_or_another_token(place: int, character: 
         {"secret": SECRET + b"x"},
         {"address": ""},
         {"address": "coordinator.example"},
+        {"address": "coordinator.example:"},
+        {"address": ":7072"},
+        {"address": "[]:7072"},
+        {"address": "::1:7072"},
+        {"address": "coordinator.example:0"},
+        {"address": "coordinator.example:65536"},
+        {"address": "coordinator.example:\uff17072"},  # a digit, and none of ASCII
+        {"address": "[coordinator.example]:7072"},
+        {"address": "coordinator .example:7072"},
         {"authority_certificate": b""},
     ],
     ids=str,

@@ -153,7 +153,9 @@ class Agent:
 class Federation:
     """A coordinator's home, the coordinator in this process, and everybody who joined."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, host: str = "127.0.0.1", authority: Path | None = None
+    ) -> None:
         self.folder = folder
         self.home = folder / "coordinator"
         self.agents: list[Agent] = []
@@ -162,9 +164,11 @@ class Federation:
         self._conducting: asyncio.Task[None] | None = None
         self.control_port, self.enrolment_port = free_ports(2)
         command(
-            *("init", "--home", self.home, "--address", "127.0.0.1", "--listen", "127.0.0.1"),
+            *("init", "--home", self.home, "--address", host),
+            *("--listen", f"[{host}]" if ":" in host else host),
             *("--control-port", str(self.control_port)),
             *("--enrolment-port", str(self.enrolment_port)),
+            *(() if authority is None else ("--authority", authority)),
         )
         self.plan = write_plan(folder / "plan")
         self.store: Store = open_store(self.home)

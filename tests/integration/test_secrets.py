@@ -108,7 +108,7 @@ async def test_the_search_finds_a_key_in_the_database(federation: Federation) ->
 
 async def test_private_files_are_for_their_owner_alone(federation: Federation) -> None:
     [agent] = await federation.enrol_all((32,))
-    for path in (agent.home / "agent.key", agent.home / "exchange.key"):
+    for path in (agent.home / "agent.pem", agent.home / "exchange.key"):
         assert path.stat().st_mode & 0o777 == 0o600, path
     for path in (federation.home / "authority.key", federation.home / "server.key"):
         assert path.stat().st_mode & 0o777 == 0o600, path

@@ -22,7 +22,7 @@ FILES: list[FileDescriptor] = [
 ]
 ENUMS: list[EnumDescriptor] = [enum for file in FILES for enum in file.enum_types_by_name.values()]
 # What the RPCs of the contract are; a new one is added here and thereby to the checks below.
-RPCS = {"Enrol", "Connect", "UploadArtifact", "DownloadArtifact"}
+RPCS = {"Enrol", "Renew", "Connect", "UploadArtifact", "DownloadArtifact"}
 OPTIONS = {
     "csharp_namespace": "Fedloom.V1",
     "go_package": "github.com/fedloom/fedloom/gen/go/fedloom/v1;fedloomv1",
