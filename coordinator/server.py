@@ -38,6 +38,9 @@ class ServerConfig:
     control_port: int = 7070  # mutual TLS: agents
     enrolment_port: int = 7072  # TLS: devices that have a token and no certificate yet
     crypto_processes: int = 1  # to add updates in; 1: this one, 0: one for each core
+    store: str = "sqlite"  # store.sqlite in the folder, or postgresql+psycopg://USER@HOST/DATABASE
+    artifacts: str = "folder"  # artifacts/ in the folder, or s3://BUCKET/PREFIX
+    artifacts_endpoint: str = ""  # URL of a server that speaks S3; empty for Amazon's
 
     @property
     def control_address(self) -> str:
@@ -63,7 +66,9 @@ def load_server_config(home: Path) -> ServerConfig:
     for key, value in table.items():
         if key not in known or type(value) is not known[key]:
             expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
-            raise ConfigError(str(path), f"{key} = {value!r}: expected {expected}")
+            # Without the value: whoever misspells `store` may have written a password there.
+            found = f"{key} ({type(value).__name__})"
+            raise ConfigError(str(path), f"expected {expected}; found {found}")
     config = ServerConfig(**table)
     if not 0 <= config.crypto_processes <= MAX_PROCESSES:
         expected = f"expected 0..{MAX_PROCESSES}, found {config.crypto_processes}"
@@ -81,7 +86,8 @@ def write_server_config(home: Path, config: ServerConfig) -> None:
 
 def open_store(home: Path) -> Store:
     """Open the coordinator's memory."""
-    return Store(home / "store.sqlite")
+    place = load_server_config(home).store
+    return Store(home / "store.sqlite" if place == "sqlite" else place)
 
 
 def open_published(home: Path) -> Published:

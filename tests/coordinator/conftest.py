@@ -24,10 +24,29 @@ from fedloom.plans import (
     PlanOrigin,
     TextClassification,
 )
+from tests.coordinator.postgresql import PostgresServer, postgres_server
 from tests.coordinator.samples import LAYOUT, RUN_FILE, PlanFolder
 
 settings.register_profile("any machine", deadline=None)  # a slow one is not wrong
 settings.load_profile("any machine")
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresServer]:
+    """A PostgreSQL server for the whole session; a test gets a database of its own."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str]:
+    """Where a store is, for each kind that there is; nothing is there yet."""
+    if request.param == "sqlite":
+        yield tmp_path / "store.sqlite"
+        return
+    server: PostgresServer = request.getfixturevalue("postgresql")
+    with server.database() as url:
+        yield url
 
 
 @pytest.fixture
