@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import tomllib
 from pathlib import Path
 
@@ -26,9 +25,7 @@ from coordinator.round_sum import Upload
 from coordinator.run_state import Phase
 from coordinator.sessions import Session, Sessions
 from coordinator.store import RunRecord, Store
-from fedloom.artifacts import ArtifactReference
 from fedloom.errors import ConfigError, Reason, Refused
-from fedloom.plans import Plan, parse_plan
 from fedloom.v1 import control_pb2
 
 TICK_SECONDS = 0.5
@@ -95,7 +92,7 @@ class Conductor:
     def _opened(self, record: RunRecord) -> Execution:
         """Open a stored run; raises ConfigError or Refused when its file or plan is not right."""
         config = parse_run_config(tomllib.loads(record.config), Path(record.name))
-        plan = self._plan(record.plan)
+        plan = self._published.read_plan(record.plan)
         return Execution(
             record,
             config,
@@ -107,15 +104,6 @@ class Conductor:
             self._authority,
             self._crypto_processes,
         )
-
-    def _plan(self, reference: ArtifactReference) -> Plan:
-        try:
-            data = self._published.path(reference.sha256).read_bytes()
-        except OSError as error:
-            raise Refused(Reason.PLAN_MISMATCH, f"expected the plan: {error.strerror}") from error
-        if hashlib.sha256(data).digest() != reference.sha256:
-            raise Refused(Reason.PLAN_MISMATCH, "expected the plan that was queued, found another")
-        return parse_plan(data)
 
     # sessions
 

@@ -104,9 +104,7 @@ def _set_pragmas(connection: Any, _: Any) -> None:
 def _open_server(url: sa.URL) -> sa.Engine:
     options = {key: value for key, value in _CONNECTION.items() if key not in url.query}
     try:
-        return sa.create_engine(
-            url, connect_args=options, pool_pre_ping=True, hide_parameters=True
-        )
+        return sa.create_engine(url, connect_args=options, pool_pre_ping=True, hide_parameters=True)
     except ImportError as error:
         raise ConfigError(
             "store", 'PostgreSQL needs more packages: pip install "fedloom[postgresql]"'

@@ -8,6 +8,8 @@ Both are OSErrors too: whoever is ready for a disk that fails is ready for a ser
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fedloom.errors import FedloomError
 
@@ -37,3 +39,15 @@ class StorageFull(StorageFault):
 def is_full(error: OSError) -> bool:
     """Whether the error says that there is no room: on a disk, in a quota, in a database."""
     return error.errno in _FULL
+
+
+@contextmanager
+def faults_of(where: str) -> Iterator[None]:
+    """Turn what the operating system says of a disk into a StorageFault; no file is no fault."""
+    try:
+        yield
+    except (StorageFault, FileNotFoundError):
+        raise
+    except OSError as error:
+        fault = StorageFull if is_full(error) else StorageFault
+        raise fault(where, str(error.strerror or error)) from error

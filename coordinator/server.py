@@ -13,7 +13,9 @@ import structlog
 
 from coordinator.authority import Authority, load_server_identity
 from coordinator.conductor import Conductor
-from coordinator.published import Published
+from coordinator.faults import StorageFault
+from coordinator.garbage import collect_daily
+from coordinator.published import Published, PublishedFolder
 from coordinator.services.artifacts import ArtifactService
 from coordinator.services.control import ControlService
 from coordinator.services.enrolment import EnrolmentService
@@ -26,6 +28,7 @@ from fedloom.v1 import artifact_pb2_grpc, control_pb2_grpc, enrolment_pb2_grpc
 
 CONFIG_FILE = "coordinator.toml"
 SHUTDOWN_SECONDS = 2.0
+STORAGE_SECONDS = 10.0  # between two tries after the store or the artifacts failed
 _log = structlog.get_logger()
 
 
@@ -91,8 +94,17 @@ def open_store(home: Path) -> Store:
 
 
 def open_published(home: Path) -> Published:
-    """Open the folder of published artifacts."""
-    return Published(home / "artifacts")
+    """Open the place of published artifacts."""
+    config = load_server_config(home)
+    if config.artifacts == "folder":
+        return PublishedFolder(home / "artifacts")
+    try:
+        from coordinator.bucket import open_bucket
+    except ImportError as error:
+        raise ConfigError(
+            "artifacts", 'S3 needs more packages: pip install "fedloom[s3]"'
+        ) from error
+    return open_bucket(config.artifacts, config.artifacts_endpoint, home / "spool")
 
 
 @asynccontextmanager
@@ -111,7 +123,7 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     )
     server = grpc.aio.server(options=SERVER_OPTIONS)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
-        ArtifactService(published.folder, store, conductor), server
+        ArtifactService(published, store, conductor), server
     )
     control_pb2_grpc.add_ControlServiceServicer_to_server(
         ControlService(sessions, store, conductor), server
@@ -119,12 +131,14 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(
         EnrolmentService(authority, store, config.control_address), server
     )
+    collecting = asyncio.create_task(collect_daily(store, published, home / "spool"))
     try:
         _add_ports(server, home, config)
         await server.start()
         _log.info("serving", control=config.control_address, enrolment=config.enrolment_address)
         yield conductor
     finally:
+        collecting.cancel()
         await server.stop(SHUTDOWN_SECONDS)
         store.close()
 
@@ -132,13 +146,28 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
 async def serve(home: Path, until_idle: bool) -> None:
     """Serve until SIGINT or SIGTERM, or until the queued runs are done."""
     async with serving(home) as conductor:
-        conducting = asyncio.create_task(conductor.conduct(until_idle))
+        conducting = asyncio.create_task(_conduct(conductor, until_idle))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, conducting.cancel)
         try:
             await conducting
         except asyncio.CancelledError:
             _log.info("stopping")
+
+
+async def _conduct(conductor: Conductor, until_idle: bool) -> None:
+    """Conduct; while the store or the artifacts fail, serve what is left and try again.
+
+    A run is taken up from what is stored, as after a restart.
+    """
+    while True:
+        try:
+            await conductor.conduct(until_idle)
+        except StorageFault as fault:
+            _log.error("storage failed", problem=str(fault), again_in_seconds=STORAGE_SECONDS)
+            await asyncio.sleep(STORAGE_SECONDS)
+        else:
+            return
 
 
 def _add_ports(server: grpc.aio.Server, home: Path, config: ServerConfig) -> None:

@@ -1,6 +1,7 @@
 """What the coordinator's tests share: a store, a run in it, and a plan folder without a model."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from coordinator.bucket import open_bucket
+from coordinator.published import Published, PublishedFolder
 from coordinator.store import Store
 from fedloom.adapters import write_adapter
 from fedloom.artifacts import ArtifactReference
@@ -24,6 +27,7 @@ from fedloom.plans import (
     PlanOrigin,
     TextClassification,
 )
+from tests.coordinator.object_server import ObjectServer, object_server
 from tests.coordinator.postgresql import PostgresServer, postgres_server
 from tests.coordinator.samples import LAYOUT, RUN_FILE, PlanFolder
 
@@ -47,6 +51,30 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str
     server: PostgresServer = request.getfixturevalue("postgresql")
     with server.database() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """A server that speaks S3, for the whole session; whoever asks it is known to it."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "tests")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            environment.setenv(name, os.devnull)
+        with object_server(tmp_path_factory.mktemp("objects")) as server:
+            yield server
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> Published:
+    """An empty place of artifacts, of each kind that there is."""
+    if request.param == "folder":
+        return PublishedFolder(tmp_path / "home" / "artifacts")
+    server: ObjectServer = request.getfixturevalue("objects")
+    return open_bucket(
+        f"s3://{server.bucket()}/fed/loom", server.endpoint, tmp_path / "home" / "spool"
+    )
 
 
 @pytest.fixture
