@@ -20,6 +20,7 @@ from coordinator.events import (
     Tick,
 )
 from coordinator.execution import Execution
+from coordinator.faults import StorageFault
 from coordinator.published import Published
 from coordinator.round_sum import Upload
 from coordinator.run_state import Phase
@@ -69,7 +70,7 @@ class Conductor:
 
     async def _execute(self, record: RunRecord) -> None:
         try:
-            execution = self._opened(record)
+            execution = await self._opened(record)
         except (ConfigError, Refused) as error:  # the operator's to mend; other runs go on
             reason = error.reason if isinstance(error, Refused) else Reason.MALFORMED
             _log.warning("run cannot be opened", run=record.name, problem=str(error))
@@ -77,6 +78,16 @@ class Conductor:
             self._store.update_run(run_id, Phase.FAILED, number, attempt, reason)
             return
         _log.info("run opened", run=record.name, round=execution.state.round)
+        try:
+            await self._drive(execution)
+        except StorageFault as fault:
+            execution.abandon(fault)
+            self._settled = False
+            raise
+        finally:
+            self._open = None
+
+    async def _drive(self, execution: Execution) -> None:
         await execution.restore()
         self._open, self._settled = execution, True
         protection = execution.config.encoding.protection
@@ -85,14 +96,13 @@ class Conductor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(execution.finished.wait(), TICK_SECONDS)
             execution.check()
-            execution.obey(self._store.run(record.run_id).wish)
+            execution.obey(self._store.run(execution.run_id).wish)
             execution.post(Tick())
-        self._open = None
 
-    def _opened(self, record: RunRecord) -> Execution:
+    async def _opened(self, record: RunRecord) -> Execution:
         """Open a stored run; raises ConfigError or Refused when its file or plan is not right."""
         config = parse_run_config(tomllib.loads(record.config), Path(record.name))
-        plan = self._published.read_plan(record.plan)
+        plan = await asyncio.to_thread(self._published.read_plan, record.plan)
         return Execution(
             record,
             config,
@@ -125,7 +135,8 @@ class Conductor:
 
     def _agent_disconnected(self, session: Session) -> None:
         if self._open is not None:
-            self._open.post(AgentDisconnected(session.agent_id))
+            with contextlib.suppress(StorageFault):  # the run is taken up again without the agent
+                self._open.post(AgentDisconnected(session.agent_id))
 
     # control
 

@@ -146,7 +146,7 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
 async def serve(home: Path, until_idle: bool) -> None:
     """Serve until SIGINT or SIGTERM, or until the queued runs are done."""
     async with serving(home) as conductor:
-        conducting = asyncio.create_task(_conduct(conductor, until_idle))
+        conducting = asyncio.create_task(keep_conducting(conductor, until_idle))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, conducting.cancel)
         try:
@@ -155,7 +155,7 @@ async def serve(home: Path, until_idle: bool) -> None:
             _log.info("stopping")
 
 
-async def _conduct(conductor: Conductor, until_idle: bool) -> None:
+async def keep_conducting(conductor: Conductor, until_idle: bool) -> None:
     """Conduct; while the store or the artifacts fail, serve what is left and try again.
 
     A run is taken up from what is stored, as after a restart.

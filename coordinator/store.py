@@ -5,6 +5,7 @@ database does not do it, and then nothing of it is done.
 """
 
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +67,12 @@ class Store:
     def __init__(self, place: Path | str) -> None:
         """Open a SQLite file, or a PostgreSQL URL; see `coordinator.database`."""
         self._engine = database.open_database(place)
+        # A command that is done says good-bye to the server without having to think of it.
+        self._finalizer = weakref.finalize(self, self._engine.dispose)
 
     def close(self) -> None:
         """Release the file or the connections."""
-        self._engine.dispose()
+        self._finalizer()
 
     # enrolment
 
@@ -331,12 +334,12 @@ class Store:
         """Add values to what is known of many agents' parts; all rows have the same keys."""
         if not rows:
             return
-        statement = insert(schema.reports)
-        values = {key: statement.excluded[key] for key in rows[0] if key not in ("agent_id",)}
-        statement = statement.on_conflict_do_update(
-            index_elements=["run_id", "round", "agent_id"], set_=values
-        )
         with self._engine.begin() as db:
+            statement = database.insert(db, schema.reports)
+            values = {key: statement.excluded[key] for key in rows[0] if key not in ("agent_id",)}
+            statement = statement.on_conflict_do_update(
+                index_elements=["run_id", "round", "agent_id"], set_=values
+            )
             db.execute(
                 statement, [{"run_id": run_id, "round": round_number, **row} for row in rows]
             )

@@ -1,7 +1,6 @@
 """What the coordinator's tests share: a store, a run in it, and a plan folder without a model."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,14 +55,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
     """A server that speaks S3, for the whole session; whoever asks it is known to it."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ACCESS_KEY_ID", "tests")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "tests")
-        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-            environment.setenv(name, os.devnull)
-        with object_server(tmp_path_factory.mktemp("objects")) as server:
-            yield server
+    with object_server(tmp_path_factory.mktemp("objects")) as server:
+        yield server
 
 
 @pytest.fixture(params=["folder", "bucket"])

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from coordinator.bucket import open_bucket
 
 PATIENCE_SECONDS = 60.0
@@ -44,10 +46,22 @@ def object_server(folder: Path) -> Iterator[ObjectServer]:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(folder))
     try:
         _await_port(process, port)
-        yield ObjectServer(port)
+        with _credentials():
+            yield ObjectServer(port)
     finally:
         process.terminate()
         process.wait(PATIENCE_SECONDS)
+
+
+@contextmanager
+def _credentials() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "tests")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            environment.setenv(name, os.devnull)
+        yield
 
 
 def _environment(folder: Path) -> dict[str, str]:

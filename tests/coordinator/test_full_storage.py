@@ -15,7 +15,7 @@ from coordinator.faults import StorageFault, StorageFull, is_full
 from coordinator.published import PublishedFolder
 from coordinator.round_sum import Upload
 from coordinator.run_state import Phase
-from coordinator.server import _conduct
+from coordinator.server import keep_conducting
 from coordinator.services import artifacts
 from coordinator.services.artifacts import ArtifactService
 from coordinator.store import JournalEntry, Store
@@ -133,7 +133,14 @@ class Aborted(grpc.aio.AioRpcError):
 
 
 class Context:
-    """What a service needs of gRPC when all goes badly."""
+    """What a service needs of gRPC."""
+
+    def __init__(self) -> None:
+        self.sent: list[artifact_pb2.DownloadArtifactResponse] = []
+
+    async def write(self, answer: artifact_pb2.DownloadArtifactResponse) -> None:
+        """Send an answer."""
+        self.sent.append(answer)
 
     async def abort(self, code: grpc.StatusCode, details: str, trailers: Any) -> None:
         """End the RPC."""
@@ -166,8 +173,8 @@ async def test_a_full_disk_refuses_uploads_with_its_reason_and_serves_downloads(
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert not spooled.exists()
     wanted = artifact_pb2.DownloadArtifactRequest(sha256=total.sha256)
-    answers = [answer async for answer in service.DownloadArtifact(wanted, context)]
-    assert (answers[0].header.size_bytes, answers[1].part) == (3, b"sum")
+    await service.DownloadArtifact(wanted, context)
+    assert (context.sent[0].header.size_bytes, context.sent[1].part) == (3, b"sum")
     disk.free()
     answers = [answer async for answer in service.UploadArtifact(requests(), context)]
     assert answers[-1].HasField("stored")
@@ -175,7 +182,7 @@ async def test_a_full_disk_refuses_uploads_with_its_reason_and_serves_downloads(
     store.close()
 
 
-async def test_conducting_goes_on_after_a_fault_of_the_storage(
+async def testkeep_conductinging_goes_on_after_a_fault_of_the_storage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("coordinator.server.STORAGE_SECONDS", 0.0)
@@ -189,5 +196,5 @@ async def test_conducting_goes_on_after_a_fault_of_the_storage(
                 raise faults.pop()
 
     conductor: Any = Conductor()
-    await _conduct(conductor, until_idle=True)
+    await keep_conducting(conductor, until_idle=True)
     assert faults == []

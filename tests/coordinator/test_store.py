@@ -205,6 +205,15 @@ def test_reports_of_one_agent_add_up(store: Store, run_id: bytes) -> None:
     assert rows[1]["refusal"] == 19
 
 
+def test_reports_of_many_agents_add_up_at_once(store: Store, run_id: bytes) -> None:
+    store.report(run_id, 1, "a", progress=0.5, sent_bytes=1)
+    rows = [{"agent_id": agent, "sent_bytes": 2**40, "received_bytes": 5} for agent in "ab"]
+    store.report_all(run_id, 1, rows)
+    store.report_all(run_id, 1, [])
+    found = [(r["agent_id"], r["progress"], r["sent_bytes"]) for r in store.reports(run_id)]
+    assert found == [("a", 0.5, 2**40), ("b", None, 2**40)]
+
+
 def test_an_agent_took_part_once_it_reported(store: Store, run_id: bytes) -> None:
     store.report(run_id, 1, "a", progress=0.5)
     assert store.took_part(run_id, "a")

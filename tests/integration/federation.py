@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,14 @@ from typer.testing import CliRunner
 
 from coordinator.app import app
 from coordinator.conductor import Conductor
-from coordinator.server import open_published, open_store, serving
+from coordinator.server import (
+    keep_conducting,
+    load_server_config,
+    open_published,
+    open_store,
+    serving,
+    write_server_config,
+)
 from coordinator.store import RunRecord, Store
 from edge_agent.enrolment import join
 from edge_agent.identity import Identity
@@ -153,7 +161,7 @@ class Agent:
 class Federation:
     """A coordinator's home, the coordinator in this process, and everybody who joined."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: str) -> None:
         self.folder = folder
         self.home = folder / "coordinator"
         self.agents: list[Agent] = []
@@ -166,13 +174,14 @@ class Federation:
             *("--control-port", str(self.control_port)),
             *("--enrolment-port", str(self.enrolment_port)),
         )
+        write_server_config(self.home, replace(load_server_config(self.home), **settings))
         self.plan = write_plan(folder / "plan")
         self.store: Store = open_store(self.home)
 
     async def start(self) -> None:
         """Serve and conduct, on the same home as before if there was one."""
         self.conductor = await self._serving.enter_async_context(serving(self.home))
-        self._conducting = asyncio.create_task(self.conductor.conduct())
+        self._conducting = asyncio.create_task(keep_conducting(self.conductor, False))
 
     def gave_up(self) -> bool:
         """Whether the coordinator has ended by itself."""

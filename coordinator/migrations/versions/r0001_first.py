@@ -113,6 +113,7 @@ def _make_reports() -> None:
         sa.Column("correct", sa.BigInteger),
         sa.Column("evaluation_loss", sa.Float),
         sa.Column("saturated", sa.BigInteger),
+        sa.Column("saturated_share", sa.Float),
         sa.Column("refusal", sa.Integer),
         sa.PrimaryKeyConstraint("run_id", "round", "agent_id", name="pk_reports"),
     )
