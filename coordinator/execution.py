@@ -301,6 +301,7 @@ class Execution:
 
     def upload_path(self, upload: Upload) -> Path | None:
         """Return where to spool the upload; None when it is counted; raises Refused."""
+        self._require_whole()
         state = self.state
         if upload.kind is UploadKind.OPENED_SUM:
             return self._returned_sum().path_for(upload, state)
