@@ -16,7 +16,7 @@ from enum import StrEnum
 import sqlalchemy as sa
 import structlog
 
-from coordinator.schema import METADATA
+from coordinator.schema import audit
 from fedloom.errors import FedloomError
 
 COORDINATOR = "coordinator"  # the actor of what nobody asked for
@@ -26,20 +26,6 @@ FIRST_PREVIOUS = bytes(32)
 _log = structlog.get_logger()
 
 Fact = str | int | float | bool | None
-
-audit = sa.Table(
-    "audit",
-    METADATA,
-    # Never made by the database: two processes that append at once must not both succeed.
-    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),  # 1, 2, 3, ...
-    sa.Column("at", sa.Float, nullable=False),  # seconds since 1970, to the millisecond
-    sa.Column("actor", sa.String, nullable=False),
-    sa.Column("action", sa.String, nullable=False),
-    sa.Column("subject", sa.String, nullable=False),
-    sa.Column("facts", sa.String, nullable=False),  # JSON object, as it was hashed
-    sa.Column("previous_sha256", sa.LargeBinary, nullable=False),  # 32 zeros in the first
-    sa.Column("sha256", sa.LargeBinary, nullable=False),
-)
 
 
 class Action(StrEnum):

@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 
 import crypto
+from coordinator.faults import StorageFault
 from coordinator.masking import Masking
 from coordinator.metrics import CryptoStep, Metrics
 from coordinator.published import Published
@@ -89,7 +90,10 @@ class Collection:
     async def stored(
         self, state: RunState, published: Published, seconds: float
     ) -> RoundRecord | None:
-        """Publish the sum, without the masks left in it; None when that cannot be done."""
+        """Publish the sum, without the masks left in it; None when that cannot be done.
+
+        Raises StorageFault: the sum can be stored later, from what is in the spool.
+        """
         correction = None
         if self.masking is not None:
             correction = await self.masking.settled(seconds)
@@ -99,6 +103,8 @@ class Collection:
         try:
             with self._metrics.crypto(CryptoStep.STORE):
                 reference = await asyncio.to_thread(published.put, self.sum.encoded(correction))
+        except StorageFault:
+            raise
         except (OSError, crypto.LocalFault) as error:
             _log.error("sum failed", error=type(error).__name__)
             return None

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import tomllib
 from pathlib import Path
 
@@ -21,15 +20,14 @@ from coordinator.events import (
     Tick,
 )
 from coordinator.execution import Execution
+from coordinator.faults import StorageFault
 from coordinator.metrics import Metrics
 from coordinator.published import Published
 from coordinator.round_sum import Upload
 from coordinator.run_state import Phase
 from coordinator.sessions import Session, Sessions
 from coordinator.store import RunRecord, Store
-from fedloom.artifacts import ArtifactReference
 from fedloom.errors import ConfigError, Reason, Refused
-from fedloom.plans import Plan, parse_plan
 from fedloom.v1 import control_pb2
 
 TICK_SECONDS = 0.5
@@ -75,7 +73,7 @@ class Conductor:
 
     async def _execute(self, record: RunRecord) -> None:
         try:
-            execution = self._opened(record)
+            execution = await self._opened(record)
         except (ConfigError, Refused) as error:  # the operator's to mend; other runs go on
             reason = error.reason if isinstance(error, Refused) else Reason.MALFORMED
             _log.warning("run cannot be opened", run=record.name, problem=str(error))
@@ -83,6 +81,16 @@ class Conductor:
             self._store.update_run(run_id, Phase.FAILED, number, attempt, reason)
             return
         _log.info("run opened", run=record.name, round=execution.state.round)
+        try:
+            await self._drive(execution)
+        except StorageFault as fault:
+            execution.abandon(fault)
+            self._settled = False
+            raise
+        finally:
+            self._open = None
+
+    async def _drive(self, execution: Execution) -> None:
         await execution.restore()
         self._open, self._settled = execution, True
         protection = execution.config.encoding.protection
@@ -91,14 +99,13 @@ class Conductor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(execution.finished.wait(), TICK_SECONDS)
             execution.check()
-            execution.obey(self._store.run(record.run_id).wish)
+            execution.obey(self._store.run(execution.run_id).wish)
             execution.post(Tick())
-        self._open = None
 
-    def _opened(self, record: RunRecord) -> Execution:
+    async def _opened(self, record: RunRecord) -> Execution:
         """Open a stored run; raises ConfigError or Refused when its file or plan is not right."""
         config = parse_run_config(tomllib.loads(record.config), Path(record.name))
-        plan = self._plan(record.plan)
+        plan = await asyncio.to_thread(self._published.read_plan, record.plan)
         return Execution(
             record,
             config,
@@ -111,15 +118,6 @@ class Conductor:
             self._metrics,
             self._crypto_processes,
         )
-
-    def _plan(self, reference: ArtifactReference) -> Plan:
-        try:
-            data = self._published.path(reference.sha256).read_bytes()
-        except OSError as error:
-            raise Refused(Reason.PLAN_MISMATCH, f"expected the plan: {error.strerror}") from error
-        if hashlib.sha256(data).digest() != reference.sha256:
-            raise Refused(Reason.PLAN_MISMATCH, "expected the plan that was queued, found another")
-        return parse_plan(data)
 
     # sessions
 
@@ -141,7 +139,8 @@ class Conductor:
 
     def _agent_disconnected(self, session: Session) -> None:
         if self._open is not None:
-            self._open.post(AgentDisconnected(session.agent_id))
+            with contextlib.suppress(StorageFault):  # the run is taken up again without the agent
+                self._open.post(AgentDisconnected(session.agent_id))
 
     # control
 

@@ -46,6 +46,7 @@ from coordinator.events import (
     Uploaded,
     Wished,
 )
+from coordinator.faults import StorageFault
 from coordinator.journal import Journal, MaskMessage
 from coordinator.masking import Candidate, Masking, known_candidate, read_candidate
 from coordinator.metrics import Metrics, RunMeter
@@ -103,6 +104,7 @@ class Execution:
         self._collection: Collection | None = None
         self._counting: set[asyncio.Task[None]] = set()
         self._storing: asyncio.Task[None] | None = None
+        self._broken: StorageFault | None = None
         self._round_started = 0.0
         self._reports = RoundReports(store, record.run_id)
         self._log = _log.bind(run=record.name)
@@ -155,7 +157,8 @@ class Execution:
                 self._storing = asyncio.create_task(self._store_sum())
 
     def check(self) -> None:
-        """Raise what broke the sum's storing: a run that cannot go on must not seem to wait."""
+        """Raise what keeps the run from going on: it must not seem to wait."""
+        self._require_whole()
         if self._storing is not None and self._storing.done():
             self._storing.result()
 
@@ -180,6 +183,23 @@ class Execution:
                 self._welcome(agent, effects)
 
     def _move(self, event: Event, now: float) -> tuple[Effect, ...]:
+        self._require_whole()
+        try:
+            return self._make_move(event, now)
+        except StorageFault as fault:
+            self.abandon(fault)
+            raise
+
+    def abandon(self, fault: StorageFault) -> None:
+        """Do nothing any more: what is here may differ from what is stored, and that counts."""
+        self._broken = fault
+        self._collection = None
+
+    def _require_whole(self) -> None:
+        if self._broken is not None:
+            raise StorageFault(self._broken.where, self._broken.problem) from self._broken
+
+    def _make_move(self, event: Event, now: float) -> tuple[Effect, ...]:
         before = self.state
         after, effects = handle(before, event, now)
         if after is before and not effects:
@@ -291,6 +311,7 @@ class Execution:
 
     def upload_path(self, upload: Upload) -> Path | None:
         """Return where to spool the upload; None when it is counted; raises Refused."""
+        self._require_whole()
         state = self.state
         if upload.kind is UploadKind.OPENED_SUM:
             return self._returned_sum().path_for(upload, state)
@@ -322,6 +343,7 @@ class Execution:
         except Refused:
             await asyncio.to_thread(path.unlink, missing_ok=True)
             raise
+        self._require_whole()
         if collection is not self._collection:
             return  # cancelled, or another attempt: that sum is not wanted any more
         self._log.info("update accepted", agent=upload.agent, bytes=upload.artifact.size_bytes)
@@ -454,8 +476,13 @@ class Execution:
         self._agents.mask_step(agent, self.state.round, message)
 
     def _remember_mask_step(self, agent: str, message: bytes) -> None:
-        if not self._agents.muted:
+        if self._agents.muted:
+            return
+        try:
             self._journal.append(self._clock.now(), MaskMessage(agent, message))
+        except StorageFault as fault:
+            self.abandon(fault)
+            raise
 
     def _repeat_cohort(self, agent: str) -> None:
         collection = self._collection

@@ -3,6 +3,7 @@
 import tomllib
 from io import BufferedReader
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import crypto
 from coordinator.config import RunConfig, parse_run_config
@@ -11,8 +12,8 @@ from coordinator.store import RoundRecord, RunRecord, Store
 from crypto import masked
 from fedloom.adapters import read_adapter
 from fedloom.errors import ConfigError
-from fedloom.exports import export_model, link_or_copy
-from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, parse_plan
+from fedloom.exports import export_model
+from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan
 from fedloom.strategies import algorithm
 from fedloom.terms import Protection
 
@@ -26,21 +27,22 @@ def export_run(store: Store, published: Published, run: RunRecord, out: Path) ->
             "this coordinator never could read the adapter; every agent has exported it to its "
             "own `models` folder",
         )
-    plan = parse_plan(published.path(run.plan.sha256).read_bytes())
+    plan = published.read_plan(run.plan)
     rule = algorithm(config.training)
-    initial = published.path(plan.member(ADAPTER_FILE).sha256)
-    state = rule.init(read_adapter(initial, plan.layout))
-    for record in store.rounds(run.run_id):
-        with published.path(record.sum.sha256).open("rb") as file:
-            context = _context(run.run_id, config, plan, record)
-            opened = _read_sum(config.encoding.protection, context, record.slots, file)
-        state = rule.apply(state, opened.mean)
-    folder = out.with_name(out.name + ".plan")
-    _lay_out(plan, run, published, folder)
-    export_model(folder, plan, state.theta, out)
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
+        folder = Path(name)
+        _lay_out(plan, run, published, folder)
+        state = rule.init(read_adapter(folder / ADAPTER_FILE, plan.layout))
+        for record in store.rounds(run.run_id):
+            path = folder / "sum"
+            published.fetch(record.sum.sha256, path)
+            with path.open("rb") as file:
+                context = _context(run.run_id, config, plan, record)
+                opened = _read_sum(config.encoding.protection, context, record.slots, file)
+            path.unlink()
+            state = rule.apply(state, opened.mean)
+        export_model(folder, plan, state.theta, out)
     return out
 
 
@@ -74,7 +76,6 @@ def _read_sum(
 
 def _lay_out(plan: Plan, run: RunRecord, published: Published, folder: Path) -> None:
     """Give the published artifacts their names as plan members again."""
-    folder.mkdir(parents=True)
-    (folder / PLAN_FILE).write_bytes(published.path(run.plan.sha256).read_bytes())
+    published.fetch(run.plan.sha256, folder / PLAN_FILE)
     for member in plan.members:
-        link_or_copy(published.path(member.sha256), folder / member.name)
+        published.fetch(member.sha256, folder / member.name)

@@ -18,6 +18,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from coordinator import schema
+from coordinator.faults import StorageFault
 from coordinator.run_state import Phase, RunState
 from coordinator.sessions import Sessions
 from fedloom.errors import Reason
@@ -233,7 +234,7 @@ class _StoreCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         try:
             agents, runs = self._count()
-        except sa.exc.SQLAlchemyError:
+        except (sa.exc.SQLAlchemyError, StorageFault):
             return  # a store in trouble must not hide the series that say so
         yield GaugeMetricFamily("fedloom_agents_enrolled", "Agents with a certificate.", agents)
         family = GaugeMetricFamily("fedloom_runs", "Runs in the store.", labels=["phase"])

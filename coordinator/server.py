@@ -15,9 +15,11 @@ from grpc_health.v1 import health_pb2_grpc
 from coordinator.audit import AuditLog
 from coordinator.authority import Authority, load_server_identity
 from coordinator.conductor import Conductor
+from coordinator.faults import StorageFault
+from coordinator.garbage import collect_daily
 from coordinator.http_port import showing
 from coordinator.metrics import Metrics
-from coordinator.published import Published
+from coordinator.published import Published, PublishedFolder
 from coordinator.services.access import AccessInterceptor
 from coordinator.services.artifacts import ArtifactService
 from coordinator.services.control import ControlService
@@ -36,6 +38,7 @@ from fedloom.v1 import artifact_pb2_grpc, control_pb2_grpc, enrolment_pb2_grpc
 CONFIG_FILE = "coordinator.toml"
 SHUTDOWN_SECONDS = 2.0  # for calls to end after agents were sent away
 DRAIN_SECONDS = 30.0  # for updates that were received whole to be added
+STORAGE_SECONDS = 10.0  # between two tries after the store or the artifacts failed
 _log = structlog.get_logger()
 
 
@@ -49,6 +52,9 @@ class ServerConfig:
     enrolment_port: int = 7072  # TLS: devices that have a token and no certificate yet
     crypto_processes: int = 1  # to add updates in; 1: this one, 0: one for each core
     metrics_listen: str = "127.0.0.1:7071"  # HTTP without login: a page, /metrics; empty: off
+    store: str = "sqlite"  # store.sqlite in the folder, or postgresql+psycopg://USER@HOST/DATABASE
+    artifacts: str = "folder"  # artifacts/ in the folder, or s3://BUCKET/PREFIX
+    artifacts_endpoint: str = ""  # URL of a server that speaks S3; empty for Amazon's
 
     @property
     def control_address(self) -> str:
@@ -74,7 +80,9 @@ def load_server_config(home: Path) -> ServerConfig:
     for key, value in table.items():
         if key not in known or type(value) is not known[key]:
             expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
-            raise ConfigError(str(path), f"{key} = {value!r}: expected {expected}")
+            # Without the value: whoever misspells `store` may have written a password there.
+            found = f"{key} ({type(value).__name__})"
+            raise ConfigError(str(path), f"expected {expected}; found {found}")
     config = ServerConfig(**table)
     if not 0 <= config.crypto_processes <= MAX_PROCESSES:
         expected = f"expected 0..{MAX_PROCESSES}, found {config.crypto_processes}"
@@ -92,12 +100,22 @@ def write_server_config(home: Path, config: ServerConfig) -> None:
 
 def open_store(home: Path) -> Store:
     """Open the coordinator's memory."""
-    return Store(home / "store.sqlite")
+    place = load_server_config(home).store
+    return Store(home / "store.sqlite" if place == "sqlite" else place)
 
 
 def open_published(home: Path) -> Published:
-    """Open the folder of published artifacts."""
-    return Published(home / "artifacts")
+    """Open the place of published artifacts."""
+    config = load_server_config(home)
+    if config.artifacts == "folder":
+        return PublishedFolder(home / "artifacts")
+    try:
+        from coordinator.bucket import open_bucket
+    except ImportError as error:
+        raise ConfigError(
+            "artifacts", 'S3 needs more packages: pip install "fedloom[s3]"'
+        ) from error
+    return open_bucket(config.artifacts, config.artifacts_endpoint, home / "spool")
 
 
 @asynccontextmanager
@@ -122,7 +140,7 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     interceptors = [Metering(metrics), HealthGate(health), AccessInterceptor(store.roster)]
     server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
-        ArtifactService(published.folder, conductor, unfinished), server
+        ArtifactService(published, conductor, unfinished), server
     )
     control_pb2_grpc.add_ControlServiceServicer_to_server(
         ControlService(sessions, store.roster, conductor), server
@@ -132,6 +150,7 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
         server,
     )
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    collecting = asyncio.create_task(collect_daily(store, published, home / "spool"))
     lag = asyncio.create_task(metrics.watch_loop())
     pages = operator_pages(store, metrics)
     try:
@@ -146,6 +165,7 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
             await _drain(sessions, unfinished)
     finally:
         lag.cancel()
+        collecting.cancel()
         store.close()
 
 
@@ -177,7 +197,7 @@ async def serve(home: Path, until_idle: bool) -> None:
     supervisor = Supervisor()
     stopping = asyncio.create_task(first_signal())
     async with serving(home) as conductor:
-        conducting = asyncio.create_task(conductor.conduct(until_idle))
+        conducting = asyncio.create_task(keep_conducting(conductor, until_idle))
         watching = asyncio.create_task(supervisor.watch())
         supervisor.tell("READY=1")
         await asyncio.wait({conducting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -188,6 +208,21 @@ async def serve(home: Path, until_idle: bool) -> None:
     # Runs are conducted to the last: an update that was being added still has a run to go to.
     for task in (conducting, stopping, watching):
         task.cancel()
+
+
+async def keep_conducting(conductor: Conductor, until_idle: bool) -> None:
+    """Conduct; while the store or the artifacts fail, serve what is left and try again.
+
+    A run is taken up from what is stored, as after a restart.
+    """
+    while True:
+        try:
+            await conductor.conduct(until_idle)
+        except StorageFault as fault:
+            _log.error("storage failed", problem=str(fault), again_in_seconds=STORAGE_SECONDS)
+            await asyncio.sleep(STORAGE_SECONDS)
+        else:
+            return
 
 
 def _add_ports(server: grpc.aio.Server, home: Path, config: ServerConfig) -> None:

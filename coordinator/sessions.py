@@ -59,7 +59,11 @@ class Sessions:
             older.send(Refused(Reason.SUPERSEDED, "the agent opened a newer control stream"))
             self.on_close(older)
         self._by_agent[session.agent_id] = session
-        self.on_open(session)
+        try:
+            self.on_open(session)
+        except BaseException:
+            self.close(session)  # its call ends, and nobody else would
+            raise
 
     def close(self, session: Session) -> None:
         """Forget the session unless a newer one has taken its place."""

@@ -1,19 +1,19 @@
-"""What survives a restart: SQLite in WAL mode, one file.
+"""What survives a restart, in a database that several processes may use at once.
 
-Every method is one short transaction. `synchronous=NORMAL`: a killed process loses nothing; a power
-cut may lose the last moments, never the file.
+Every method is one short transaction, done when it returns; it raises StorageFault when the
+database does not do it, and then nothing of it is done.
 """
 
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.sqlite import insert
 
-from coordinator import schema
+from coordinator import database, schema
 from coordinator.roster import Roster
 from coordinator.run_state import Phase, Wish
 from fedloom.artifacts import ArtifactReference
@@ -64,10 +64,11 @@ class RoundRecord:
 class Store:
     """The coordinator's memory; one per process, any number of processes."""
 
-    def __init__(self, path: Path) -> None:
-        self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30})
-        sa.event.listen(self._engine, "connect", _set_pragmas)
-        schema.METADATA.create_all(self._engine)
+    def __init__(self, place: Path | str) -> None:
+        """Open a SQLite file, or a PostgreSQL URL; see `coordinator.database`."""
+        self._engine = database.open_database(place)
+        # A command that is done says good-bye to the server without having to think of it.
+        self._finalizer = weakref.finalize(self, self._engine.dispose)
         self.roster = Roster(self._engine)
 
     @property
@@ -76,8 +77,8 @@ class Store:
         return self._engine
 
     def close(self) -> None:
-        """Release the file."""
-        self._engine.dispose()
+        """Release the file or the connections."""
+        self._finalizer()
 
     # runs
 
@@ -134,6 +135,19 @@ class Store:
         with self._engine.begin() as db:
             db.execute(sa.update(schema.runs).where(schema.runs.c.run_id == run_id).values(values))
 
+    def forget_run(self, run_id: bytes) -> None:
+        """Delete a run that is over, with all that is known of it; its sums become garbage.
+
+        Raises Refused for a run that is not over.
+        """
+        this = schema.runs.c.run_id == run_id
+        over = schema.runs.c.phase.in_([phase.value for phase in Phase if phase.over])
+        with self._engine.begin() as db:
+            if db.execute(sa.delete(schema.runs).where(this & over)).rowcount != 1:
+                raise Refused(Reason.NOT_FOUND, f"expected a run that is over, {run_id.hex()}")
+            for table in (schema.rounds, schema.journal, schema.envelopes, schema.reports):
+                db.execute(sa.delete(table).where(table.c.run_id == run_id))
+
     def add_round(self, run_id: bytes, record: RoundRecord) -> None:
         """Append a round to the run's history; a repeat changes nothing."""
         row = {
@@ -151,7 +165,7 @@ class Store:
             "clip": record.clip,
         }
         with self._engine.begin() as db:
-            db.execute(insert(schema.rounds).values(row).on_conflict_do_nothing())
+            db.execute(database.insert(db, schema.rounds).values(row).on_conflict_do_nothing())
 
     def set_round_seconds(self, run_id: bytes, round_number: int, seconds: float) -> None:
         """Remember how long a round took, from its invitations to its last agent."""
@@ -234,12 +248,12 @@ class Store:
         ]
         if not rows:
             return  # to SQLAlchemy no rows mean one row of defaults
-        statement = insert(schema.envelopes)
-        statement = statement.on_conflict_do_update(
-            index_elements=["run_id", "key_id", "recipient"],
-            set_={"envelope": statement.excluded.envelope},
-        )
         with self._engine.begin() as db:
+            statement = database.insert(db, schema.envelopes)
+            statement = statement.on_conflict_do_update(
+                index_elements=["run_id", "key_id", "recipient"],
+                set_={"envelope": statement.excluded.envelope},
+            )
             db.execute(statement, rows)
 
     def envelopes(self, run_id: bytes) -> dict[int, dict[str, bytes]]:
@@ -258,7 +272,7 @@ class Store:
         row = {"run_id": run_id, "round": round_number, "agent_id": agent_id, **values}
         with self._engine.begin() as db:
             db.execute(
-                insert(schema.reports)
+                database.insert(db, schema.reports)
                 .values(row)
                 .on_conflict_do_update(index_elements=["run_id", "round", "agent_id"], set_=values)
             )
@@ -269,12 +283,12 @@ class Store:
         """Add values to what is known of many agents' parts; all rows have the same keys."""
         if not rows:
             return
-        statement = insert(schema.reports)
-        values = {key: statement.excluded[key] for key in rows[0] if key not in ("agent_id",)}
-        statement = statement.on_conflict_do_update(
-            index_elements=["run_id", "round", "agent_id"], set_=values
-        )
         with self._engine.begin() as db:
+            statement = database.insert(db, schema.reports)
+            values = {key: statement.excluded[key] for key in rows[0] if key not in ("agent_id",)}
+            statement = statement.on_conflict_do_update(
+                index_elements=["run_id", "round", "agent_id"], set_=values
+            )
             db.execute(
                 statement, [{"run_id": run_id, "round": round_number, **row} for row in rows]
             )
@@ -294,13 +308,6 @@ class Store:
         )
         with self._engine.connect() as db:
             return [dict(row._mapping) for row in db.execute(query)]
-
-
-def _set_pragmas(connection: Any, _: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()
 
 
 def _run_record(row: Any) -> RunRecord:

@@ -19,6 +19,7 @@ import grpc
 import structlog
 from cryptography import x509
 
+from coordinator.faults import is_full
 from coordinator.roster import Roster
 from fedloom.chains import AGENT_ROLE, OPERATOR_ROLE, public_key_bytes, subject_of
 from fedloom.errors import RULES, Reason, Refused, refusal_trailers
@@ -135,9 +136,13 @@ async def refusing(context: _Context, rpc: str) -> AsyncIterator[None]:
     except Refused as refused:
         _log.info("rpc refused", rpc=rpc, reason=refused.reason.name, subject=refused.subject)
         ending = refused
-    except Exception:  # the top of an RPC: gRPC would tell the peer the error's text
-        _log.exception("rpc failed", rpc=rpc)
-        ending = Refused(Reason.INTERNAL, "the coordinator failed on this call")
+    except Exception as error:  # the top of an RPC: gRPC would tell the peer the error's text
+        if isinstance(error, OSError) and is_full(error):
+            _log.error("no room to store", rpc=rpc, problem=str(error))
+            ending = Refused(Reason.STORAGE_FULL, "the coordinator has no room to store this")
+        else:
+            _log.exception("rpc failed", rpc=rpc)
+            ending = Refused(Reason.INTERNAL, "the coordinator failed on this call")
     else:
         return
     await context.abort(RULES[ending.reason].code, ending.reason.name, refusal_trailers(ending))

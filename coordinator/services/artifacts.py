@@ -1,17 +1,19 @@
 """ArtifactService: bytes up into the open round, bytes down from what is published."""
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
 
 import grpc
 import structlog
 
+from coordinator.published import Published, not_published
 from coordinator.round_sum import Upload, UploadKind
 from coordinator.services.access import calling_peer, refusing
 from coordinator.services.turns import Turns
 from coordinator.supervision import Unfinished
-from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference, PartialFile
+from fedloom.artifacts import ArtifactReference, PartialFile
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import artifact_pb2, artifact_pb2_grpc
 
@@ -39,11 +41,11 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
 
     def __init__(
         self,
-        published: Path,
+        published: Published,
         rounds: Rounds,
         unfinished: Unfinished | None = None,
     ) -> None:
-        self._published = published  # folder of files named by their SHA-256 in hex
+        self._published = published
         self._rounds = rounds
         self._unfinished = unfinished or Unfinished()
         self._uploading: set[Path] = set()
@@ -101,8 +103,6 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
             except Refused:
                 file.discard()
                 raise
-            except OSError as error:
-                raise Refused(Reason.STORAGE_FULL, "the part could not be stored") from error
             self._rounds.count_traffic(agent, sent=len(request.part))
 
     # A coroutine that writes is as good to gRPC as a generator, which its stubs ask for.
@@ -114,19 +114,16 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
         """Send a published artifact from the offset asked for."""
         async with refusing(context, "DownloadArtifact"):
             agent = calling_peer(context).name
-            path = self._published / request.sha256.hex()
-            if len(request.sha256) != 32 or not path.is_file():
-                raise Refused(Reason.NOT_FOUND, f"expected a published artifact: {path.name[:64]}")
-            size = path.stat().st_size
+            named = len(request.sha256) == 32
+            size = await self._published.find(request.sha256) if named else None
+            if size is None:
+                raise not_published(request.sha256)
             if request.offset > size:
                 raise Refused(Reason.MALFORMED, f"expected an offset of at most {size}")
             header = artifact_pb2.DownloadHeader(size_bytes=size)
             await context.write(artifact_pb2.DownloadArtifactResponse(header=header))
-            with path.open("rb") as file:
-                file.seek(request.offset)
-                # Read on the loop: sums are in the page cache, and a hop to a thread and back for
-                # each part costs more than it.
-                while part := file.read(SENT_PART_BYTES):
+            async with aclosing(self._published.stream(request.sha256, request.offset)) as parts:
+                async for part in parts:
                     answer = artifact_pb2.DownloadArtifactResponse(part=part)
                     await self._turns.take(_write(context, answer))
                     self._rounds.count_traffic(agent, received=len(part))

@@ -40,7 +40,7 @@ def third_parties(prefix: str, without: str = " ") -> dict[str, set[str]]:
         ("fedloom", " ", []),
         ("crypto", " ", ["he"]),
         ("edge_agent", " ", ["agent", "parquet"]),
-        ("coordinator", "coordinator.plans", ["coordinator"]),
+        ("coordinator", "coordinator.plans", ["coordinator", "s3"]),
         ("coordinator.plans", " ", ["coordinator", "plan"]),
     ],
 )

@@ -26,6 +26,9 @@ def test_the_wheel_has_the_packages_and_the_compiled_protos(names: set[str]) -> 
         stem = f"fedloom/v1/{proto.stem}"
         assert {f"{stem}.proto", f"{stem}_pb2.py", f"{stem}_pb2.pyi"} <= names
     assert {f"{p}/py.typed" for p in ("fedloom", "coordinator", "crypto", "edge_agent")} <= names
+    migrations = (ROOT / "coordinator" / "migrations").rglob("*.py")
+    assert {str(path.relative_to(ROOT)) for path in migrations} <= names
+    assert "coordinator/migrations/versions/r0001_first.py" in names
     assert {"edge_agent/app.py", "coordinator/app.py", "crypto/bfv.py"} <= names
 
 

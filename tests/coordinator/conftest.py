@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from coordinator.bucket import open_bucket
+from coordinator.published import Published, PublishedFolder
 from coordinator.store import Store
 from fedloom.adapters import write_adapter
 from fedloom.artifacts import ArtifactReference
@@ -24,10 +26,48 @@ from fedloom.plans import (
     PlanOrigin,
     TextClassification,
 )
+from tests.coordinator.object_server import ObjectServer, object_server
+from tests.coordinator.postgresql import PostgresServer, postgres_server
 from tests.coordinator.samples import LAYOUT, RUN_FILE, PlanFolder
 
 settings.register_profile("any machine", deadline=None)  # a slow one is not wrong
 settings.load_profile("any machine")
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresServer]:
+    """A PostgreSQL server for the whole session; a test gets a database of its own."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str]:
+    """Where a store is, for each kind that there is; nothing is there yet."""
+    if request.param == "sqlite":
+        yield tmp_path / "store.sqlite"
+        return
+    server: PostgresServer = request.getfixturevalue("postgresql")
+    with server.database() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """A server that speaks S3, for the whole session; whoever asks it is known to it."""
+    with object_server(tmp_path_factory.mktemp("objects")) as server:
+        yield server
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> Published:
+    """An empty place of artifacts, of each kind that there is."""
+    if request.param == "folder":
+        return PublishedFolder(tmp_path / "home" / "artifacts")
+    server: ObjectServer = request.getfixturevalue("objects")
+    return open_bucket(
+        f"s3://{server.bucket()}/fed/loom", server.endpoint, tmp_path / "home" / "spool"
+    )
 
 
 @pytest.fixture

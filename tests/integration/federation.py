@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,14 @@ from typer.testing import CliRunner
 
 from coordinator.app import app
 from coordinator.conductor import Conductor
-from coordinator.server import open_published, open_store, serving
+from coordinator.server import (
+    keep_conducting,
+    load_server_config,
+    open_published,
+    open_store,
+    serving,
+    write_server_config,
+)
 from coordinator.store import RunRecord, Store
 from edge_agent.enrolment import join
 from edge_agent.identity import Identity
@@ -154,7 +162,11 @@ class Federation:
     """A coordinator's home, the coordinator in this process, and everybody who joined."""
 
     def __init__(
-        self, folder: Path, host: str = "127.0.0.1", authority: Path | None = None
+        self,
+        folder: Path,
+        host: str = "127.0.0.1",
+        authority: Path | None = None,
+        **settings: str,
     ) -> None:
         self.folder = folder
         self.home = folder / "coordinator"
@@ -170,13 +182,14 @@ class Federation:
             *("--enrolment-port", str(self.enrolment_port)),
             *(() if authority is None else ("--authority", authority)),
         )
+        write_server_config(self.home, replace(load_server_config(self.home), **settings))
         self.plan = write_plan(folder / "plan")
         self.store: Store = open_store(self.home)
 
     async def start(self) -> None:
         """Serve and conduct, on the same home as before if there was one."""
         self.conductor = await self._serving.enter_async_context(serving(self.home))
-        self._conducting = asyncio.create_task(self.conductor.conduct())
+        self._conducting = asyncio.create_task(keep_conducting(self.conductor, False))
 
     def gave_up(self) -> bool:
         """Whether the coordinator has ended by itself."""

@@ -10,7 +10,7 @@ import pytest
 
 import crypto
 from coordinator import announcements
-from coordinator.published import Published
+from coordinator.published import PublishedFolder
 from coordinator.round_sum import RoundSum
 from coordinator.run_state import Phase
 from edge_agent.engine import LocalUpdate
@@ -119,7 +119,7 @@ async def test_a_run_whose_plan_the_coordinator_has_lost_fails_and_the_next_one_
 async def test_a_plan_that_is_gone(federation: Federation) -> None:
     agents = await federation.enrol_all()
     run_id = await opened(federation)
-    Published(federation.home / "artifacts").path(
+    PublishedFolder(federation.home / "artifacts").path(
         federation.plan.member(ADAPTER_FILE).sha256
     ).unlink()
     for agent in agents:
@@ -158,9 +158,9 @@ async def test_a_sum_that_was_tampered_with_before_it_was_published(
 async def test_a_sum_that_was_tampered_with_after_it_was_published(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = Published.put
+    put = PublishedFolder.put
 
-    def tampered(self: Published, parts: Iterator[bytes]) -> ArtifactReference:
+    def tampered(self: PublishedFolder, parts: Iterator[bytes]) -> ArtifactReference:
         reference = put(self, parts)
         path: Path = self.path(reference.sha256)
         path.write_bytes(bytes(reference.size_bytes))
@@ -168,7 +168,7 @@ async def test_a_sum_that_was_tampered_with_after_it_was_published(
 
     agents = await federation.enrol_all()
     run_id = await begin(federation, agents, "encrypted", minimum=3)
-    monkeypatch.setattr(Published, "put", tampered)
+    monkeypatch.setattr(PublishedFolder, "put", tampered)
     await fails(federation, run_id, agents, Reason.DIGEST_MISMATCH)
 
 

@@ -261,7 +261,7 @@ async def test_a_scrape_of_a_live_coordinator(watched: Federation) -> None:
     assert value(series, "fedloom_refusals_total", side="coordinator", reason="MALFORMED") == 1
     for name in ("fedloom_received_bytes_total", "fedloom_sent_bytes_total"):
         assert value(series, name, service="EnrolmentService") > 100
-    assert value(series, "fedloom_store_writes_total", table="agents") == 1
+    assert value(series, "fedloom_store_writes_total", table="agents") >= 1
     assert value(series, "fedloom_store_transaction_seconds_count", kind="write") >= 2
     assert value(series, "process_resident_memory_bytes") > 1e6
 

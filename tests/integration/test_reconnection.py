@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.published import Published
+from coordinator.published import PublishedFolder
 from coordinator.round_sum import RoundSum
 from coordinator.run_state import Phase
 from fedloom.adapters import Theta
@@ -18,7 +18,7 @@ from tests.integration.federation import Agent, Federation, until, weighted_mean
 HELD: dict[Phase, tuple[type, str]] = {
     Phase.TRAINING: (FakeEngine, "train"),
     Phase.COLLECTING: (RoundSum, "_add"),
-    Phase.SUMMING: (Published, "put"),
+    Phase.SUMMING: (PublishedFolder, "put"),
     Phase.APPLYING: (FakeEngine, "evaluate"),
 }
 

@@ -8,7 +8,7 @@ import grpc
 import numpy as np
 import pytest
 
-from coordinator.published import Published
+from coordinator.published import PublishedFolder
 from coordinator.round_sum import RoundSum
 from coordinator.run_state import Phase
 from edge_agent.protection import UpdateProtection
@@ -77,13 +77,13 @@ async def test_an_agent_that_is_cut_while_its_update_is_added_is_in_the_sum(
 async def test_an_update_that_ends_after_the_cohort_was_closed_does_not_touch_the_sum(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, over: bool
 ) -> None:
-    gate, put = Gate(), Published.put
+    gate, put = Gate(), PublishedFolder.put
 
-    def held(self: Published, parts: Iterator[bytes]) -> ArtifactReference:
+    def held(self: PublishedFolder, parts: Iterator[bytes]) -> ArtifactReference:
         gate.wait()
         return put(self, parts)
 
-    monkeypatch.setattr(Published, "put", held)
+    monkeypatch.setattr(PublishedFolder, "put", held)
     gate.open.set()  # for the plan
     peer = await federation.enrol("peer")
     async with raw_channel(peer.identity) as channel:
