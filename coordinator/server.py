@@ -11,9 +11,14 @@ from pathlib import Path
 import grpc
 import structlog
 
+from coordinator.admin_listener import listening
 from coordinator.authority import Authority, load_server_identity
 from coordinator.conductor import Conductor
+from coordinator.membership import Membership
+from coordinator.operations import Operations, Serving
 from coordinator.published import Published
+from coordinator.roster import Roster
+from coordinator.served import Served
 from coordinator.services.artifacts import ArtifactService
 from coordinator.services.control import ControlService
 from coordinator.services.enrolment import EnrolmentService
@@ -38,6 +43,7 @@ class ServerConfig:
     control_port: int = 7070  # mutual TLS: agents
     enrolment_port: int = 7072  # TLS: devices that have a token and no certificate yet
     crypto_processes: int = 1  # to add updates in; 1: this one, 0: one for each core
+    admin_listen: str = ""  # host:port, mutual TLS: operators elsewhere; empty: local ones only
 
     @property
     def control_address(self) -> str:
@@ -89,6 +95,23 @@ def open_published(home: Path) -> Published:
     return Published(home / "artifacts")
 
 
+def open_operations(
+    home: Path,
+    config: ServerConfig,
+    store: Store,
+    published: Published,
+    serving: Serving | None = None,
+) -> Operations:
+    """Put together what operators can do in this folder; `serving` is there while it is served."""
+    members = Membership(
+        Roster(store),
+        config.enrolment_address,
+        Authority.load(home).certificate_der,
+        serving,
+    )
+    return Operations(store, published, members, home / "spool", False, serving)
+
+
 @asynccontextmanager
 async def serving(home: Path) -> AsyncIterator[Conductor]:
     """Answer on both ports while the block runs; nothing happens until the conductor conducts."""
@@ -113,11 +136,14 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(
         EnrolmentService(authority, store, config.control_address), server
     )
+    served = Served(conductor, sessions, asyncio.get_running_loop())
+    operations = open_operations(home, config, store, published, served)
     try:
-        _add_ports(server, home, config)
-        await server.start()
-        _log.info("serving", control=config.control_address, enrolment=config.enrolment_address)
-        yield conductor
+        with listening(operations, home, _record, config.admin_listen):
+            _add_ports(server, home, config)
+            await server.start()
+            _log.info("serving", control=config.control_address, enrolment=config.enrolment_address)
+            yield conductor
     finally:
         await server.stop(SHUTDOWN_SECONDS)
         store.close()
@@ -133,6 +159,10 @@ async def serve(home: Path, until_idle: bool) -> None:
             await conducting
         except asyncio.CancelledError:
             _log.info("stopping")
+
+
+def _record(operator: str, deed: str, subject: str) -> None:
+    _log.info("operator's deed", operator=operator, deed=deed, subject=subject)
 
 
 def _add_ports(server: grpc.aio.Server, home: Path, config: ServerConfig) -> None:

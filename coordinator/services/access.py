@@ -26,6 +26,7 @@ class Role(Enum):
 
     ANYONE = "anyone"
     AGENT = "agent"
+    OPERATOR = "operator"
 
 
 REQUIRED_ROLE = {
@@ -33,6 +34,23 @@ REQUIRED_ROLE = {
     "/fedloom.v1.ControlService/Connect": Role.AGENT,
     "/fedloom.v1.ArtifactService/UploadArtifact": Role.AGENT,
     "/fedloom.v1.ArtifactService/DownloadArtifact": Role.AGENT,
+    "/fedloom.v1.AdminService/StartRun": Role.OPERATOR,
+    "/fedloom.v1.AdminService/ListRuns": Role.OPERATOR,
+    "/fedloom.v1.AdminService/WatchRun": Role.OPERATOR,
+    "/fedloom.v1.AdminService/PauseRun": Role.OPERATOR,
+    "/fedloom.v1.AdminService/ResumeRun": Role.OPERATOR,
+    "/fedloom.v1.AdminService/CancelRun": Role.OPERATOR,
+    "/fedloom.v1.AdminService/GetRunPrivacy": Role.OPERATOR,
+    "/fedloom.v1.AdminService/ExportRun": Role.OPERATOR,
+    "/fedloom.v1.AdminService/Invite": Role.OPERATOR,
+    "/fedloom.v1.AdminService/ListInvitations": Role.OPERATOR,
+    "/fedloom.v1.AdminService/RevokeInvitation": Role.OPERATOR,
+    "/fedloom.v1.AdminService/ListAgents": Role.OPERATOR,
+    "/fedloom.v1.AdminService/GetAgent": Role.OPERATOR,
+    "/fedloom.v1.AdminService/BanAgent": Role.OPERATOR,
+    "/fedloom.v1.AdminService/UnbanAgent": Role.OPERATOR,
+    "/fedloom.v1.AdminService/ListPlans": Role.OPERATOR,
+    "/fedloom.v1.AdminService/GetPlan": Role.OPERATOR,
 }
 
 
