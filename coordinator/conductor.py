@@ -13,6 +13,7 @@ from coordinator.config import parse_run_config
 from coordinator.events import (
     AgentConnected,
     AgentDisconnected,
+    AgentRemoved,
     Applied,
     Declined,
     KeyShared,
@@ -24,7 +25,7 @@ from coordinator.faults import StorageFault
 from coordinator.metrics import Metrics
 from coordinator.published import Published
 from coordinator.round_sum import Upload
-from coordinator.run_state import Phase
+from coordinator.run_state import Phase, RunState
 from coordinator.sessions import Session, Sessions
 from coordinator.store import RunRecord, Store
 from fedloom.errors import ConfigError, Reason, Refused
@@ -142,6 +143,25 @@ class Conductor:
             with contextlib.suppress(StorageFault):  # the run is taken up again without the agent
                 self._open.post(AgentDisconnected(session.agent_id))
 
+    # operators
+
+    def state_of(self, run_id: bytes) -> RunState | None:
+        """Return the run's state while it is open."""
+        run = self._run(run_id)
+        return None if run is None else run.state
+
+    def open_run(self) -> bytes | None:
+        """Return the id of the open run."""
+        run = self._open
+        return None if run is None else run.run_id
+
+    def remove(self, agent_id: str, refused: Refused) -> None:
+        """Go on without an agent, and end its stream with the refusal."""
+        if self._open is not None:
+            self._open.post(AgentRemoved(agent_id))
+        if (session := self._sessions.get(agent_id)) is not None:
+            session.send(refused)
+
     # control
 
     def heard(self, run_id: bytes, event: KeyShared | Ready | Applied | Declined) -> None:
@@ -177,7 +197,8 @@ class Conductor:
             self._open.count_traffic(agent, sent, received)
 
     def _run(self, run_id: bytes) -> Execution | None:
-        return self._open if self._open is not None and self._open.run_id == run_id else None
+        run = self._open
+        return run if run is not None and run.run_id == run_id else None
 
     def _run_of(self, upload: Upload) -> Execution:
         run = self._run(upload.run_id)

@@ -1,49 +1,101 @@
-"""The adapter of a finished run as a deployable model, where the coordinator can read it."""
+"""The model of a run, where the coordinator can read it: made from the stored sums, on demand.
 
-import tomllib
-from io import BufferedReader
+Nothing is written: the files of the inference half are published artifacts, and the adapter follows
+from the plan's and the rounds' sums. The same sums give the same bytes, so a download that was cut
+goes on where it ended.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import crypto
-from coordinator.config import RunConfig, parse_run_config
+from coordinator.config import RunConfig
 from coordinator.published import Published
 from coordinator.store import RoundRecord, RunRecord, Store
 from crypto import masked
-from fedloom.adapters import read_adapter
+from fedloom.adapters import Theta, adapter_header, read_adapter
+from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference
 from fedloom.errors import ConfigError
-from fedloom.exports import export_model
+from fedloom.exports import INFERENCE_FILES
 from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan
 from fedloom.strategies import algorithm
 from fedloom.terms import Protection
 
 
-def export_run(store: Store, published: Published, run: RunRecord, out: Path) -> Path:
-    """Repeat the run's rounds from its sums and write the model; raises ConfigError if blind."""
-    config = parse_run_config(tomllib.loads(run.config), Path(run.name))
-    if config.encoding.protection.needs_tenseal:
+@dataclass(frozen=True)
+class ModelFile:
+    """A file of a model: a published artifact, or the bytes themselves."""
+
+    name: str
+    reference: ArtifactReference
+    content: Published | bytes  # where it is published, or the bytes
+
+    def parts(self, offset: int = 0) -> Iterator[bytes]:
+        """Yield the file's bytes from `offset`."""
+        if isinstance(self.content, Published):
+            yield from self.content.parts(self.reference.sha256, offset)
+            return
+        for start in range(offset, len(self.content), SENT_PART_BYTES):
+            yield self.content[start : start + SENT_PART_BYTES]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A run's model after its finished rounds."""
+
+    files: tuple[ModelFile, ...]
+    rounds: int
+
+    def parts(self, offset: int = 0) -> Iterator[bytes]:
+        """Yield the bytes of all files, one after another, from `offset`."""
+        for file in self.files:
+            size = file.reference.size_bytes
+            if offset < size:
+                yield from file.parts(offset)
+            offset = max(0, offset - size)
+
+
+def read_model(
+    store: Store, published: Published, run: RunRecord, config: RunConfig, plan: Plan
+) -> Model:
+    """Repeat the run's rounds from its sums; raises ConfigError where they are not readable."""
+    if config.encoding.protection.needs_tenseal and not config.returns_sums:
         raise ConfigError(
             run.name,
             "this coordinator never could read the adapter; every agent has exported it to its "
             "own `models` folder",
         )
-    plan = published.read_plan(run.plan)
     rule = algorithm(config.training)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
-        folder = Path(name)
-        _lay_out(plan, run, published, folder)
-        state = rule.init(read_adapter(folder / ADAPTER_FILE, plan.layout))
-        for record in store.rounds(run.run_id):
-            path = folder / "sum"
-            published.fetch(record.sum.sha256, path)
-            with path.open("rb") as file:
-                context = _context(run.run_id, config, plan, record)
-                opened = _read_sum(config.encoding.protection, context, record.slots, file)
-            path.unlink()
+    rounds = _readable(store.rounds(run.run_id), config)
+    with TemporaryDirectory(prefix="fedloom-export-") as name:
+        scratch = Path(name) / "artifact"
+        published.fetch(plan.member(ADAPTER_FILE).sha256, scratch)
+        state = rule.init(read_adapter(scratch, plan.layout))
+        for record in rounds:
+            context = _context(run.run_id, config, plan, record)
+            opened = _read_sum(config, context, record, published, scratch)
             state = rule.apply(state, opened.mean)
-        export_model(folder, plan, state.theta, out)
-    return out
+    members = {member.name: member for member in plan.members}
+    linked = (members[name] for name in INFERENCE_FILES if name in members)
+    files = (
+        ModelFile(PLAN_FILE, run.plan, published),
+        *(
+            ModelFile(member.name, ArtifactReference(member.sha256, member.size_bytes), published)
+            for member in linked
+        ),
+        _adapter(plan, state.theta),
+    )
+    return Model(files, len(rounds))
+
+
+def _adapter(plan: Plan, theta: Theta) -> ModelFile:
+    content = adapter_header(plan.layout) + theta.astype("<f4", copy=False).tobytes()
+    reference = ArtifactReference(sha256(content).digest(), len(content))
+    return ModelFile(ADAPTER_FILE, reference, content)
 
 
 def _context(
@@ -62,20 +114,26 @@ def _context(
     )
 
 
+def _readable(rounds: Sequence[RoundRecord], config: RunConfig) -> list[RoundRecord]:
+    """Return the rounds up to the first whose sum agents have not handed over."""
+    if not config.returns_sums:
+        return list(rounds)
+    return list(takewhile(lambda record: record.opened is not None, rounds))
+
+
 def _read_sum(
-    protection: Protection,
+    config: RunConfig,
     context: crypto.UpdateContext,
-    slots: tuple[int, ...],
-    file: BufferedReader,
+    record: RoundRecord,
+    published: Published,
+    scratch: Path,
 ) -> crypto.OpenedSum:
     """Open a sum as only a coordinator that may read it can: nothing proves whose it is."""
-    if protection is Protection.MASKED:
-        return masked.read_sum(context, slots, file)
-    return crypto.protection("plain").open_sum(context, None, slots, file)
-
-
-def _lay_out(plan: Plan, run: RunRecord, published: Published, folder: Path) -> None:
-    """Give the published artifacts their names as plan members again."""
-    published.fetch(run.plan.sha256, folder / PLAN_FILE)
-    for member in plan.members:
-        published.fetch(member.sha256, folder / member.name)
+    reference = record.sum if record.opened is None else record.opened
+    scratch.unlink(missing_ok=True)
+    published.fetch(reference.sha256, scratch)
+    with scratch.open("rb") as file:
+        if config.encoding.protection is Protection.MASKED:
+            return masked.read_sum(context, record.slots, file)
+        plain = replace(context, cohort=b"")  # opened sums belong to no cohort's masks
+        return crypto.protection("plain").open_sum(plain, None, record.slots, file)

@@ -12,14 +12,18 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
 
-from coordinator.audit import AuditLog
-from coordinator.authority import Authority, load_server_identity
+from coordinator.admin_listener import listening
+from coordinator.audit import AuditLog, deeds_of_operators
+from coordinator.authority import Authority, authority_is_offline, load_server_identity
 from coordinator.conductor import Conductor
 from coordinator.faults import StorageFault
 from coordinator.garbage import collect_daily
 from coordinator.http_port import showing
+from coordinator.membership import Membership
 from coordinator.metrics import Metrics
+from coordinator.operations import Operations, Serving
 from coordinator.published import Published, PublishedFolder
+from coordinator.served import Served
 from coordinator.services.access import AccessInterceptor
 from coordinator.services.artifacts import ArtifactService
 from coordinator.services.control import ControlService
@@ -55,6 +59,7 @@ class ServerConfig:
     store: str = "sqlite"  # store.sqlite in the folder, or postgresql+psycopg://USER@HOST/DATABASE
     artifacts: str = "folder"  # artifacts/ in the folder, or s3://BUCKET/PREFIX
     artifacts_endpoint: str = ""  # URL of a server that speaks S3; empty for Amazon's
+    admin_listen: str = ""  # host:port, mutual TLS: operators elsewhere; empty: local ones only
 
     @property
     def control_address(self) -> str:
@@ -118,6 +123,25 @@ def open_published(home: Path) -> Published:
     return open_bucket(config.artifacts, config.artifacts_endpoint, home / "spool")
 
 
+def open_operations(
+    home: Path,
+    config: ServerConfig,
+    store: Store,
+    published: Published,
+    serving: Serving | None = None,
+) -> Operations:
+    """Put together what operators can do in this folder; `serving` is there while it is served."""
+    members = Membership(
+        store.roster,
+        config.enrolment_address,
+        Authority.load(home).certificate_der,
+        serving,
+    )
+    return Operations(
+        store, published, members, home / "spool", authority_is_offline(home), serving
+    )
+
+
 @asynccontextmanager
 async def serving(home: Path) -> AsyncIterator[Conductor]:
     """Answer on both ports while the block runs; nothing happens until the conductor conducts."""
@@ -152,15 +176,18 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     collecting = asyncio.create_task(collect_daily(store, published, home / "spool"))
     lag = asyncio.create_task(metrics.watch_loop())
-    pages = operator_pages(store, metrics)
+    served = Served(conductor, sessions, asyncio.get_running_loop())
+    operations = open_operations(home, config, store, published, served)
+    pages = operator_pages(operations, metrics)
     try:
         async with (
             showing(config.metrics_listen, pages) as shown,
             _answering(server, home, config, health),
         ):
             where = {"control": config.control_address, "enrolment": config.enrolment_address}
-            _log.info("serving", **where, metrics=shown)
-            yield conductor
+            with listening(operations, home, deeds_of_operators(store.engine), config.admin_listen):
+                _log.info("serving", **where, metrics=shown)
+                yield conductor
             health.serving = False
             await _drain(sessions, unfinished)
     finally:

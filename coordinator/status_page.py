@@ -7,18 +7,18 @@ import prometheus_client as prometheus
 
 from coordinator.http_port import Page, Pages
 from coordinator.metrics import Metrics
-from coordinator.progress import RoundProgress, RunProgress, read_progress
+from coordinator.operations import Operations
+from coordinator.progress import RoundProgress, RunProgress
 from coordinator.run_state import Phase
-from coordinator.store import RunRecord, Store
-from fedloom.errors import ConfigError
 
 SHOWN_RUNS = 20
 SHOWN_ROUNDS = 20
+SHOWN_AGENTS = 50  # those furthest behind
 
 
-def operator_pages(store: Store, metrics: Metrics) -> Pages:
+def operator_pages(operations: Operations, metrics: Metrics) -> Pages:
     """Return the pages by path."""
-    return {"/": lambda: _overview(store), "/metrics": lambda: _series(metrics)}
+    return {"/": lambda: _overview(operations), "/metrics": lambda: _series(metrics)}
 
 
 def _series(metrics: Metrics) -> Page:
@@ -26,32 +26,30 @@ def _series(metrics: Metrics) -> Page:
     return Page(prometheus.CONTENT_TYPE_PLAIN_0_0_4, body)
 
 
-def _overview(store: Store) -> Page:
-    newest = store.runs()[: -SHOWN_RUNS - 1 : -1]
-    runs = "".join(_run(store, record) for record in newest)
+def _overview(operations: Operations) -> Page:
+    newest = operations.runs("", SHOWN_RUNS, "").items
+    runs = "".join(_run(operations.watch(run.run_id, SHOWN_AGENTS)()) for run in newest)
     now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
     text = _FRAME.format(runs=runs or "<p>No run yet.</p>", now=now)
     return Page("text/html; charset=utf-8", text.encode(errors="replace"))
 
 
-def _run(store: Store, record: RunRecord) -> str:
-    try:
-        run = read_progress(store, record)
-    except ConfigError:  # of an older version; the other runs are shown all the same
-        return f"<h2>{escape(record.name)} <small>its file cannot be read</small></h2>"
-    state = run.phase.value + (f": {run.reason}" if run.reason else "")
-    rounds = "".join(_round(entry, run.rounds) for entry in run.history[-SHOWN_ROUNDS:])
+def _run(progress: RunProgress) -> str:
+    run = progress.run
+    state = run.state + (f": {run.reason.name}" if run.reason else "")
+    rounds = "".join(_round(entry, run.rounds) for entry in progress.history[-SHOWN_ROUNDS:])
     return (
-        f"<h2>{escape(run.name)} <small>{escape(state)}</small></h2><p>{escape(run.run_id)}, "
+        f"<h2>{escape(run.name)} <small>{escape(state)}</small></h2><p>{escape(run.run_id.hex())}, "
         f"{escape(run.protection.name.lower())}: the coordinator could read "
-        f"{escape(run.coordinator_reads)}{escape(_training(run))}</p><table>{_HEADINGS}{rounds}</table>"
+        f"{escape(progress.coordinator_reads)}{escape(_training(progress))}</p>"
+        f"<table>{_HEADINGS}{rounds}</table>"
     )
 
 
-def _training(run: RunProgress) -> str:
-    if run.phase is not Phase.TRAINING or not run.history:
+def _training(progress: RunProgress) -> str:
+    if progress.run.phase is not Phase.TRAINING:
         return ""
-    shares = [f"{agent.agent} {agent.progress:.0%}" for agent in run.history[-1].agents]
+    shares = [f"{agent.agent} {agent.progress:.0%}" for agent in progress.agents]
     return f"; training: {', '.join(shares)}"
 
 
@@ -61,7 +59,7 @@ def _round(entry: RoundProgress, rounds: int) -> str:
         "" if entry.accuracy is None else f"{entry.accuracy:.1%}",
         "" if entry.training_loss is None else f"{entry.training_loss:.3f}",
         "" if entry.seconds is None else f"{entry.seconds:.1f}",
-        str(len(entry.agents)),
+        str(entry.agents),
     )
     return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 

@@ -33,6 +33,7 @@ class RunRecord:
     round: int
     attempt: int
     wish: Wish
+    created_at: float = 0.0  # seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -299,11 +300,12 @@ class Store:
         with self._engine.connect() as db:
             return db.execute(sa.select(sa.exists().where(mine))).scalar_one()
 
-    def reports(self, run_id: bytes) -> list[dict[str, Any]]:
-        """Return all reports of a run, by round and agent."""
+    def reports(self, run_id: bytes, first_round: int = 0) -> list[dict[str, Any]]:
+        """Return the reports of a run from a round on, by round and agent."""
+        wanted = (schema.reports.c.run_id == run_id) & (schema.reports.c.round >= first_round)
         query = (
             sa.select(schema.reports)
-            .where(schema.reports.c.run_id == run_id)
+            .where(wanted)
             .order_by(schema.reports.c.round, schema.reports.c.agent_id)
         )
         with self._engine.connect() as db:
@@ -321,6 +323,7 @@ def _run_record(row: Any) -> RunRecord:
         row.round,
         row.attempt,
         Wish(row.wish),
+        row.created_at,
     )
 
 

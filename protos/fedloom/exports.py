@@ -25,8 +25,8 @@ from fedloom.plans import (
     Plan,
 )
 
-_LINKED = (INFER_GRAPH, BASE_FILE, ADAPTER_CONFIG_FILE, TOKENIZER_FILE)
-_EXPORTED = frozenset((*_LINKED, PLAN_FILE, ADAPTER_FILE))
+INFERENCE_FILES = (INFER_GRAPH, BASE_FILE, ADAPTER_CONFIG_FILE, TOKENIZER_FILE)
+_EXPORTED = frozenset((*INFERENCE_FILES, PLAN_FILE, ADAPTER_FILE))
 
 
 def export_model(plan_folder: Path, plan: Plan, theta: Theta, out: Path) -> None:
@@ -40,13 +40,13 @@ def export_model(plan_folder: Path, plan: Plan, theta: Theta, out: Path) -> None
             Reason.NOT_FINITE,
             f"expected {plan.parameter_count} finite values to export, found shape {theta.shape}",
         )
-    _require_replaceable(out)
+    require_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     partial.mkdir()
     try:
         members = {member.name for member in plan.members}
-        for name in (PLAN_FILE, *(name for name in _LINKED if name in members)):
+        for name in (PLAN_FILE, *(name for name in INFERENCE_FILES if name in members)):
             link_or_copy(plan_folder / name, partial / name)
         write_adapter(partial / ADAPTER_FILE, plan.layout, theta)
         _swap_in(partial, out)
@@ -55,7 +55,7 @@ def export_model(plan_folder: Path, plan: Plan, theta: Theta, out: Path) -> None
         raise
 
 
-def _require_replaceable(out: Path) -> None:
+def require_replaceable(out: Path) -> None:
     """Refuse to replace what no export made: a wrong path must not cost a person's files."""
     if not out.exists():
         return

@@ -12,6 +12,10 @@ from importlib.metadata import version
 PROTOCOL_VERSION = 2
 OLDEST_SERVED_PROTOCOL = 2  # the coordinator serves OLDEST_SERVED_PROTOCOL..PROTOCOL_VERSION
 
+# Of the operator's service, with every change of its meaning: both sides come from one release.
+# 1  2026-11-20  first version
+ADMIN_VERSION = 1
+
 
 def software() -> str:
     """Name and version of this distribution, as sent in Hello."""

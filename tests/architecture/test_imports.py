@@ -18,9 +18,12 @@ PACKAGES = {
 # gRPC stays at the edges: the rest speaks frozen values, refusals and files.
 GRPC_EDGES = {
     "fedloom.errors",  # the codes and trailers of refusals
+    "coordinator.admin_client",
+    "coordinator.admin_listener",
     "coordinator.probe",
     "coordinator.server",
     "coordinator.services.access",
+    "coordinator.services.admin",
     "coordinator.services.artifacts",
     "coordinator.services.control",
     "coordinator.services.enrolment",
@@ -33,6 +36,8 @@ GRPC_EDGES = {
     "edge_agent.transfer",
 }
 HEAVY = {"torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "tenseal", "pyarrow"}
+
+STORE = {"crypto", "cryptography", "numpy", "sqlalchemy"}  # a command that only asks needs none
 
 
 def _modules() -> Iterator[tuple[str, Path]]:
@@ -93,7 +98,9 @@ def test_nothing_unpickles_and_only_the_bridge_loads_into_seal() -> None:
     [
         ("edge_agent.app", HEAVY | {"coordinator", "sqlalchemy", "typer"}),
         ("edge_agent.session", HEAVY | {"coordinator", "sqlalchemy", "typer"}),
-        ("coordinator.app", HEAVY | {"edge_agent"}),
+        ("coordinator.app", HEAVY | STORE | {"edge_agent"}),
+        ("coordinator.admin_client", HEAVY | STORE | {"edge_agent", "rich", "typer"}),
+        ("coordinator.server", HEAVY | {"edge_agent", "typer"}),
         ("crypto", HEAVY | {"fedloom", "coordinator", "edge_agent", "grpc"}),
     ],
 )

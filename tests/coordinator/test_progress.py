@@ -1,29 +1,43 @@
-"""What an operator sees of a run: read from the store, drawn on a terminal, printed elsewhere."""
+"""How a run is doing: read once, read again and again, and with what its process knows."""
 
-import io
-import json
+from dataclasses import replace
 
 import pytest
-from rich.console import Console
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from coordinator.progress import RunProgress, read_progress, show, watch
-from coordinator.run_state import Phase
+from coordinator.progress import (
+    OpenPhase,
+    ProgressReader,
+    RoundProgress,
+    RunProgress,
+    merged,
+    open_phase,
+)
+from coordinator.run_state import Phase, RunState, StateReport, Wish
 from coordinator.store import RoundRecord, Store
+from coordinator.summaries import RunSummary, Stage
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason
-from fedloom.terms import Protection
+from fedloom.terms import Protection, Release
+from tests.coordinator.samples import POLICY, SHA
 
 SUM = ArtifactReference(bytes(32), 3)
-MARKUP = "[/red] [bold]n[1]"  # a name that rich would take for markup
-
-
-def console(terminal: bool = False) -> Console:
-    return Console(file=io.StringIO(), width=120, force_terminal=terminal, color_system=None)
-
-
-def text_of(drawn: Console) -> str:
-    assert isinstance(drawn.file, io.StringIO)
-    return drawn.file.getvalue()
+RUN = RunSummary(
+    bytes(range(16)),
+    "intent",
+    Phase.TRAINING,
+    None,
+    Wish.RUN,
+    2,
+    1,
+    3,
+    2,
+    0.0,
+    bytes(32),
+    Protection.SEALED,
+    Release.AGENTS,
+)
 
 
 def fill(store: Store, run_id: bytes) -> None:
@@ -33,102 +47,142 @@ def fill(store: Store, run_id: bytes) -> None:
         store.report(run_id, 1, agent, progress=1.0, training_loss=loss, state_sha256=bytes(32))
         store.report(run_id, 1, agent, sent_bytes=3_000_000, received_bytes=1_000_000)
         if correct is not None:
-            store.report(run_id, 1, agent, evaluated=10, correct=correct, saturated=4)
+            store.report(run_id, 1, agent, evaluated=10, correct=correct)
+            store.report(run_id, 1, agent, saturated=4, saturated_share=0.25)
     store.add_round(run_id, RoundRecord(1, 1, 16, (0, 1), SUM, 2.0))
     store.report(run_id, 2, "a", progress=0.5)
     store.report(run_id, 2, "b", refusal=Reason.DATA_EMPTY.value)
-    store.update_run(run_id, Phase.TRAINING, 2, 0)
 
 
-def read(store: Store, run_id: bytes) -> RunProgress:
-    return read_progress(store, store.run(run_id))
+def read(store: Store, run_id: bytes, **known: RunState | OpenPhase | None) -> RunProgress:
+    return ProgressReader(store, run_id).read(RUN, "nothing", 10, **known)  # type: ignore[arg-type]
 
 
 def test_progress_is_read_from_the_store(store: Store, run_id: bytes) -> None:
     fill(store, run_id)
     found = read(store, run_id)
-    assert (found.run_id, found.name, found.rounds) == (run_id.hex(), "intent", 3)
-    assert (found.phase, found.reason, found.protection) == (
-        Phase.TRAINING,
-        None,
-        Protection.ENCRYPTED,
-    )
-    assert found.coordinator_reads == "nothing"
     first, second = found.history
     assert (first.round, first.seconds, first.training_loss) == (1, 2.0, 1.0)
-    assert (first.accuracy, first.evaluated, first.saturated) == (0.9, 10, 4)
-    assert [agent.accuracy for agent in first.agents] == [0.9, None]
-    assert (second.round, second.seconds, second.accuracy) == (2, None, None)
-    assert [agent.progress for agent in second.agents] == [0.5, 0.0]
-    assert second.agents[1].refusal == Reason.DATA_EMPTY.value
+    assert (first.accuracy, first.evaluated, first.agents, first.summed) == (0.9, 10, 2, 2)
+    assert (first.saturated, first.saturated_share) == (4, 0.25)
+    assert (first.sent_bytes, first.senders, first.received_bytes) == (6_000_000, 2, 2_000_000)
+    assert (second.round, second.seconds, second.accuracy, second.summed) == (2, None, None, 0)
+    assert [(agent.agent, agent.stage) for agent in found.agents] == [
+        ("a", Stage.TRAINING),
+        ("b", Stage.DECLINED),
+    ]
+    assert found.agents[1].refusal is Reason.DATA_EMPTY
+    assert found.stages == {Stage.TRAINING: 1, Stage.DECLINED: 1}
 
 
 def test_a_run_without_reports_has_no_history(store: Store, run_id: bytes) -> None:
     found = read(store, run_id)
-    assert found.history == ()
-    assert found.phase is Phase.GATHERING
+    assert (found.history, found.agents, found.stages) == ((), (), {})
 
 
-def test_progress_is_json(store: Store, run_id: bytes) -> None:
-    fill(store, run_id)
-    store.update_run(run_id, Phase.FAILED, 2, 0, Reason.QUORUM_NOT_REACHED)
-    plain = json.loads(json.dumps(read(store, run_id).to_json(), allow_nan=False))
-    assert (plain["phase"], plain["reason"]) == ("failed", "QUORUM_NOT_REACHED")
-    assert (plain["protection"], plain["history"][0]["agents"][0]["agent"]) == ("encrypted", "a")
-
-
-def test_it_is_drawn_as_a_table(store: Store, run_id: bytes) -> None:
-    fill(store, run_id)
-    drawn = console()
-    drawn.print(show(read(store, run_id)))
-    text = text_of(drawn)
-    for shown in ("run intent", "1/3", "90.0%", "1.000", "2.0", "3.00 MB", "1.00 MB", "nothing"):
-        assert shown in text
-    assert "training: a 50%, b 0%" in text
-    store.update_run(run_id, Phase.FAILED, 2, 0, Reason.QUORUM_NOT_REACHED)
-    drawn.print(show(read(store, run_id)))
-    assert "failed: QUORUM_NOT_REACHED" in text_of(drawn)
-
-
-@pytest.mark.parametrize("terminal", [False, True], ids=["a file", "a terminal"])
-def test_a_name_is_shown_as_it_is(store: Store, terminal: bool) -> None:
-    config = 'plan = "p"\nrounds = 1\nname = "n"'
-    store.add_run(bytes(16), MARKUP, config, ArtifactReference(bytes(32), 1), now=0.0)
-    store.update_run(bytes(16), Phase.COMPLETED, 1, 0)
-    drawn = console(terminal)
-    watch(store, read(store, bytes(16)), drawn)
-    assert f"run {MARKUP}" in text_of(drawn)
-
-
-def test_a_finished_run_is_told_without_a_terminal(store: Store, run_id: bytes) -> None:
-    fill(store, run_id)
-    store.update_run(run_id, Phase.COMPLETED, 3, 0)
-    drawn = console()
-    last = watch(store, read(store, run_id), drawn)
-    assert last.phase is Phase.COMPLETED
-    lines = text_of(drawn).splitlines()
-    assert lines[0] == "run intent: round 2/3, completed, trained 25%"
-    assert lines[-1].strip() == "completed"
-
-
-def test_a_run_is_followed_to_its_end_a_line_for_each_change(
-    store: Store, run_id: bytes, monkeypatch: pytest.MonkeyPatch
+def test_what_the_process_knows_places_agents_that_said_nothing(
+    store: Store, run_id: bytes
 ) -> None:
-    steps = [
-        lambda: None,  # nothing new: no line
-        lambda: store.update_run(run_id, Phase.TRAINING, 1, 0),
-        lambda: store.report(run_id, 1, "a", progress=0.5),
-        lambda: store.report(run_id, 1, "a", evaluated=4, correct=3),
-        lambda: store.update_run(run_id, Phase.FAILED, 1, 1, Reason.KEY_UNAVAILABLE),
+    store.report(run_id, 2, "b", progress=1.0, training_seconds=3.0)
+    store.report(run_id, 2, "c", progress=1.0, training_seconds=3.0)
+    state = RunState(
+        POLICY,
+        deadline=9.0,
+        phase=Phase.COLLECTING,
+        round=2,
+        invited=frozenset("abc"),
+        cohort=("b", "c"),
+        uploaded={"c": SHA},
+    )
+    found = read(store, run_id, state=state)
+    assert [(agent.agent, agent.stage) for agent in found.agents] == [
+        ("a", Stage.INVITED),
+        ("b", Stage.READY),
+        ("c", Stage.UPLOADED),
     ]
-    monkeypatch.setattr("coordinator.progress.time.sleep", lambda _: steps.pop(0)())
-    drawn = console()
-    last = watch(store, read(store, run_id), drawn)
-    assert (steps, last.reason) == ([], "KEY_UNAVAILABLE")
-    assert text_of(drawn).splitlines()[:5] == [
-        "run intent: gathering",
-        "run intent: training",
-        "run intent: round 1/3, training, trained 50%",
-        "run intent: round 1/3, training, accuracy 75.0%",
-        "run intent: round 1/3, failed, accuracy 75.0%",
-    ]
+
+
+def test_those_furthest_behind_are_named_and_all_are_counted(store: Store, run_id: bytes) -> None:
+    for number in range(40):
+        store.report(run_id, 1, f"agent-{number:02}", progress=((number * 7) % 40) / 40)
+    found = ProgressReader(store, run_id).read(RUN, "nothing", 4)
+    assert [agent.progress for agent in found.agents] == [0.0, 1 / 40, 2 / 40, 3 / 40]
+    assert sum(found.stages.values()) == 40
+
+
+REPORTS = st.tuples(
+    st.sampled_from("abc"),
+    st.sampled_from(
+        [
+            {"progress": 0.5},
+            {"progress": 1.0, "training_seconds": 2.0, "training_loss": 0.5},
+            {"state_sha256": SHA, "evaluated": 4, "correct": 3},
+            {"refusal": 18},
+            {"sent_bytes": 5, "received_bytes": 6},
+        ]
+    ),
+)
+NEXT_ROUND, VOID_ROUND = "next", "void"
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(
+    st.lists(st.one_of(REPORTS, st.sampled_from([NEXT_ROUND, VOID_ROUND])), max_size=12),
+    st.binary(min_size=16, max_size=16),
+)
+def test_a_reader_that_looks_all_the_time_sees_what_one_sees_that_looks_once(
+    store: Store, happened: list[tuple[str, dict[str, object]] | str], run_id: bytes
+) -> None:
+    if any(run.run_id == run_id for run in store.runs()):
+        return
+    store.add_run(run_id, "n", 'plan = "p"\nrounds = 9', SUM, now=0.0)
+    reader, number, watched = ProgressReader(store, run_id), 1, None
+    for event in happened:
+        if isinstance(event, tuple):
+            store.report(run_id, number, event[0], **event[1])
+        else:
+            if event == NEXT_ROUND:
+                store.add_round(run_id, RoundRecord(number, 1, 16, (0, 1), SUM, 2.0))
+            number += 1
+        seen = reader.read(RUN, "nothing", 10)
+        watched = merged(watched, seen)
+        assert seen == watched == ProgressReader(store, run_id).read(RUN, "nothing", 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "done", "expected"),
+    [
+        ({"phase": Phase.GATHERING, "connected": frozenset("ab")}, 2, 2),
+        ({"phase": Phase.TRAINING, "invited": frozenset("abc"), "ready": {"a": 1}}, 1, 3),
+        ({"phase": Phase.COLLECTING, "cohort": ("a", "b"), "uploaded": {"a": SHA}}, 1, 2),
+        ({"phase": Phase.SUMMING, "uploaded": {"a": SHA, "b": SHA}}, 2, 2),
+        (
+            {
+                "phase": Phase.APPLYING,
+                "uploaded": {"a": SHA, "b": SHA},
+                "applied": {"b": StateReport(SHA)},
+            },
+            1,
+            2,
+        ),
+        ({"phase": Phase.RETURNING, "returning": "a"}, 0, 1),
+    ],
+    ids=lambda value: value["phase"].value if isinstance(value, dict) else "",
+)
+def test_what_a_phase_waits_for(changes: dict[str, object], done: int, expected: int) -> None:
+    state = replace(RunState(POLICY, deadline=7.0), **changes)  # type: ignore[arg-type]
+    found = open_phase(state, 5, bytes(16))
+    assert (found.done, found.expected, found.connected, found.behind) == (done, expected, 5, None)
+    assert found.deadline == (None if state.phase is Phase.SUMMING else 7.0)
+
+
+def test_a_queued_run_waits_for_another_and_a_paused_one_for_ever() -> None:
+    assert open_phase(None, 5, bytes(16)) == OpenPhase(behind=bytes(16), connected=5)
+    paused = replace(RunState(POLICY, deadline=7.0), paused=True)
+    assert open_phase(paused, 0, None).deadline is None
+
+
+def test_shares_of_nothing_are_none() -> None:
+    entry = RoundProgress(1)
+    assert (entry.accuracy, entry.saturated_share) == (None, None)
+    assert entry.to_json()["sent_bytes_per_agent"] is None

@@ -1,13 +1,17 @@
 """Fixtures: a federation on loopback for each test."""
 
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from tests.integration.federation import Federation
 
 _HERE = Path(__file__).parent
+# Commands run in this process, beside the coordinator: what it logs is not what they print.
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.__stderr__))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

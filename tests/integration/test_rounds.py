@@ -1,5 +1,6 @@
 """Whole runs: every agent ends with the same bits, and they are the mean's."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 
 import crypto
-from coordinator.progress import read_progress
 from coordinator.run_state import Phase
 from edge_agent.engine import Evaluation
 from fedloom.adapters import read_adapter
@@ -111,18 +111,14 @@ async def test_the_store_knows_quality_and_bytes_of_every_round(
     run_id = federation.start_run(kind, rounds=2)
     await complete(federation, run_id, agents)
 
-    progress = read_progress(federation.store, federation.run(run_id))
-    assert [entry.round for entry in progress.history] == [1, 2]
+    progress = json.loads(command("run", "watch", "--json", "--home", federation.home))
+    assert [entry["round"] for entry in progress["history"]] == [1, 2]
     sums = [record.sum.size_bytes for record in federation.store.rounds(run_id)]
-    for entry, sum_bytes in zip(progress.history, sums, strict=True):
-        assert (entry.evaluated, entry.accuracy) == (20, 17 / 20)
-        assert entry.training_loss == pytest.approx(0.25)
-        assert entry.seconds is not None
-        assert entry.seconds > 0
-        assert entry.saturated == 0
-        for agent in entry.agents:
-            assert agent.progress == 1.0
-            assert agent.sent_bytes is not None
-            assert agent.received_bytes is not None
-            assert agent.sent_bytes >= 3 * PARAMETERS
-            assert agent.received_bytes >= sum_bytes
+    for entry, sum_bytes in zip(progress["history"], sums, strict=True):
+        assert (entry["evaluated"], entry["accuracy"]) == (20, 17 / 20)
+        assert entry["training_loss"] == pytest.approx(0.25)
+        assert entry["seconds"] > 0
+        assert (entry["summed"], entry["saturated"], entry["saturated_share"]) == (3, 0, 0.0)
+        assert entry["sent_bytes_per_agent"] >= 3 * PARAMETERS
+        assert entry["received_bytes_per_agent"] >= sum_bytes
+    assert [agent["progress"] for agent in progress["participants"]] == [1.0, 1.0, 1.0]

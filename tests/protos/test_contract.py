@@ -12,17 +12,29 @@ from google.protobuf.descriptor import EnumDescriptor, FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
 from fedloom import errors, terms
-from fedloom.v1 import artifact_pb2, control_pb2, enrolment_pb2, plan_pb2, refusal_pb2
+from fedloom.v1 import (
+    admin_pb2,
+    artifact_pb2,
+    control_pb2,
+    enrolment_pb2,
+    plan_pb2,
+    refusal_pb2,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTOS = sorted((ROOT / "protos").glob("fedloom/v1/*.proto"))
 FILES: list[FileDescriptor] = [
     module.DESCRIPTOR
-    for module in (artifact_pb2, control_pb2, enrolment_pb2, plan_pb2, refusal_pb2)
+    for module in (admin_pb2, artifact_pb2, control_pb2, enrolment_pb2, plan_pb2, refusal_pb2)
 ]
 ENUMS: list[EnumDescriptor] = [enum for file in FILES for enum in file.enum_types_by_name.values()]
 # What the RPCs of the contract are; a new one is added here and thereby to the checks below.
-RPCS = {"Enrol", "Renew", "Connect", "UploadArtifact", "DownloadArtifact"}
+OPERATORS_RPCS = {
+    *("StartRun", "ListRuns", "WatchRun", "PauseRun", "ResumeRun", "CancelRun"),
+    *("GetRunPrivacy", "ExportRun", "Invite", "ListInvitations", "RevokeInvitation"),
+    *("ListAgents", "GetAgent", "BanAgent", "UnbanAgent", "ListPlans", "GetPlan"),
+}
+RPCS = {"Enrol", "Renew", "Connect", "UploadArtifact", "DownloadArtifact", *OPERATORS_RPCS}
 OPTIONS = {
     "csharp_namespace": "Fedloom.V1",
     "go_package": "github.com/fedloom/fedloom/gen/go/fedloom/v1;fedloomv1",
@@ -94,6 +106,17 @@ def test_every_rpc_says_who_may_call_it_and_in_which_order() -> None:
         assert re.search(r"^Caller: \w", comment, re.MULTILINE), f"{name} does not say its caller"
         assert re.search(r"^Order:", comment, re.MULTILINE), f"{name} does not say its order"
         assert re.search(r"\b1\. ", comment), f"{name} does not number its messages"
+
+
+def test_operators_call_the_admin_service_and_nothing_else() -> None:
+    callers = {
+        name: re.findall(r"^Caller: (.*)", comment, re.MULTILINE)
+        for name, comment in _rpc_comments().items()
+    }
+    assert {name for name, found in callers.items() if found == ["an operator."]} == OPERATORS_RPCS
+    (service,) = admin_pb2.DESCRIPTOR.services_by_name.values()
+    assert {method.name for method in service.methods} == OPERATORS_RPCS
+    assert not any(method.client_streaming for method in service.methods)
 
 
 @pytest.mark.parametrize("enum", ENUMS, ids=lambda enum: enum.name)

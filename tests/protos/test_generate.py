@@ -39,6 +39,7 @@ from google.protobuf.compiler.plugin_pb2 import CodeGeneratorRequest, CodeGenera
 request = CodeGeneratorRequest.FromString(sys.stdin.buffer.read())
 names = [service.name for file in request.proto_file for service in file.service]
 response = CodeGeneratorResponse()
+response.supported_features = CodeGeneratorResponse.FEATURE_PROTO3_OPTIONAL  # as all plugins do
 response.file.add(name="{program}.txt", content="\\n".join([request.parameter, *sorted(names)]))
 sys.stdout.buffer.write(response.SerializeToString())
 """
@@ -145,7 +146,8 @@ def test_a_plugin_on_the_path_is_used(
     assert done.stdout == f"{language}: messages and service stubs in {out}\n"
     for program in programs:
         said = (out / f"{program}.txt").read_text().splitlines()
-        assert said[1:] == ["ArtifactService", "ControlService", "EnrolmentService"]
+        services = ["AdminService", "ArtifactService", "ControlService", "EnrolmentService"]
+        assert said[1:] == services
 
 
 @pytest.mark.parametrize("language", ["cpp", "go"])

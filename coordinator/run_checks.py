@@ -1,0 +1,129 @@
+"""A run file against everything that decides whether its run can be executed: all of it at once.
+
+`coordinator.config` knows what the file says; what only this coordinator knows is checked here.
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coordinator.config import RunConfig, parse_run_config, unencodable
+from fedloom.errors import ConfigError, FedloomError
+from fedloom.plans import Plan, load_plan, verify_members
+
+MAX_FILE_BYTES = 1 << 20
+# No protection sends more per value, and none more than this beyond it (headers, counters).
+UPDATE_BYTES_PER_VALUE, UPDATE_BYTES_MORE = 4, 1 << 16
+_PLAN_ID = re.compile(r"[0-9a-f]{8,64}")
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """What the operator wrote; `folder` is where its relative paths start, None if elsewhere."""
+
+    text: str
+    name: str
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the coordinator knows beside the file."""
+
+    enrolled_agents: int  # that are not banned
+    free_bytes: int  # where updates are spooled
+    open_names: Mapping[str, str]  # names of runs that are not over -> the run's id
+    known_plan: Callable[[str], Plan | None]  # by the start of its id
+
+
+@dataclass
+class CheckedRun:
+    """What was found; `config` and `plan` are there when there are no problems."""
+
+    config: RunConfig | None = None
+    plan: Plan | None = None
+    plan_folder: Path | None = None  # None: the coordinator has the plan already
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check(file: RunFile, around: Surroundings) -> CheckedRun:
+    """Name every problem of the file and of the plan that it names, whatever else is wrong."""
+    found = CheckedRun()
+    table = _parse(file, found)
+    if table is None:
+        return found
+    try:
+        found.config = parse_run_config(table, (file.folder or Path("/")) / file.name)
+    except ConfigError as error:
+        found.problems.append(error.problem)
+    if isinstance(stated := table.get("plan"), str) and stated and "\0" not in stated:
+        _find_plan(stated, file.folder, around, found)
+    if found.config is not None:
+        found.warnings += _warnings(found.config, around)
+        if found.plan is not None:
+            _check_together(found.config, found.plan, around, found)
+    return found
+
+
+def _parse(file: RunFile, found: CheckedRun) -> dict[str, Any] | None:
+    size = len(file.text.encode(errors="replace"))
+    if size > MAX_FILE_BYTES:
+        found.problems.append(f"expected at most {MAX_FILE_BYTES} bytes, found {size}")
+        return None
+    try:
+        return tomllib.loads(file.text)
+    except ValueError as error:  # syntax, or a number of too many digits
+        found.problems.append(f"is not TOML: {error}")
+        return None
+
+
+def _find_plan(stated: str, base: Path | None, around: Surroundings, found: CheckedRun) -> None:
+    folder = Path(stated) if base is None else base / stated
+    if not folder.is_dir() and _PLAN_ID.fullmatch(stated):
+        found.plan = around.known_plan(stated)
+        if found.plan is None:
+            found.problems.append(f"plan: expected the id of one known plan, found {stated}")
+        return
+    if not folder.is_absolute():
+        found.problems.append(
+            f"plan: expected the id of a plan that the coordinator has (`plan list`), or an "
+            f"absolute path on its machine, found {stated!r}"
+        )
+        return
+    try:
+        found.plan = load_plan(folder)
+        verify_members(found.plan, folder)
+    except FedloomError as error:
+        found.plan = None
+        found.problems.append(f"plan: {folder}: {getattr(error, 'subject', error)}")
+    except OSError as error:
+        found.plan = None
+        found.problems.append(f"plan: {folder} cannot be read: {error.strerror}")
+    found.plan_folder = folder
+
+
+def _warnings(config: RunConfig, around: Surroundings) -> Iterator[str]:
+    if config.cohort.minimum > around.enrolled_agents:
+        yield (
+            f"cohort.minimum: {config.cohort.minimum} agents are needed, "
+            f"{around.enrolled_agents} are enrolled: the run will wait for more (`invite`)"
+        )
+    if config.name in around.open_names:
+        yield f"name: run {around.open_names[config.name]} of the same name is not over yet"
+
+
+def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: CheckedRun) -> None:
+    if problem := unencodable(config.encoding, config.training, plan.parameter_count):
+        found.problems.append(f"this plan cannot be encoded for such a cohort: {problem}")
+    update = UPDATE_BYTES_PER_VALUE * plan.parameter_count + UPDATE_BYTES_MORE
+    cohort = min(config.cohort.size, max(config.cohort.minimum, around.enrolled_agents))
+    least, most = config.cohort.minimum * update, cohort * update
+    told = f"{most / 1e6:,.0f} MB for {cohort} updates, {around.free_bytes / 1e6:,.0f} MB are free"
+    if around.free_bytes < least:
+        found.problems.append(f"the disk of the spool is too full: up to {told}")
+    elif around.free_bytes < most:
+        found.warnings.append(f"the disk of the spool may become full: up to {told}")
