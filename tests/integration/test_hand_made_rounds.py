@@ -375,6 +375,19 @@ async def test_an_update_has_the_same_levels_in_every_attempt(
     assert not np.array_equal(first.opened.mean, update)  # rounded it was
 
 
+async def test_a_device_that_was_started_again_gives_the_update_that_it_promised(
+    rounds: Rounds,
+) -> None:
+    await rounds.ready(1)
+    await rounds.restart()
+    again = await rounds.collect(1)
+    first, second = rounds.agent.engine.history
+    assert np.array_equal(first.update.delta, second.update.delta)
+    await rounds.applied(rounds.close(again))
+    rounds.form(1)
+    assert await rounds.rogue.hear_refusal() is Reason.WRONG_ROUND
+
+
 # the opened sum
 
 
