@@ -448,6 +448,8 @@ async def test_the_opened_sum_is_returned_until_the_next_round_is_applied(rounds
     again = await rounds.applied(rounds.history[0])
     assert again.opened_sha256 == applied.opened_sha256
     second, _ = await rounds.whole(3)
+    [kept] = (rounds.agent.home / "runs").rglob("opened-*")
+    assert kept.name == "opened-3.bin"
     assert np.array_equal((await returned(rounds, 3)).mean, second.opened.mean)
     await gone(rounds, 1)
     await gone(rounds, 2)
