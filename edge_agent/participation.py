@@ -228,6 +228,8 @@ class Participation:
             raise Refused(
                 Reason.TRAINING_FAILED, f"expected a finite loss, found {update.mean_loss}"
             )
+        if self._interrupted:  # after the last step that could heed it
+            raise Interrupted
         self._trained = (terms.round, update, seconds)
         self._log.info(
             "trained",
