@@ -6,20 +6,16 @@ Steps raise Refused; the session tells the coordinator.
 """
 
 import asyncio
-import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from edge_agent.applied_rounds import apply_round, forget_opened, return_sum
-from edge_agent.checkpoints import Checkpoint, discard_checkpoint
 from edge_agent.contribution import Contribution
-from edge_agent.engine import Engine, LocalUpdate
+from edge_agent.engine import Engine
 from edge_agent.global_state import GlobalState
 from edge_agent.identity import Identity
 from edge_agent.invitations import (
@@ -34,8 +30,9 @@ from edge_agent.masking import Masking
 from edge_agent.protection import UpdateProtection
 from edge_agent.run_keys import RunKeys
 from edge_agent.status import StatusFile, Step
+from edge_agent.training import Training
 from edge_agent.transfer import Transfer
-from edge_agent.undertaking import Interrupted, Send, Surroundings, Undertaking
+from edge_agent.undertaking import Send, Surroundings, Undertaking
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused, refused_from_details
 from fedloom.plans import Plan
@@ -46,7 +43,6 @@ from fedloom.v1 import control_pb2
 EngineFactory = Callable[[Path, Plan], Engine]  # (plan folder, plan)
 Exporter = Callable[[Path, Plan, Theta, Path], None]  # (plan folder, plan, theta, new folder)
 _log = structlog.get_logger()
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -80,55 +76,53 @@ class Participation:
         self._keys = RunKeys(self._folder, device.identity, run_id)
         self._contribution = Contribution(self._here)
         self._masking: Masking | None = None
-        self._plan: Plan | None = None
-        self._engine: Engine | None = None
-        self._state: GlobalState | None = None
+        self._ground: tuple[Plan, Engine, GlobalState] | None = None  # what one plan led to
         self._run: Undertaking | None = None
-        self._trained: tuple[int, LocalUpdate, float] | None = None  # (round, update, seconds)
-        self._interrupted = False
+        self._training = Training(self._here)
         self.round = 0  # that this device was invited to last
-        self._closed_round = 0  # the last one that went on without it
-        self.progress = 0.0  # of the training in hand, 0..1
+
+    @property
+    def progress(self) -> float:
+        """How much of the training in hand is done, 0..1."""
+        return self._training.progress
 
     def forget_state(self) -> None:
         """Go back to the plan's adapter; the next invitation's history is applied from there."""
-        if self._state is not None:
-            self._state.reset()
+        if self._ground is not None:
+            _, _, state = self._ground
+            state.reset()
         self._forget_update()
 
     def interrupt(self) -> None:
         """Stop the training in hand: the run goes on without it."""
-        self._interrupted = True
+        self._training.interrupt()
 
     def round_closed(self, round_number: int) -> None:
         """Stop training for a round that was closed without this device, and drop its update."""
         if round_number == self.round:
-            self.interrupt()
-            self._forget_update()
-            self._closed_round = round_number
+            self._training.close(round_number)
+            self._contribution.forget()
 
     def _forget_update(self) -> None:
-        self._trained = None
+        self._training.forget()
         self._contribution.forget()
 
     # an invitation
 
     async def invited(self, message: control_pb2.Invitation) -> None:
         """Bring the state up to date, train, and say READY."""
-        self._interrupted = False
+        self._training.begin()
         run = await self._take_up(message)
         terms = run.terms
         run.key_to_encode()  # or decline before anything is trained
         keep_invitation(self._folder, message)
-        if self._trained is None or self._trained[0] != terms.round:
-            await self._train(terms)
-        _, update, seconds = _present(self._trained)
+        trained = await self._training.done(run)
         ready = control_pb2.Ready(
             run_id=terms.run_id,
             round=terms.round,
-            weight_class=weight_class(update.samples),
-            training_loss=update.mean_loss,
-            training_time=Duration(seconds=int(seconds)),
+            weight_class=weight_class(trained.update.samples),
+            training_loss=trained.update.mean_loss,
+            training_time=Duration(seconds=int(trained.seconds)),
         )
         if run.masking is not None:
             ready.advertisement = run.masking.advertise(terms.round, terms.attempt)
@@ -149,7 +143,7 @@ class Participation:
         if terms.encoding.protection.has_masks and self._masking is None:
             identity = self._device.identity
             self._masking = Masking(self._folder, identity, terms.run_id, terms.minimum)
-        plan, state = await self._take_up_plan(terms)
+        plan, engine, state = await self._take_up_plan(terms)
         # In a thread: the first one imports TenSEAL, for which the event loop has no time.
         protection = await asyncio.to_thread(
             UpdateProtection,
@@ -160,6 +154,8 @@ class Participation:
         )
         self._run = Undertaking(
             terms,
+            plan,
+            engine,
             protection,
             state,
             self._keys,
@@ -173,7 +169,9 @@ class Participation:
         """Return the run, if need be as a former process of this device left it."""
         if self._run is None and (message := kept_invitation(self._folder)) is not None:
             await self._take_up(message)
-        return _present(self._run)
+        if self._run is None:
+            raise Refused(Reason.WRONG_ROUND, "expected an invitation to this run first")
+        return self._run
 
     def _check_policy(self, terms: Terms) -> None:
         minimum, permitted = self._device.minimum_protection, self._device.permitted_release
@@ -190,92 +188,36 @@ class Participation:
                 "to the coordinator: policy.release in agent.toml decides",
             )
 
-    async def _take_up_plan(self, terms: Terms) -> tuple[Plan, GlobalState]:
-        if self._plan is None or self._engine is None or self._state is None:
+    async def _take_up_plan(self, terms: Terms) -> tuple[Plan, Engine, GlobalState]:
+        if self._ground is None:
             folder = self._plan_folder(terms)
             plan = await self._here.transfer.download_plan(terms.plan, folder)
             self._log.info("plan ready", plan=plan.name, parameters=plan.parameter_count)
-            self._engine = await asyncio.to_thread(self._device.engine, folder, plan)
-            self._state = GlobalState(self._folder, plan, folder, algorithm(terms.training))
-            self._plan = plan
-        return self._plan, self._state
+            engine = await asyncio.to_thread(self._device.engine, folder, plan)
+            state = GlobalState(self._folder, plan, folder, algorithm(terms.training))
+            self._ground = (plan, engine, state)
+        return self._ground
 
     def _plan_folder(self, terms: Terms) -> Path:
         return self._device.home / "plans" / terms.plan.sha256.hex()
-
-    async def _train(self, terms: Terms) -> None:
-        engine, state = _present(self._engine), _present(self._state)
-        if state.last.round != terms.previous_round:
-            raise Refused(
-                Reason.STATE_DIVERGED,
-                f"expected the state after round {terms.previous_round}, "
-                f"found that after {state.last.round}",
-            )
-        self.progress = 0.0
-        self._here.report(Step.TRAINING, terms.round)
-        self._log.info("training", round=terms.round)
-        checkpoint = Checkpoint(self._folder, terms.run_id, terms.round)
-        order_seed = self._order_seed(terms)
-        try:
-            update = await asyncio.to_thread(
-                engine.train, state.theta, terms.training, order_seed, self._heed, checkpoint
-            )
-        except Interrupted:
-            checkpoint.discard()
-            raise
-        seconds = checkpoint.seconds
-        if not math.isfinite(update.mean_loss):
-            raise Refused(
-                Reason.TRAINING_FAILED, f"expected a finite loss, found {update.mean_loss}"
-            )
-        self._trained = (terms.round, update, seconds)
-        self._log.info(
-            "trained",
-            round=terms.round,
-            samples=update.samples,
-            loss=round(update.mean_loss, 4),
-            seconds=round(seconds, 1),
-        )
-
-    def _heed(self, share: float) -> None:
-        """Called by the engine, in its thread, after every step."""
-        self.progress = share
-        if self._interrupted:
-            raise Interrupted
-
-    def _order_seed(self, terms: Terms) -> int:
-        name = self._device.identity.agent_id
-        text = f"{terms.training.seed}/{terms.run_id.hex()}/{terms.round}/{name}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
     # the way out
 
     async def cohort(self, message: control_pb2.Cohort) -> None:
         """Encode the update for this cohort and upload it; under masks deal shares first."""
         run = await self._resume()
-        await self._contribution.give(run, message, await self._update_of(run, message.round))
+        update = await self._training.promised(run, message.round)
+        await self._contribution.give(run, message, update)
 
     async def mask_step(self, message: control_pb2.MaskStep) -> None:
         """Follow a message of the cohort's protocol: shares, the accepted list, its certificate."""
         run = await self._resume()
-        await self._contribution.mask_step(run, message, await self._update_of(run, message.round))
+        update = await self._training.promised(run, message.round)
+        await self._contribution.mask_step(run, message, update)
 
     def accepted(self, message: control_pb2.Accepted) -> None:
         """Check that our own upload stands in the accepted list as we sent it, if at all."""
         self._contribution.accepted(message)
-
-    async def _update_of(self, run: Undertaking, round_number: int) -> LocalUpdate | None:
-        """Return this device's update, trained again if a former process had it.
-
-        Its checkpoint makes that quick. None where it is not needed: the bytes are fixed already.
-        """
-        if self._trained is None or self._trained[0] != run.terms.round:
-            fixed = run.masking is not None and run.masking.upload_sha256
-            past = run.terms.round == self._closed_round
-            if fixed or past or round_number != run.terms.round:
-                return None
-            await self._train(run.terms)
-        return _present(self._trained)[1]
 
     # the way in
 
@@ -291,7 +233,6 @@ class Participation:
                 f"expected the result of a round from {last.round} on, found {outcome.round}",
             )
         self._forget_update()
-        discard_checkpoint(self._folder)
         applied = control_pb2.Applied(
             run_id=self.run_id,
             round=last.round,
@@ -305,7 +246,7 @@ class Participation:
         self._here.report(Step.WAITING, last.round, "the next round has not begun")
 
     async def _evaluate(self, run: Undertaking, applied: control_pb2.Applied) -> None:
-        evaluation = await asyncio.to_thread(_present(self._engine).evaluate, run.state.theta)
+        evaluation = await asyncio.to_thread(run.engine.evaluate, run.state.theta)
         if evaluation is None:
             return
         applied.evaluation.count = evaluation.count
@@ -329,7 +270,7 @@ class Participation:
             self._log.warning("run failed", reason=str(refused_from_details(message.reason)))
         forget_opened(self._folder)
         forget_invitation(self._folder)
-        discard_checkpoint(self._folder)
+        self._training.forget()
         self._here.report(Step.WAITING, 0, "the run is over")
 
     async def _export(self, message: control_pb2.Finished) -> None:
@@ -340,17 +281,7 @@ class Participation:
         for outcome in message.history:
             await apply_round(self._here, run, read_outcome(outcome))
         folder = self._device.home / "models" / self.run_id.hex()
-        plan, theta, plan_folder = (
-            _present(self._plan),
-            run.state.theta,
-            self._plan_folder(run.terms),
-        )
-        await asyncio.to_thread(self._device.export, plan_folder, plan, theta, folder)
+        source, theta = self._plan_folder(run.terms), run.state.theta
+        await asyncio.to_thread(self._device.export, source, run.plan, theta, folder)
         (folder.parent / "current").write_text(folder.name + "\n")
         self._log.info("model exported", folder=str(folder))
-
-
-def _present(value: _T | None) -> _T:
-    if value is None:
-        raise Refused(Reason.WRONG_ROUND, "expected an invitation to this run first")
-    return value

@@ -227,6 +227,8 @@ class Session:
                     await self._step(transfer, message)
             except Interrupted:
                 _log.info("step interrupted: the run went on")
+                cause = wait_cause(control_pb2.WAIT_CAUSE_ROUND_CLOSED)
+                self._status.step(Step.WAITING, *_subject_of(message), cause)
             except Refused as refused:
                 _raise_if_hopeless(refused)
                 _log.warning("step declined", refusal=str(refused))

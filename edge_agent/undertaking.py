@@ -7,6 +7,7 @@ from pathlib import Path
 import structlog
 
 from crypto import RunKey
+from edge_agent.engine import Engine
 from edge_agent.global_state import GlobalState
 from edge_agent.invitations import Terms
 from edge_agent.masking import Masking
@@ -16,6 +17,7 @@ from edge_agent.status import StatusFile, Step
 from edge_agent.transfer import Transfer
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
+from fedloom.plans import Plan
 from fedloom.v1 import artifact_pb2, control_pb2
 
 Send = Callable[[control_pb2.ConnectRequest], None]
@@ -70,6 +72,8 @@ class Undertaking:
     """What the last invitation set, and the state that it led to."""
 
     terms: Terms
+    plan: Plan
+    engine: Engine
     protection: UpdateProtection
     state: GlobalState
     keys: RunKeys

@@ -375,6 +375,19 @@ async def test_an_update_has_the_same_levels_in_every_attempt(
     assert not np.array_equal(first.opened.mean, update)  # rounded it was
 
 
+async def test_a_device_that_was_started_again_gives_the_update_that_it_promised(
+    rounds: Rounds,
+) -> None:
+    await rounds.ready(1)
+    await rounds.restart()
+    again = await rounds.collect(1)
+    first, second = rounds.agent.engine.history
+    assert np.array_equal(first.update.delta, second.update.delta)
+    await rounds.applied(rounds.close(again))
+    rounds.form(1)
+    assert await rounds.rogue.hear_refusal() is Reason.WRONG_ROUND
+
+
 # the opened sum
 
 
@@ -435,6 +448,8 @@ async def test_the_opened_sum_is_returned_until_the_next_round_is_applied(rounds
     again = await rounds.applied(rounds.history[0])
     assert again.opened_sha256 == applied.opened_sha256
     second, _ = await rounds.whole(3)
+    [kept] = (rounds.agent.home / "runs").rglob("opened-*")
+    assert kept.name == "opened-3.bin"
     assert np.array_equal((await returned(rounds, 3)).mean, second.opened.mean)
     await gone(rounds, 1)
     await gone(rounds, 2)
@@ -500,9 +515,9 @@ async def test_a_round_that_is_closed_is_trained_for_no_longer(rounds: Rounds) -
     assert "closed without" in status_of(rounds.agent)["step_cause"]
     engine.may_finish.set()
     rounds.form(1)
-    assert await rogue.hear_refusal() is Reason.WRONG_ROUND
-    assert engine.history == []
+    assert await rogue.hear_refusal() is Reason.WRONG_ROUND  # and no READY before it
     await rounds.ready(2)
+    assert engine.begun == 2
 
 
 async def test_the_update_of_a_round_that_is_closed_is_dropped(rounds: Rounds) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from coordinator.config import parse_run_config
 from coordinator.run_state import Phase
-from edge_agent.config import write_agent_config
+from edge_agent.config import AgentConfig, write_agent_config
 from edge_agent.data import DataSource
 from edge_agent.engine import LocalUpdate
 from edge_agent.onnx_engine import OnnxEngine
@@ -52,7 +52,8 @@ async def test_an_agent_killed_at_random_ends_with_the_bits_of_one_that_was_not(
     kills: int = request.config.getoption("kills")
     toy, data = toy_plan(federation), write_rows(tmp_path / "train.csv", toy_rows(ROWS, seed=3))
     agent = await federation.enrol("mayfly")
-    write_agent_config(agent.home, data.path, "text", "label", None, Protection.PLAIN, 1)
+    config = AgentConfig(data, minimum_protection=Protection.PLAIN, threads=1)
+    write_agent_config(agent.home, config)
     run_id, terms = start_long_run(federation, kills)
     steps = ROUNDS * terms.epochs * ROWS // BATCH_SIZE
 

@@ -1,0 +1,117 @@
+"""Local training for the round in hand: done once, taken up by a later process, dropped if late."""
+
+import asyncio
+import hashlib
+import math
+from dataclasses import dataclass
+
+from edge_agent.checkpoints import Checkpoint, discard_checkpoint
+from edge_agent.engine import LocalUpdate
+from edge_agent.invitations import Terms
+from edge_agent.status import Step
+from edge_agent.undertaking import Interrupted, Surroundings, Undertaking
+from fedloom.errors import Reason, Refused
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came out of a round's training."""
+
+    round: int
+    update: LocalUpdate
+    seconds: float
+
+
+class Training:
+    """This device's training in one run."""
+
+    def __init__(self, here: Surroundings) -> None:
+        self._here = here
+        self._trained: Trained | None = None
+        self._interrupted = False
+        self._closed_round = 0  # the last one that went on without this device
+        self.progress = 0.0  # of the training in hand, 0..1
+
+    def begin(self) -> None:
+        """An invitation is taken up: what interrupted the one before is past."""
+        self._interrupted = False
+
+    def interrupt(self) -> None:
+        """Stop the training in hand: the run goes on without it."""
+        self._interrupted = True
+
+    def close(self, round_number: int) -> None:
+        """Stop the training for a round that was closed without this device, and drop it."""
+        self.interrupt()
+        self.forget()
+        self._closed_round = round_number
+
+    def forget(self) -> None:
+        """Drop what was trained: it is in the state, or of no use any more."""
+        self._trained = None
+        discard_checkpoint(self._here.folder)
+
+    async def done(self, run: Undertaking) -> Trained:
+        """Return what the round's training gave, once it is done."""
+        if self._trained is None or self._trained.round != run.terms.round:
+            self._trained = await self._train(run)
+        return self._trained
+
+    async def promised(self, run: Undertaking, round_number: int) -> LocalUpdate | None:
+        """Return the update for a round's cohort, trained again if a former process had it.
+
+        Its checkpoint makes that quick. None for a round that is past or not in hand, and where the
+        update is not needed: its bytes are fixed already.
+        """
+        terms = run.terms
+        if self._trained is None or self._trained.round != terms.round:
+            fixed = run.masking is not None and run.masking.upload_sha256
+            past = terms.round in (self._closed_round, run.state.last.round)
+            if fixed or past or round_number != terms.round:
+                return None
+        return (await self.done(run)).update
+
+    async def _train(self, run: Undertaking) -> Trained:
+        terms, theta = run.terms, run.state.theta
+        if run.state.last.round != terms.previous_round:
+            raise Refused(
+                Reason.STATE_DIVERGED,
+                f"expected the state after round {terms.previous_round}, "
+                f"found that after {run.state.last.round}",
+            )
+        self.progress = 0.0
+        self._here.report(Step.TRAINING, terms.round)
+        self._here.log.info("training", round=terms.round)
+        checkpoint = Checkpoint(self._here.folder, terms.run_id, terms.round)
+        order_seed = self._order_seed(terms)
+        try:
+            update = await asyncio.to_thread(
+                run.engine.train, theta, terms.training, order_seed, self._heed, checkpoint
+            )
+            self._heed(1.0)  # an interruption after the last step counts too
+        except Interrupted:
+            checkpoint.discard()
+            raise
+        if not math.isfinite(update.mean_loss):
+            raise Refused(
+                Reason.TRAINING_FAILED, f"expected a finite loss, found {update.mean_loss}"
+            )
+        self._here.log.info(
+            "trained",
+            round=terms.round,
+            samples=update.samples,
+            loss=round(update.mean_loss, 4),
+            seconds=round(checkpoint.seconds, 1),
+        )
+        return Trained(terms.round, update, checkpoint.seconds)
+
+    def _heed(self, share: float) -> None:
+        """Called by the engine, in its thread, after every step."""
+        self.progress = share
+        if self._interrupted:
+            raise Interrupted
+
+    def _order_seed(self, terms: Terms) -> int:
+        name = self._here.agent_id
+        text = f"{terms.training.seed}/{terms.run_id.hex()}/{terms.round}/{name}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
