@@ -93,6 +93,18 @@ async def test_each_caller_is_let_in_where_the_table_says(
         assert (found[rpc] is kept_out) == (role not in roles), (rpc, found[rpc])
 
 
+@pytest.mark.parametrize("caller", CALLERS)
+async def test_what_is_the_operators_is_nobody_elses(
+    federation: Federation, caller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = await holder_of(federation, caller)
+    rpc = "/fedloom.v1.ArtifactService/DownloadArtifact"
+    monkeypatch.setitem(REQUIRED_ROLE, rpc, Role.OPERATOR)
+    async with channel_of(federation, holder) as channel:
+        found = await reason_of(channel, rpc)
+    assert (found is Reason.NOT_PERMITTED) == (caller != "operator")
+
+
 @asynccontextmanager
 async def serving_forgotten(federation: Federation, target: str) -> AsyncIterator[None]:
     """Serve RPCs that no table knows, of every kind, behind the interceptor."""
