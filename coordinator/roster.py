@@ -27,6 +27,8 @@ from coordinator.roster_records import (
 from coordinator.schema import agents, certificate_requests, invitations
 from fedloom.errors import ConfigError, Reason, Refused
 
+__all__ = ["AgentRecord", "CertificateRequest", "Invitation", "Roster", "require_name"]
+
 MAX_USES = 10_000
 MAX_NAME = 64
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")

@@ -15,7 +15,6 @@ from tests.coordinator.holders import DER, Holder
 from tests.integration.federation import PATIENCE_SECONDS, Federation
 from tests.integration.raw import RawControl, raw_channel, refused
 
-UNLISTED = "/fedloom.v1.ControlService/Forgotten"
 CALLERS = {
     "nobody": set(),
     "agent": {Role.AGENT},
