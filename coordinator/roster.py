@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from coordinator.roster_records import (
     AgentRecord,
     CertificateRequest,
+    Grant,
     Invitation,
     Row,
     end_of,
@@ -27,7 +28,7 @@ from coordinator.roster_records import (
 from coordinator.schema import agents, certificate_requests, invitations
 from fedloom.errors import ConfigError, Reason, Refused
 
-__all__ = ["AgentRecord", "CertificateRequest", "Invitation", "Roster", "require_name"]
+__all__ = ["AgentRecord", "CertificateRequest", "Grant", "Invitation", "Roster", "require_name"]
 
 MAX_USES = 10_000
 MAX_NAME = 64
@@ -163,8 +164,10 @@ class Roster:
         with self._engine.connect() as db:
             return [request_of(row) for row in db.execute(query)]
 
-    def grant(self, agent_id: str, key_sha256: bytes, chain: Iterable[bytes], now: float) -> bool:
-        """Keep a signed certificate for the key that asked for it; whether it still waited.
+    def grant(
+        self, agent_id: str, key_sha256: bytes, chain: Iterable[bytes], now: float
+    ) -> Grant | None:
+        """Keep a signed certificate for the key that asked for it; None when it does not wait.
 
         With it a new agent is enrolled, in the place of an older key of its name. A renewal keeps
         the older key until the new one is used.
@@ -185,13 +188,13 @@ class Roster:
             query = sa.select(certificate_requests.c.secret_sha256).where(waiting)
             secrets = list(db.execute(query).scalars())
             if not secrets:
-                return False
+                return None
             db.execute(sa.update(certificate_requests).where(waiting).values(chain=pem))
             if all(secret == _RENEWAL for secret in secrets):
                 _admit_next_key(db, agent_id, key_sha256, end_of(chain))
-            else:
-                _enrol(db, agent_id, key_sha256, end_of(chain), now)
-            return True
+                return Grant.RENEWED
+            _enrol(db, agent_id, key_sha256, end_of(chain), now)
+            return Grant.ENROLLED
 
     # agents
 
