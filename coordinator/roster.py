@@ -61,8 +61,9 @@ class Roster:
             "used": 0,
         }
         with self._engine.begin() as db:
-            # Locked first: of two that are made at once, the second counts the first one's numbers.
-            db.execute(sa.update(invitations).where(invitations.c.name == name).values(name=name))
+            if uses > 1:  # locked first: of two made at once, the second counts the first's numbers
+                same = sa.update(invitations).where(invitations.c.name == name)
+                db.execute(same.values(name=name))
             this = sa.select(invitations).where(invitations.c.secret_sha256 == secret_sha256)
             found = db.execute(this).one_or_none()
             if found is None:
