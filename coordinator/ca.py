@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from coordinator.audit import AuditLog, local_operator
 from coordinator.authority import Authority, Custody
 from coordinator.server import CONFIG_FILE, load_server_config, open_store
 from coordinator.signing import ROOT_FILE, ROOT_KEY_FILE, Root, Standing, collect_requests, install
@@ -122,8 +123,11 @@ def install_command(
     home = home.expanduser()
     granted = read_granted(file, Authority.load(home).certificate)
     store = open_store(home)
-    for line in install(home, store.roster, granted, time.time()):
-        typer.echo(line)
+    audit = AuditLog(store.engine)
+    for one, outcome in install(home, store.roster, granted, time.time()):
+        if outcome.action is not None:
+            audit.append(local_operator(), outcome.action, f"{one.kind.value} {one.name}")
+        typer.echo(outcome.text)
     store.close()
 
 

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from coordinator.roster_records import (
     AgentRecord,
     CertificateRequest,
+    Grant,
     Invitation,
     Row,
     end_of,
@@ -26,6 +27,8 @@ from coordinator.roster_records import (
 )
 from coordinator.schema import agents, certificate_requests, invitations
 from fedloom.errors import ConfigError, Reason, Refused
+
+__all__ = ["AgentRecord", "CertificateRequest", "Grant", "Invitation", "Roster", "require_name"]
 
 MAX_USES = 10_000
 MAX_NAME = 64
@@ -58,8 +61,9 @@ class Roster:
             "used": 0,
         }
         with self._engine.begin() as db:
-            # Locked first: of two that are made at once, the second counts the first one's numbers.
-            db.execute(sa.update(invitations).where(invitations.c.name == name).values(name=name))
+            if uses > 1:  # locked first: of two made at once, the second counts the first's numbers
+                same = sa.update(invitations).where(invitations.c.name == name)
+                db.execute(same.values(name=name))
             this = sa.select(invitations).where(invitations.c.secret_sha256 == secret_sha256)
             found = db.execute(this).one_or_none()
             if found is None:
@@ -161,8 +165,10 @@ class Roster:
         with self._engine.connect() as db:
             return [request_of(row) for row in db.execute(query)]
 
-    def grant(self, agent_id: str, key_sha256: bytes, chain: Iterable[bytes], now: float) -> bool:
-        """Keep a signed certificate for the key that asked for it; whether it still waited.
+    def grant(
+        self, agent_id: str, key_sha256: bytes, chain: Iterable[bytes], now: float
+    ) -> Grant | None:
+        """Keep a signed certificate for the key that asked for it; None when it does not wait.
 
         With it a new agent is enrolled, in the place of an older key of its name. A renewal keeps
         the older key until the new one is used.
@@ -183,13 +189,13 @@ class Roster:
             query = sa.select(certificate_requests.c.secret_sha256).where(waiting)
             secrets = list(db.execute(query).scalars())
             if not secrets:
-                return False
+                return None
             db.execute(sa.update(certificate_requests).where(waiting).values(chain=pem))
             if all(secret == _RENEWAL for secret in secrets):
                 _admit_next_key(db, agent_id, key_sha256, end_of(chain))
-            else:
-                _enrol(db, agent_id, key_sha256, end_of(chain), now)
-            return True
+                return Grant.RENEWED
+            _enrol(db, agent_id, key_sha256, end_of(chain), now)
+            return Grant.ENROLLED
 
     # agents
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import UTC
+from enum import Enum
 
 import sqlalchemy as sa
 from cryptography import x509
@@ -43,6 +44,13 @@ class CertificateRequest:
     request: bytes  # PKCS #10, DER
     former_key_signature: bytes = b""  # of a renewal with a new key
     chain: tuple[bytes, ...] = ()  # DER, leaf first; empty until it is signed
+
+
+class Grant(Enum):
+    """What a signed certificate did."""
+
+    ENROLLED = "the key is the agent's"
+    RENEWED = "the key may take the place of the agent's"
 
 
 def request_of(row: Row) -> CertificateRequest:

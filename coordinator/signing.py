@@ -7,6 +7,7 @@ and, from the list of what was signed before, who held the name.
 import base64
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 
+from coordinator.audit import Action
 from coordinator.authority import (
     ISSUING_FILE,
     ISSUING_KEY_FILE,
@@ -28,7 +30,7 @@ from coordinator.authority import (
     server_names,
 )
 from coordinator.certificates import Issuer, alternative_name, new_key, private_key_pem, request_for
-from coordinator.roster import Roster
+from coordinator.roster import Grant, Roster
 from coordinator.signing_files import Granted, Kind, SigningRequest
 from fedloom.chains import (
     AGENT_ROLE,
@@ -158,41 +160,55 @@ def _is_good(path: Path, now: datetime) -> bool:
     return path.exists() and not needs_renewal(load_certificate(path), now)
 
 
-def install(home: Path, roster: Roster, granted: Sequence[Granted], now: float) -> Iterator[str]:
-    """Take over what the root has signed, one after another; tells what came of each."""
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a certificate that was brought back."""
+
+    text: str
+    action: Action | None = None  # what the audit log should say; None: nothing was changed
+
+
+def install(
+    home: Path, roster: Roster, granted: Sequence[Granted], now: float
+) -> Iterator[tuple[Granted, Outcome]]:
+    """Take over what the root has signed, one after another."""
     authority = Authority.load(home).certificate
     for one in granted:
         require_issued(one.certificate, authority, f"{one.kind.value} {one.name}")
         match one.kind:
             case Kind.SERVER:
-                yield _install_server(home, one)
+                yield one, _install_server(home, one)
             case Kind.ISSUING:
-                yield _install_issuing(home, one)
+                yield one, _install_issuing(home, one)
             case Kind.AGENT:
-                yield _install_agent(roster, authority, one, now)
+                yield one, _install_agent(roster, authority, one, now)
 
 
-def _install_server(home: Path, one: Granted) -> str:
+def _install_server(home: Path, one: Granted) -> Outcome:
     if one.certificate.public_key() != load_key(home / SERVER_KEY_FILE).public_key():
         raise ConfigError(f"server {one.name}", "expected a certificate for this server's key")
     write_secret(home / SERVER_FILE, one.certificate.public_bytes(_PEM))
-    return "server certificate installed; it is shown from the next start of `serve`"
+    text = "server certificate installed; it is shown from the next start of `serve`"
+    return Outcome(text, Action.CERTIFICATE_ISSUED)
 
 
-def _install_issuing(home: Path, one: Granted) -> str:
+def _install_issuing(home: Path, one: Granted) -> Outcome:
     path = home / ISSUING_KEY_FILE
     if not path.exists():
-        return "issuing certificate is there already"
+        return Outcome("issuing certificate is there already")
     key = load_key(path)
     if one.certificate.public_key() != key.public_key():
         raise ConfigError(f"issuing {one.name}", "expected a certificate for the issuing key")
     # Key and certificate in one file: they are replaced together or not at all.
     write_secret(home / ISSUING_FILE, private_key_pem(key) + one.certificate.public_bytes(_PEM))
     path.unlink()
-    return "issuing certificate installed; devices are enrolled at once from the next start"
+    text = "issuing certificate installed; devices are enrolled at once from the next start"
+    return Outcome(text, Action.AUTHORITY_CHANGED)
 
 
-def _install_agent(roster: Roster, authority: x509.Certificate, one: Granted, now: float) -> str:
+def _install_agent(
+    roster: Roster, authority: x509.Certificate, one: Granted, now: float
+) -> Outcome:
     chain = (one.certificate.public_bytes(_DER),)
     try:
         certificate = verified_client(chain, authority, datetime.now(UTC))
@@ -201,9 +217,12 @@ def _install_agent(roster: Roster, authority: x509.Certificate, one: Granted, no
     if subject_of(certificate) != Subject(one.name, AGENT_ROLE):
         raise ConfigError(f"agent {one.name}", "expected a certificate in this agent's name")
     key = bytes.fromhex(key_fingerprint(certificate))
-    if roster.grant(one.name, key, chain, now):
-        return f"{one.name}: the device can finish joining"
-    return f"{one.name}: nothing waits for this certificate (any more)"
+    granted = roster.grant(one.name, key, chain, now)
+    if granted is None:
+        return Outcome(f"{one.name}: nothing waits for this certificate (any more)")
+    if granted is Grant.RENEWED:
+        return Outcome(f"{one.name}: the device can renew", Action.CERTIFICATE_ISSUED)
+    return Outcome(f"{one.name}: the device can finish joining", Action.AGENT_ENROLLED)
 
 
 def _path_length(authority: x509.Certificate) -> int | None:

@@ -111,9 +111,12 @@ def read_granted(path: Path, authority: x509.Certificate) -> list[Granted]:
     for row in _read(path, authority, "certificates"):
         try:
             certificate = x509.load_pem_x509_certificate(row["certificate"].encode())
-            found.append(Granted(Kind(row["kind"]), row["name"], certificate))
+            one = Granted(Kind(row["kind"]), row["name"], certificate)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ConfigError(str(path), "expected what `ca sign` wrote") from error
+        if not isinstance(one.name, str) or not _HOST.fullmatch(one.name):
+            raise ConfigError(str(path), "expected a name, or the coordinator's address")
+        found.append(one)
     return found
 
 

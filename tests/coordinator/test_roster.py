@@ -386,7 +386,7 @@ class RosterMachine(RuleBasedStateMachine):
         asked = {r for r in asked if r[0] not in self.revoked}
         chain = chain_for(holder(number), name)
         granted = self.roster.grant(name, holder(number).digest, chain, 6.0)
-        assert granted == bool(asked)
+        assert (granted is not None) == bool(asked)
         if granted:
             self.signed |= asked
             self.agents[name].key, self.agents[name].next_key = number, None

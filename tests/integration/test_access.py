@@ -15,7 +15,6 @@ from tests.coordinator.holders import DER, Holder
 from tests.integration.federation import PATIENCE_SECONDS, Federation
 from tests.integration.raw import RawControl, raw_channel, refused
 
-UNLISTED = "/fedloom.v1.ControlService/Forgotten"
 CALLERS = {
     "nobody": set(),
     "agent": {Role.AGENT},
@@ -91,6 +90,18 @@ async def test_each_caller_is_let_in_where_the_table_says(
     for rpc, role in REQUIRED_ROLE.items():
         kept_out = Reason.BANNED if caller == "banned" else Reason.NOT_PERMITTED
         assert (found[rpc] is kept_out) == (role not in roles), (rpc, found[rpc])
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+async def test_what_is_the_operators_is_nobody_elses(
+    federation: Federation, caller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = await holder_of(federation, caller)
+    rpc = "/fedloom.v1.ArtifactService/DownloadArtifact"
+    monkeypatch.setitem(REQUIRED_ROLE, rpc, Role.OPERATOR)
+    async with channel_of(federation, holder) as channel:
+        found = await reason_of(channel, rpc)
+    assert (found is Reason.NOT_PERMITTED) == (caller != "operator")
 
 
 @asynccontextmanager
