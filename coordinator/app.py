@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from coordinator.ca import ca_app
 from coordinator.commands.agents import agents_app, invitations_app, invite
+from coordinator.commands.ca import ca_app
 from coordinator.commands.connection import DEFAULT_HOME, AsJson, Home
 from coordinator.commands.operators import operator_app
 from coordinator.commands.output import safe

@@ -1,14 +1,14 @@
-"""`fedloom-coordinator ca`: an authority whose key never comes near the coordinator."""
+"""What `commands/ca.py` does: requests go to an authority elsewhere, certificates come back."""
 
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from coordinator.audit import AuditLog, local_operator
 from coordinator.authority import Authority, Custody
+from coordinator.commands.connection import DEFAULT_HOME
 from coordinator.server import CONFIG_FILE, load_server_config, open_store
 from coordinator.signing import ROOT_FILE, ROOT_KEY_FILE, Root, Standing, collect_requests, install
 from coordinator.signing_files import (
@@ -23,42 +23,16 @@ from coordinator.signing_files import (
 from fedloom.errors import ConfigError
 
 REQUESTS_FILE = "requests.json"
-ca_app = typer.Typer(
-    help="Authority: keep its key offline, so that nobody at the coordinator can make up members.",
-    no_args_is_help=True,
-)
-Home = Annotated[Path, typer.Option("--home", help="Folder of this coordinator.")]
-Folder = Annotated[Path, typer.Argument(help="Folder of the authority.")]
-DEFAULT_HOME = Path("~/.fedloom/coordinator")
 
 
-@ca_app.command("create")
-def create(
-    folder: Folder,
-    strict: Annotated[
-        bool, typer.Option(help="Never permit an issuing key at the coordinator; devices see it.")
-    ] = False,
-) -> None:
-    """Make an authority, on a machine that is not the coordinator."""
-    folder = folder.expanduser()
+def create(folder: Path, strict: bool) -> None:
+    """Make an authority and say where its files are."""
     warn_of_key_here(folder)
     Root.create(folder, strict)
     typer.echo(f"{folder / ROOT_FILE}: give it to `init --authority` at the coordinator")
     typer.echo(
         f"{folder / ROOT_KEY_FILE}: never leaves this folder; keep a copy of the folder safe"
     )
-
-
-@ca_app.command("requests")
-def requests(
-    out: Annotated[Path | None, typer.Option(help=f"File; default: {REQUESTS_FILE}.")] = None,
-    renew: Annotated[
-        bool, typer.Option(help="Ask for the coordinator's own certificates before they end.")
-    ] = False,
-    home: Home = DEFAULT_HOME,
-) -> None:
-    """Write what the authority shall sign into one file."""
-    write_all_requests(home.expanduser(), out, renew)
 
 
 def write_all_requests(home: Path, out: Path | None = None, renew: bool = False) -> None:
@@ -80,21 +54,9 @@ def write_all_requests(home: Path, out: Path | None = None, renew: bool = False)
     typer.echo(f"{out}: take it to the authority, `fedloom-coordinator ca sign FOLDER {out.name}`")
 
 
-@ca_app.command("sign")
-def sign(
-    folder: Folder,
-    requests_file: Annotated[Path, typer.Argument(help="What `ca requests` wrote.")],
-    out: Annotated[Path, typer.Option(help="File of certificates.")] = Path("certificates.json"),
-    issuing: Annotated[
-        bool,
-        typer.Option(help="Let the coordinator issue to devices. It can then make up members."),
-    ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask. Leaves out names that had another key.")
-    ] = False,
-) -> None:
-    """Show what is asked for, and sign it."""
-    root = Root.load(folder.expanduser())
+def sign(folder: Path, requests_file: Path, out: Path, issuing: bool, yes: bool) -> None:
+    """Show what is asked for, ask, and sign it."""
+    root = Root.load(folder)
     wanted = []
     for request in read_requests(requests_file, root.certificate):
         standing = root.standing(request)
@@ -114,13 +76,8 @@ def sign(
     typer.echo(f"{out}: take it to the coordinator, `fedloom-coordinator ca install {out.name}`")
 
 
-@ca_app.command("install")
-def install_command(
-    file: Annotated[Path, typer.Argument(help="What `ca sign` wrote.")],
-    home: Home = DEFAULT_HOME,
-) -> None:
-    """Take over what the authority has signed. Agents need no restart of `serve`."""
-    home = home.expanduser()
+def take_over(home: Path, file: Path) -> None:
+    """Install what the authority has signed and say what came of each."""
     granted = read_granted(file, Authority.load(home).certificate)
     store = open_store(home)
     audit = AuditLog(store.engine)
@@ -133,7 +90,8 @@ def install_command(
 
 def warn_of_key_here(folder: Path) -> None:
     """Say so when the authority's key lies on a coordinator's machine."""
-    coordinators = (folder, *folder.parents, DEFAULT_HOME.expanduser())
+    usual = DEFAULT_HOME.expanduser()
+    coordinators = (folder, *folder.parents, usual)
     if any((place / CONFIG_FILE).exists() for place in coordinators):
         typer.echo(
             f"warning: there is a coordinator on this machine, and {folder} is for the authority's "

@@ -14,6 +14,7 @@ import grpc
 import structlog
 
 from coordinator import admin_messages as messages
+from coordinator.faults import StorageFault, is_full
 from coordinator.operations import Operations
 from coordinator.run_checks import RunFile
 from coordinator.run_state import Wish
@@ -293,6 +294,9 @@ def _refusing(context: Context, rpc: str) -> Iterator[None]:
         ending = refused
     except ConfigError as error:
         ending = Refused(Reason.MALFORMED, str(error))
+    except StorageFault as fault:
+        _log.error("storage failed", rpc=rpc, problem=str(fault))
+        ending = Refused(Reason.STORAGE_FULL if is_full(fault) else Reason.INTERNAL, str(fault))
     except Exception:  # the top of an RPC: gRPC would tell the peer the error's text
         _log.exception("rpc failed", rpc=rpc)
         ending = Refused(Reason.INTERNAL, "the coordinator failed on this call: see its log")

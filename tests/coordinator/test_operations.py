@@ -15,8 +15,7 @@ import crypto
 from coordinator.export import Model
 from coordinator.membership import Membership
 from coordinator.operations import Operations
-from coordinator.published import Published
-from coordinator.roster import Roster
+from coordinator.published import Published, PublishedFolder
 from coordinator.run_checks import (
     UPDATE_BYTES_MORE,
     UPDATE_BYTES_PER_VALUE,
@@ -40,12 +39,12 @@ RUN_ID = bytes(range(16))
 
 @pytest.fixture
 def published(tmp_path: Path) -> Published:
-    return Published(tmp_path / "artifacts")
+    return PublishedFolder(tmp_path / "artifacts")
 
 
 @pytest.fixture
 def operations(store: Store, published: Published, tmp_path: Path) -> Operations:
-    members = Membership(Roster(store), "localhost:7072", b"authority")
+    members = Membership(store.roster, "localhost:7072", b"authority")
     return Operations(store, published, members, tmp_path / "spool", False)
 
 
@@ -340,7 +339,7 @@ class Serving:
 def test_a_run_that_is_not_executed_says_which_one_is(
     store: Store, published: Published, tmp_path: Path, plan_folder: PlanFolder
 ) -> None:
-    members = Membership(Roster(store), "localhost:7072", b"authority")
+    members = Membership(store.roster, "localhost:7072", b"authority")
     operations = Operations(store, published, members, tmp_path / "spool", False, Serving())
     start(operations, plan_folder)
     start(operations, plan_folder, bytes(16))

@@ -419,7 +419,7 @@ async def test_other_certificates_open_no_operator_s_door(
     address, folder = elsewhere
     if shown == "an agent's":
         agent = await federation.enrol("pi")
-        key, certificate = agent.home / "agent.key", agent.home / "agent.pem"
+        key, certificate = agent.home / "agent.pem", agent.home / "agent.pem"
     elif shown == "the server's":
         key, certificate = federation.home / "server.key", federation.home / "server.pem"
     else:
@@ -436,7 +436,7 @@ async def test_other_certificates_open_no_operator_s_door(
 
 async def test_agents_ports_know_no_admin_service(federation: Federation) -> None:
     agent = await federation.enrol("pi")
-    key, certificate = agent.home / "agent.key", agent.home / "agent.pem"
+    key, certificate = agent.home / "agent.pem", agent.home / "agent.pem"
     credentials = grpc.ssl_channel_credentials(
         (federation.home / "authority.pem").read_bytes(), key.read_bytes(), certificate.read_bytes()
     )

@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
 
 from coordinator.audit import AuditLog
 from coordinator.metrics import RoundOutcome, Side
@@ -310,16 +311,15 @@ async def test_the_page_shows_runs_and_no_markup_of_theirs(watched: Federation) 
     assert "<script" not in page
 
 
-async def test_a_taken_port_stops_no_training(
-    watched: Federation, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_a_taken_port_stops_no_training(watched: Federation) -> None:
     await watched.stop()
     listen = load_server_config(watched.home).metrics_listen
-    with socket.create_server(("127.0.0.1", int(listen.rpartition(":")[2]))):
+    port = int(listen.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)), capture_logs() as events:
         await watched.start()
         async with enrolment_port(watched) as channel:
             assert await check(channel) == SERVING
-    assert "metrics are off" in "".join(capsys.readouterr())
+    assert any("metrics are off" in event["event"] for event in events)
 
 
 async def test_a_run_is_measured_and_its_end_is_on_record(watched: Federation) -> None:
@@ -339,7 +339,7 @@ async def test_a_run_is_measured_and_its_end_is_on_record(watched: Federation) -
     log = AuditLog(watched.store.engine)
     deeds = [(entry.action, entry.subject) for entry in log.entries()][-2:]
     assert deeds == [("run key rotated", run_id.hex()), ("run finished", run_id.hex())]
-    assert log.verify() == 5
+    assert log.verify() == 9  # three invited, three enrolled, started, rotated, finished
 
 
 # the record
@@ -348,8 +348,9 @@ async def test_a_run_is_measured_and_its_end_is_on_record(watched: Federation) -
 async def test_an_enrolment_is_on_record(federation: Federation) -> None:
     await federation.enrol("device")
     log = AuditLog(federation.store.engine)
-    (entry,) = log.entries()
+    invited, entry = log.entries()
+    assert (invited.action, invited.subject) == ("agent invited", "device")
     assert (entry.actor, entry.action, entry.subject) == (
         "agent device", "agent enrolled", "device",
     )  # fmt: skip
-    assert log.verify() == 1
+    assert log.verify() == 2

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.faults import StorageFault, StorageFull
 from coordinator.run_state import Phase
 from coordinator.server import open_published
 from fedloom.adapters import read_adapter
+from fedloom.errors import Refused
 from fedloom.plans import ADAPTER_FILE
 from tests.coordinator.object_server import ObjectServer, object_server
 from tests.coordinator.postgresql import PostgresServer, postgres_server
@@ -128,7 +128,7 @@ async def test_a_database_server_that_was_away_for_a_while(
         server.stop()
         agents[0].engine.may_finish.set()
         await until("the run to wait", lambda: is_waiting(federation))
-        with pytest.raises(StorageFault):
+        with pytest.raises(Refused, match="INTERNAL"):
             command("run", "list", "--home", federation.home)
         assert not federation.gave_up()
         server.start()
@@ -141,7 +141,7 @@ async def test_a_disk_that_was_full_for_a_while(serve: Callable[..., Any], tmp_p
         federation = await serve()
         run_id, agents = await paused_in_round_two(federation)
         disk.fill()
-        with pytest.raises(StorageFull):
+        with pytest.raises(Refused, match="STORAGE_FULL"):
             invite_for_ever(federation)
         agents[0].engine.may_finish.set()
         await until("the run to wait", lambda: is_waiting(federation))
