@@ -27,7 +27,9 @@ from typing import Any, Generic
 from .crew import Chunk, Result, Step
 from .errors import IllegalStep, WorkerLost
 
-_METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+# Before 3.11.1 any user of the machine could speak to a server of forks (CVE-2022-42919).
+_SERVER = "forkserver" in get_all_start_methods() and sys.version_info >= (3, 11, 1)
+_METHOD = "forkserver" if _SERVER else "spawn"
 _PRELOADED = ["crypto.sealed", "crypto.masked"]
 _SECONDS_TO_END = 5.0  # a worker that got its last chunk needs 0.02
 _starting = threading.Lock()

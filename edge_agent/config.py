@@ -95,6 +95,7 @@ def write_agent_config(home: Path, config: AgentConfig) -> None:
         "",
         "[engine]",
         f"threads = {config.threads}",
+        f"crypto_processes = {config.crypto_processes}",
         "",
     ]
     (home / CONFIG_FILE).write_text("\n".join(lines))

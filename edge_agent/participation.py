@@ -236,7 +236,7 @@ class Participation:
         applied = control_pb2.Applied(
             run_id=self.run_id,
             round=last.round,
-            state_sha256=run.state.sha256,
+            state_sha256=await asyncio.to_thread(lambda: run.state.sha256),
             saturated=last.saturated,
             next_clip=last.next_clip,
             opened_sha256=last.opened_sha256,

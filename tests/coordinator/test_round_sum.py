@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import io
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -228,3 +229,21 @@ def test_a_fault_of_ours_is_no_refusal() -> None:
         refused_by_crypto(fault)
     peer = crypto.DuplicateMember("member", "one", "two")
     assert refused_by_crypto(peer).reason is Reason.MALFORMED
+
+
+async def test_updates_are_added_in_as_many_processes_as_asked_for(tmp_path: Path) -> None:
+    context = replace(CONTEXT, parameter_count=300_000)  # two chunks
+    encrypted, values = crypto.protection("encrypted"), np.full(300_000, 0.5, np.float32)
+    encoder = encrypted.encoder(context, 1, KEY, np.random.default_rng(0))
+    data = b"".join(encoder.encode(values, 10))
+    spooled = tmp_path / "update"
+    spooled.write_bytes(data)
+    artifact = ArtifactReference(hashlib.sha256(data).digest(), len(data))
+    upload = Upload("b", context.run_id, context.round, context.attempt, artifact)
+    before = set(multiprocessing.active_children())
+    round_sum = RoundSum(context, Protection.ENCRYPTED, MEMBERS, tmp_path / "spool", 2)
+    await round_sum.add(upload, spooled)
+    assert len(set(multiprocessing.active_children()) - before) == 2
+    summed = io.BytesIO(b"".join(round_sum.encoded()))
+    opened = encrypted.open_sum(context, KEY, round_sum.slots, summed)
+    np.testing.assert_allclose(opened.mean, values, rtol=1e-4)
