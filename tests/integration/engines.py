@@ -123,7 +123,10 @@ class KeepingEngine(FakeEngine):
             checkpoint.save(state)
             if state.step == self.steps // 2:
                 self.training.set()
-                while not self.may_finish.wait(0.01):
-                    progress(0.5)
+                try:
+                    while not self.may_finish.wait(0.01):
+                        progress(0.5)
+                finally:
+                    checkpoint.save(state)  # one was under way when the end came
             progress(state.step / self.steps)
         return super().train(theta, terms, order_seed, progress, checkpoint)
