@@ -140,6 +140,7 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     )
     encoding = reader.checked(lambda: _encoding(reader, cohort), Encoding(Protection.ENCRYPTED))
     release = reader.member("protection.release", Release, Release.AGENTS)
+    reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
     reader.require(

@@ -71,6 +71,14 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> Published:
 
 
 @pytest.fixture
+def any_store(place: Path | str) -> Iterator[Store]:
+    """An empty store, of each kind that there is."""
+    opened = Store(place)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
 def store_path(tmp_path: Path) -> Path:
     return tmp_path / "store.sqlite"
 

@@ -34,14 +34,13 @@ class PostgresServer:
 
     def start(self) -> None:
         """Serve on a socket in the folder, and on no network."""
-        command = [self._programs / "postgres", "-D", self._data, "-k", self.folder]
+        command = [*_unprivileged(), str(self._programs / "postgres")]
         settings = ["listen_addresses=", "fsync=off", "max_connections=50"]
         options = [part for setting in settings for part in ("-c", setting)]
+        options += ["-D", str(self._data), "-k", str(self.folder)]
         log = (self.folder / "log").open("ab")
         with log:
-            self._process = subprocess.Popen(
-                [*command, *options], stdout=log, stderr=log, cwd="/", **_unprivileged()
-            )
+            self._process = subprocess.Popen([*command, *options], stdout=log, stderr=log, cwd="/")
         ready = ["pg_isready", "-q", "-h", str(self.folder)]
         for _ in range(int(PATIENCE_SECONDS / 0.05)):
             if self._run(*ready, check=False).returncode == 0:
@@ -81,13 +80,8 @@ class PostgresServer:
     def _run(
         self, program: str, *options: str, check: bool = True
     ) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            [self._programs / program, *options],
-            check=check,
-            cwd="/",
-            capture_output=True,
-            **_unprivileged(),
-        )
+        command = [*_unprivileged(), str(self._programs / program), *options]
+        return subprocess.run(command, check=check, cwd="/", capture_output=True)
 
 
 def _wait_a_little(process: subprocess.Popen[bytes]) -> None:
@@ -102,11 +96,11 @@ def _wait_a_little(process: subprocess.Popen[bytes]) -> None:
 def postgres_server() -> Iterator[PostgresServer]:
     """Start a server; skips where PostgreSQL is not installed."""
     programs = _programs()
-    if programs is None:
+    if programs is None or (os.geteuid() == 0 and shutil.which("setpriv") is None):
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     folder = Path(tempfile.mkdtemp(prefix="fedloom-"))  # pytest's own folders are root's alone
-    if user := _unprivileged():
-        shutil.chown(folder, user["user"], user["group"])
+    if (owner := _owner()) is not None:
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
     server = PostgresServer(programs, folder)
     try:
         server.start()
@@ -125,10 +119,20 @@ def _programs() -> Path | None:
     return Path(found).resolve().parent if found else None
 
 
-def _unprivileged() -> dict[str, Any]:
-    """PostgreSQL refuses to run as root."""
+def _owner() -> pwd.struct_passwd | None:
+    """Return whose the server is: PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
-        return {}
+        return None
     names = {entry.pw_name: entry for entry in pwd.getpwall()}
-    entry = names.get("postgres") or names["nobody"]
-    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+    return names.get("postgres") or names["nobody"]
+
+
+def _unprivileged() -> list[str]:
+    """Return what makes a command its owner's.
+
+    `Popen(user=...)` would fork this process, in which gRPC's threads may be at work.
+    """
+    owner = _owner()
+    if owner is None:
+        return []
+    return ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups"]

@@ -34,6 +34,12 @@ Deed = tuple[str, Action, str, dict[str, Fact]]
 
 
 @pytest.fixture
+def store(any_store: Store) -> Store:
+    """Every test here is a law of every kind of store."""
+    return any_store
+
+
+@pytest.fixture
 def log(store: Store) -> AuditLog:
     return AuditLog(store.engine)
 
@@ -131,16 +137,17 @@ def test_names_are_bounded(log: AuditLog, actor: str, subject: str) -> None:
     assert log.verify() == 0
 
 
-def test_processes_that_append_at_once_make_one_chain(store: Store, store_path: Path) -> None:
+def test_processes_that_append_at_once_make_one_chain(store: Store, place: Path | str) -> None:
     program = (
         "import sys; from pathlib import Path\n"
         "from coordinator.audit import Action, AuditLog; from coordinator.store import Store\n"
-        "log = AuditLog(Store(Path(sys.argv[1])).engine); sys.stdin.read()\n"
+        "place = sys.argv[1] if '://' in sys.argv[1] else Path(sys.argv[1])\n"
+        "log = AuditLog(Store(place).engine); sys.stdin.read()\n"
         "for i in range(25): log.append(sys.argv[2], Action.AGENT_INVITED, f'agent-{i}')\n"
     )
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(store_path), f"operator {i}"],
+            [sys.executable, "-c", program, str(place), f"operator {i}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
         )

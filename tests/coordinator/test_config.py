@@ -160,6 +160,7 @@ def test_a_wrong_type_is_an_error(change: dict[str, Any], expected: str) -> None
     [
         ({"rounds": 0}, "rounds: expected 1..100000"),
         ({"rounds": 100_001}, "rounds: expected 1..100000"),
+        ({"name": "a\0b"}, "name: expected"),
         ({"plan": ""}, "plan: expected"),
         ({"plan": "a\0b"}, "plan: expected"),
         ({"cohort": {"minimum": 0}}, "cohort: expected 1 <= minimum"),

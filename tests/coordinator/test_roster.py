@@ -40,8 +40,8 @@ def chain_for(device: Holder, agent_id: str) -> tuple[bytes, ...]:
 
 
 @pytest.fixture
-def roster(store: Store) -> Roster:
-    return store.roster
+def roster(any_store: Store) -> Roster:
+    return any_store.roster
 
 
 def redeem(
@@ -277,13 +277,13 @@ def test_it_is_remembered_when_an_agent_was_seen(roster: Roster) -> None:
     assert roster.agent("kitchen-pi").last_seen == 8.5
 
 
-def test_the_roster_is_there_after_a_restart(store_path: Path, roster: Roster) -> None:
+def test_the_roster_is_there_after_a_restart(place: Path | str, roster: Roster) -> None:
     roster.add_invitation(SECRET, "sensor", expires_at=10.0, uses=3)
     join(roster, holder(1))
     redeem(roster, holder(2))
     roster.ban("sensor-1", "stolen", 7.0)
     before = (roster.invitations(), roster.agents(), roster.pending())
-    other = Store(store_path)
+    other = Store(place)
     assert (other.roster.invitations(), other.roster.agents(), other.roster.pending()) == before
     assert redeem(other.roster, holder(2)) == before[2][0]
     other.close()

@@ -29,11 +29,9 @@ ENTRIES = [JournalEntry(1.5, "Ready", b"{}"), JournalEntry(1.25, "Tick", bytes(r
 
 
 @pytest.fixture
-def store(place: Path | str) -> Iterator[Store]:
+def store(any_store: Store) -> Store:
     """Every test here is a law of every kind of store."""
-    opened = Store(place)
-    yield opened
-    opened.close()
+    return any_store
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
