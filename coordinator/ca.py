@@ -3,23 +3,15 @@
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coordinator.authority import Authority, Custody
-from coordinator.server import CONFIG_FILE, load_server_config, open_store
-from coordinator.signing import ROOT_FILE, ROOT_KEY_FILE, Root, Standing, collect_requests, install
-from coordinator.signing_files import (
-    Granted,
-    Kind,
-    SigningRequest,
-    read_granted,
-    read_requests,
-    write_granted,
-    write_requests,
-)
 from fedloom.errors import ConfigError
+
+if TYPE_CHECKING:  # at run time each command imports what it needs, and `run list` none of it
+    from coordinator.signing import Standing
+    from coordinator.signing_files import Granted, SigningRequest
 
 REQUESTS_FILE = "requests.json"
 ca_app = typer.Typer(
@@ -39,6 +31,8 @@ def create(
     ] = False,
 ) -> None:
     """Make an authority, on a machine that is not the coordinator."""
+    from coordinator.signing import ROOT_FILE, ROOT_KEY_FILE, Root
+
     folder = folder.expanduser()
     warn_of_key_here(folder)
     Root.create(folder, strict)
@@ -62,6 +56,11 @@ def requests(
 
 def write_all_requests(home: Path, out: Path | None = None, renew: bool = False) -> None:
     """Write the file of requests and say what is in it."""
+    from coordinator.authority import Authority, Custody
+    from coordinator.server import load_server_config, open_store
+    from coordinator.signing import collect_requests
+    from coordinator.signing_files import write_requests
+
     authority = Authority.load(home)
     if authority.custody is Custody.BESIDE:
         raise ConfigError(str(home), "has its authority beside it: there is nothing to be signed")
@@ -93,6 +92,9 @@ def sign(
     ] = False,
 ) -> None:
     """Show what is asked for, and sign it."""
+    from coordinator.signing import Root, Standing
+    from coordinator.signing_files import Kind, read_requests, write_granted
+
     root = Root.load(folder.expanduser())
     wanted = []
     for request in read_requests(requests_file, root.certificate):
@@ -119,6 +121,11 @@ def install_command(
     home: Home = DEFAULT_HOME,
 ) -> None:
     """Take over what the authority has signed. Agents need no restart of `serve`."""
+    from coordinator.authority import Authority
+    from coordinator.server import open_store
+    from coordinator.signing import install
+    from coordinator.signing_files import read_granted
+
     home = home.expanduser()
     granted = read_granted(file, Authority.load(home).certificate)
     store = open_store(home)
@@ -129,6 +136,8 @@ def install_command(
 
 def warn_of_key_here(folder: Path) -> None:
     """Say so when the authority's key lies on a coordinator's machine."""
+    from coordinator.server import CONFIG_FILE
+
     coordinators = (folder, *folder.parents, DEFAULT_HOME.expanduser())
     if any((place / CONFIG_FILE).exists() for place in coordinators):
         typer.echo(
@@ -138,12 +147,16 @@ def warn_of_key_here(folder: Path) -> None:
         )
 
 
-def _line(request: SigningRequest) -> str:
+def _line(request: "SigningRequest") -> str:
+    from coordinator.signing_files import Kind
+
     about = ", ".join(request.alternatives) if request.kind is Kind.SERVER else request.name
     return f"{request.kind.value:8} {about}\n    key {request.fingerprint}"
 
 
-def _verdict(request: SigningRequest, standing: Standing, issuing: bool) -> str:
+def _verdict(request: "SigningRequest", standing: "Standing", issuing: bool) -> str:
+    from coordinator.signing_files import Kind
+
     if request.kind is Kind.ISSUING and not issuing:
         return "not signed: the authority itself signs for devices (--issuing changes that)"
     return standing.value

@@ -16,7 +16,6 @@ from coordinator.export import Model
 from coordinator.membership import Membership
 from coordinator.operations import Operations
 from coordinator.published import Published
-from coordinator.roster import Roster
 from coordinator.run_checks import (
     UPDATE_BYTES_MORE,
     UPDATE_BYTES_PER_VALUE,
@@ -45,7 +44,7 @@ def published(tmp_path: Path) -> Published:
 
 @pytest.fixture
 def operations(store: Store, published: Published, tmp_path: Path) -> Operations:
-    members = Membership(Roster(store), "localhost:7072", b"authority")
+    members = Membership(store.roster, "localhost:7072", b"authority")
     return Operations(store, published, members, tmp_path / "spool", False)
 
 
@@ -264,6 +263,21 @@ def test_runs_are_listed_newest_first_and_found_by_the_start_of_their_id(
     assert [run.run_id for run in (*first.items, *rest.items)] == ids[::-1]
 
 
+def test_a_run_of_an_older_version_hides_no_other(
+    operations: Operations, plan_folder: PlanFolder, store: Store
+) -> None:
+    start(operations, plan_folder)
+    store.add_run(bytes(16), "old", "meaning = 42", ArtifactReference(bytes(32), 1), 1.0)
+    old, new = operations.runs("", 0, "").items
+    assert (old.name, old.rounds, old.protection, old.release) == ("old", 0, None, None)
+    assert old.to_json()["protection"] is None
+    assert new.run_id == RUN_ID
+    assert operations.watch(bytes(16), 10)().coordinator_reads == ""
+    for ask in (operations.privacy, operations.model):
+        with pytest.raises((ConfigError, Refused)):
+            ask(bytes(16))
+
+
 # plans
 
 
@@ -340,7 +354,7 @@ class Serving:
 def test_a_run_that_is_not_executed_says_which_one_is(
     store: Store, published: Published, tmp_path: Path, plan_folder: PlanFolder
 ) -> None:
-    members = Membership(Roster(store), "localhost:7072", b"authority")
+    members = Membership(store.roster, "localhost:7072", b"authority")
     operations = Operations(store, published, members, tmp_path / "spool", False, Serving())
     start(operations, plan_folder)
     start(operations, plan_folder, bytes(16))
