@@ -15,7 +15,7 @@ import crypto
 from coordinator.export import Model
 from coordinator.membership import Membership
 from coordinator.operations import Operations
-from coordinator.published import Published
+from coordinator.published import Published, PublishedFolder
 from coordinator.run_checks import (
     UPDATE_BYTES_MORE,
     UPDATE_BYTES_PER_VALUE,
@@ -39,7 +39,7 @@ RUN_ID = bytes(range(16))
 
 @pytest.fixture
 def published(tmp_path: Path) -> Published:
-    return Published(tmp_path / "artifacts")
+    return PublishedFolder(tmp_path / "artifacts")
 
 
 @pytest.fixture
