@@ -182,10 +182,7 @@ class Operations:
         plan = self.plans.read(record.plan)
         if plan is None:
             raise Refused(Reason.NOT_FOUND, "expected the run's plan among the artifacts")
-        try:
-            return read_model(self._store, self._published, record, _config(record.config), plan)
-        except OSError as error:
-            raise Refused(Reason.NOT_FOUND, f"an artifact is missing: {error.strerror}") from error
+        return read_model(self._store, self._published, record, _config(record.config), plan)
 
     def _summary(self, record: RunRecord) -> RunSummary:
         config = _readable_config(record.config)

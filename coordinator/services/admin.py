@@ -15,6 +15,7 @@ import structlog
 
 from coordinator import admin_messages as messages
 from coordinator.audit import Action, AuditLog, Fact
+from coordinator.faults import StorageFault, StorageFull
 from coordinator.operations import Operations
 from coordinator.run_checks import RunFile
 from coordinator.run_state import Wish
@@ -293,6 +294,9 @@ def _refusing(context: Context, rpc: str) -> Iterator[None]:
         ending = refused
     except ConfigError as error:
         ending = Refused(Reason.MALFORMED, str(error))
+    except StorageFault as fault:  # of a disk, a database, a bucket: the operator's to mend
+        full = isinstance(fault, StorageFull)
+        ending = Refused(Reason.STORAGE_FULL if full else Reason.INTERNAL, str(fault))
     except Exception:  # the top of an RPC: gRPC would tell the peer the error's text
         _log.exception("rpc failed", rpc=rpc)
         ending = Refused(Reason.INTERNAL, "the coordinator failed on this call: see its log")

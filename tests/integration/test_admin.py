@@ -19,6 +19,7 @@ from coordinator.admin_socket import SOCKET_FILE, find_socket
 from coordinator.audit import AuditLog, local_operator
 from coordinator.commands.connection import Where, reached
 from coordinator.commands.runs import _progress
+from coordinator.faults import StorageFault, StorageFull
 from coordinator.model_download import download_model
 from coordinator.progress import RunProgress
 from coordinator.run_state import Phase, RunState, Wish
@@ -517,6 +518,26 @@ async def test_a_fault_of_the_coordinator_tells_no_details(
         list(client.runs())
     assert caught.value.reason is Reason.INTERNAL
     assert "row" not in caught.value.subject
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(StorageFault, Reason.INTERNAL), (StorageFull, Reason.STORAGE_FULL)],
+)
+async def test_a_disk_that_fails_is_named(
+    federation: Federation,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: type[StorageFault],
+    reason: Reason,
+) -> None:
+    def fail(*_: object) -> None:
+        raise fault("/srv/artifacts", "it is not mounted")
+
+    monkeypatch.setattr("coordinator.published.PublishedFolder.parts", fail)
+    run_id = federation.start_run("plain", rounds=1, minimum=1)
+    with local(federation) as client, pytest.raises(Refused, match="is not mounted") as caught:
+        list(client.export(run_id))
+    assert caught.value.reason is reason
 
 
 @pytest.mark.parametrize(
