@@ -13,28 +13,28 @@ import grpc
 import structlog
 
 from coordinator.admin_socket import claimed_socket, private_umask
+from coordinator.audit import AuditLog, local_operator
 from coordinator.authority import load_server_identity
 from coordinator.operations import Operations
 from coordinator.operators import Operators
-from coordinator.services.admin import AdminService, Context, Identify, Reception, Record
+from coordinator.services.admin import AdminService, Context, Identify, Reception
 from fedloom.channels import SERVER_OPTIONS
 from fedloom.errors import ConfigError
 from fedloom.v1 import admin_pb2_grpc
 
 MAX_CALLS = 64  # at once, on each listener; every watcher is one
-LOCAL_OPERATOR = ""  # the user that the coordinator runs as
 _log = structlog.get_logger()
 
 
 @contextmanager
 def listening(
-    operations: Operations, home: Path, record: Record, address: str = ""
+    operations: Operations, home: Path, audit: AuditLog, address: str = ""
 ) -> Iterator[None]:
     """Answer operators while the block runs; `address` (`host:port`) is for those elsewhere."""
     with claimed_socket(home) as path:
-        servers = [_local_server(operations, record, path)]
+        servers = [_local_server(operations, audit, path)]
         if address:
-            servers.append(_remote_server(operations, record, home, address))
+            servers.append(_remote_server(operations, audit, home, address))
         for server in servers:
             server.start()
         _log.info("serving operators", socket=str(path), address=address or None)
@@ -46,9 +46,9 @@ def listening(
 
 
 @contextmanager
-def answering(operations: Operations, record: Record, path: Path) -> Iterator[None]:
+def answering(operations: Operations, audit: AuditLog, path: Path) -> Iterator[None]:
     """Answer on one socket, in a folder that is the caller's alone, for one command."""
-    server = _local_server(operations, record, path)
+    server = _local_server(operations, audit, path)
     server.start()
     try:
         yield
@@ -56,22 +56,24 @@ def answering(operations: Operations, record: Record, path: Path) -> Iterator[No
         server.stop(0).wait()
 
 
-def _local_server(operations: Operations, record: Record, path: Path) -> grpc.Server:
-    server = _server(operations, record, lambda _: LOCAL_OPERATOR)
+def _local_server(operations: Operations, audit: AuditLog, path: Path) -> grpc.Server:
+    server = _server(operations, audit, lambda _: local_operator())
     credentials = grpc.local_server_credentials(grpc.LocalConnectionType.UDS)
     with private_umask():
         _listen(server, f"unix:{path}", credentials)
     return server
 
 
-def _remote_server(operations: Operations, record: Record, home: Path, address: str) -> grpc.Server:
+def _remote_server(
+    operations: Operations, audit: AuditLog, home: Path, address: str
+) -> grpc.Server:
     operators = Operators(home)
 
     def identify(context: Context) -> str:
         shown = cast("list[bytes]", context.auth_context().get("x509_pem_cert", []))
-        return operators.identify(shown[0] if shown else None)
+        return f"operator {operators.identify(shown[0] if shown else None)}"
 
-    server = _server(operations, record, identify)
+    server = _server(operations, audit, identify)
     _listen(server, address, _pinning_credentials(home, operators))
     return server
 
@@ -91,14 +93,14 @@ def _pinning_credentials(home: Path, operators: Operators) -> grpc.ServerCredent
     )
 
 
-def _server(operations: Operations, record: Record, identify: Identify) -> grpc.Server:
+def _server(operations: Operations, audit: AuditLog, identify: Identify) -> grpc.Server:
     server = grpc.server(
         ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="operators"),
         interceptors=[Reception(identify)],
         options=SERVER_OPTIONS,
         maximum_concurrent_rpcs=MAX_CALLS,
     )
-    service = AdminService(operations, identify, record)
+    service = AdminService(operations, identify, audit)
     admin_pb2_grpc.add_AdminServiceServicer_to_server(service, server)
     return server
 

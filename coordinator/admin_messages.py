@@ -69,8 +69,8 @@ def run_message(run: RunSummary) -> admin_pb2.Run:
         agents=run.agents,
         created_at=_timestamp(run.created_at),
         plan_id=run.plan_id,
-        protection=control_pb2.Protection.ValueType(run.protection),
-        release=control_pb2.Release.ValueType(run.release),
+        protection=control_pb2.Protection.ValueType(run.protection or 0),
+        release=control_pb2.Release.ValueType(run.release or 0),
     )
 
 
@@ -88,8 +88,8 @@ def read_run(message: admin_pb2.Run) -> RunSummary:
         message.agents,
         _seconds(message.created_at),
         message.plan_id,
-        _enum(Protection, message.protection),
-        _enum(Release, message.release),
+        _enum(Protection, message.protection) if message.protection else None,
+        _enum(Release, message.release) if message.release else None,
     )
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import pwd
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -154,20 +153,6 @@ def local_operator() -> str:
         return f"operator {pwd.getpwuid(os.getuid()).pw_name}"
     except KeyError:  # a container's user need not have a name
         return f"operator {os.getuid()}"
-
-
-def deeds_of_operators(engine: sa.Engine) -> Callable[[str, str, str], None]:
-    """Return what puts an operator's deed on record: (operator, deed, subject).
-
-    `operator` is "" for the user of this process, `deed` the value of an `Action`.
-    """
-    log = AuditLog(engine)
-
-    def record(operator: str, deed: str, subject: str) -> None:
-        actor = f"operator {operator}" if operator else local_operator()
-        log.append(actor, Action(deed), subject)
-
-    return record
 
 
 def _facts_text(facts: dict[str, Fact]) -> str:

@@ -70,7 +70,7 @@ class Catalogue:
         """Return a published plan; None where it is missing or damaged."""
         try:
             return self._published.read_plan(reference)
-        except (OSError, Refused):
+        except Refused:
             return None
 
 

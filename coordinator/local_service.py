@@ -7,7 +7,7 @@ from pathlib import Path
 import structlog
 
 from coordinator.admin_listener import answering
-from coordinator.audit import deeds_of_operators
+from coordinator.audit import AuditLog
 from coordinator.server import load_server_config, open_operations, open_published, open_store
 from fedloom.logs import configure_logs
 
@@ -15,13 +15,18 @@ from fedloom.logs import configure_logs
 @contextmanager
 def local_service(home: Path, socket: Path) -> Iterator[None]:
     """Answer on a private socket, over the folder's store."""
-    if not structlog.is_configured():
-        configure_logs(as_json=False)  # to stderr: what is on stdout may be read by a program
+    quiet_logs()
     config = load_server_config(home)
     store = open_store(home)
     try:
         operations = open_operations(home, config, store, open_published(home))
-        with answering(operations, deeds_of_operators(store.engine), socket):
+        with answering(operations, AuditLog(store.engine), socket):
             yield
     finally:
         store.close()
+
+
+def quiet_logs() -> None:
+    """Log to stderr, and what goes wrong only: what a command prints may be read by a program."""
+    if not structlog.is_configured():
+        configure_logs(as_json=False, level="warning")

@@ -144,6 +144,9 @@ class Operations:
             stated.coordinator_reads,
         )
 
+    def _coordinator_reads(self, config: RunConfig) -> str:
+        return privacy_statement(self._privacy_terms(config)).coordinator_reads
+
     def _privacy_terms(self, config: RunConfig) -> PrivacyTerms:
         return PrivacyTerms(
             config.encoding.protection,
@@ -156,7 +159,8 @@ class Operations:
         """Return a function that reads how the run is doing by now."""
         record = self._store.run(run_id)
         reader = ProgressReader(self._store, run_id)
-        reads = privacy_statement(self._privacy_terms(_config(record.config))).coordinator_reads
+        config = _readable_config(record.config)
+        reads = "" if config is None else self._coordinator_reads(config)
 
         def read() -> RunProgress:
             serving = self._serving
@@ -178,13 +182,10 @@ class Operations:
         plan = self.plans.read(record.plan)
         if plan is None:
             raise Refused(Reason.NOT_FOUND, "expected the run's plan among the artifacts")
-        try:
-            return read_model(self._store, self._published, record, _config(record.config), plan)
-        except OSError as error:
-            raise Refused(Reason.NOT_FOUND, f"an artifact is missing: {error.strerror}") from error
+        return read_model(self._store, self._published, record, _config(record.config), plan)
 
     def _summary(self, record: RunRecord) -> RunSummary:
-        config = _config(record.config)
+        config = _readable_config(record.config)
         rounds = self._store.rounds(record.run_id)
         if rounds:
             agents = len(rounds[-1].slots)
@@ -198,15 +199,23 @@ class Operations:
             record.wish,
             record.round,
             len(rounds),
-            config.rounds,
+            0 if config is None else config.rounds,
             agents,
             record.created_at,
             record.plan.sha256,
-            config.encoding.protection,
-            config.release,
+            None if config is None else config.encoding.protection,
+            None if config is None else config.release,
         )
 
 
 @lru_cache(maxsize=1024)
 def _config(text: str) -> RunConfig:
     return parse_run_config(tomllib.loads(text), _ANY_FILE)
+
+
+def _readable_config(text: str) -> RunConfig | None:
+    """One run of an older version must not keep the others from being listed."""
+    try:
+        return _config(text)
+    except ConfigError:
+        return None

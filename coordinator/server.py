@@ -1,4 +1,4 @@
-"""The coordinator's process: two TLS ports, three services, one conductor."""
+"""The coordinator's process: its ports, its services, one conductor."""
 
 import asyncio
 import tomllib
@@ -13,7 +13,7 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 
 from coordinator.admin_listener import listening
-from coordinator.audit import AuditLog, deeds_of_operators
+from coordinator.audit import AuditLog
 from coordinator.authority import Authority, authority_is_offline, load_server_identity
 from coordinator.conductor import Conductor
 from coordinator.faults import StorageFault
@@ -180,16 +180,16 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     operations = open_operations(home, config, store, published, served)
     pages = operator_pages(operations, metrics)
     try:
-        async with (
-            showing(config.metrics_listen, pages) as shown,
-            _answering(server, home, config, health),
-        ):
-            where = {"control": config.control_address, "enrolment": config.enrolment_address}
-            with listening(operations, home, deeds_of_operators(store.engine), config.admin_listen):
+        with listening(operations, home, AuditLog(store.engine), config.admin_listen):
+            async with (
+                showing(config.metrics_listen, pages) as shown,
+                _answering(server, home, config, health),
+            ):
+                where = {"control": config.control_address, "enrolment": config.enrolment_address}
                 _log.info("serving", **where, metrics=shown)
                 yield conductor
-            health.serving = False
-            await _drain(sessions, unfinished)
+                health.serving = False
+                await _drain(sessions, unfinished)
     finally:
         lag.cancel()
         collecting.cancel()

@@ -10,6 +10,7 @@ from coordinator.metrics import Metrics
 from coordinator.operations import Operations
 from coordinator.progress import RoundProgress, RunProgress
 from coordinator.run_state import Phase
+from coordinator.summaries import RunSummary
 
 SHOWN_RUNS = 20
 SHOWN_ROUNDS = 20
@@ -28,29 +29,31 @@ def _series(metrics: Metrics) -> Page:
 
 def _overview(operations: Operations) -> Page:
     newest = operations.runs("", SHOWN_RUNS, "").items
-    runs = "".join(_run(operations.watch(run.run_id, SHOWN_AGENTS)()) for run in newest)
+    runs = "".join(_run(operations, run) for run in newest)
     now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
     text = _FRAME.format(runs=runs or "<p>No run yet.</p>", now=now)
     return Page("text/html; charset=utf-8", text.encode(errors="replace"))
 
 
-def _run(progress: RunProgress) -> str:
-    run = progress.run
+def _run(operations: Operations, run: RunSummary) -> str:
+    if run.protection is None:  # of an older version; the other runs are shown all the same
+        return f"<h2>{escape(run.name)} <small>its file cannot be read</small></h2>"
+    found = operations.watch(run.run_id, SHOWN_AGENTS)()
     state = run.state + (f": {run.reason.name}" if run.reason else "")
-    rounds = "".join(_round(entry, run.rounds) for entry in progress.history[-SHOWN_ROUNDS:])
+    rounds = "".join(_round(entry, run.rounds) for entry in found.history[-SHOWN_ROUNDS:])
     return (
-        f"<h2>{escape(run.name)} <small>{escape(state)}</small></h2><p>{escape(run.run_id.hex())}, "
-        f"{escape(run.protection.name.lower())}: the coordinator could read "
-        f"{escape(progress.coordinator_reads)}{escape(_training(progress))}</p>"
+        f"<h2>{escape(run.name)} <small>{escape(state)}</small></h2><p>{run.run_id.hex()}, "
+        f"{run.protection.name.lower()}: the coordinator could read "
+        f"{escape(found.coordinator_reads)}{escape(_training(found))}</p>"
         f"<table>{_HEADINGS}{rounds}</table>"
     )
 
 
-def _training(progress: RunProgress) -> str:
-    if progress.run.phase is not Phase.TRAINING:
+def _training(found: RunProgress) -> str:
+    if found.run.phase is not Phase.TRAINING or not found.agents:
         return ""
-    shares = [f"{agent.agent} {agent.progress:.0%}" for agent in progress.agents]
-    return f"; training: {', '.join(shares)}"
+    shares = [f"{agent.agent} {agent.progress:.0%}" for agent in found.agents]
+    return f"; furthest behind: {', '.join(shares)}"
 
 
 def _round(entry: RoundProgress, rounds: int) -> str:

@@ -41,8 +41,8 @@ class RunSummary:
     agents: int  # in the last sum, or, before there is one, that reported something
     created_at: float
     plan_id: bytes
-    protection: Protection
-    release: Release
+    protection: Protection | None  # None: its stored file cannot be read by this version
+    release: Release | None
 
     @property
     def state(self) -> str:
@@ -69,8 +69,8 @@ class RunSummary:
             "agents": self.agents,
             "created_at": self.created_at,
             "plan": self.plan_id.hex(),
-            "protection": self.protection.name.lower(),
-            "release": self.release.name.lower(),
+            "protection": _name(self.protection),
+            "release": _name(self.release),
         }
 
 
@@ -157,13 +157,17 @@ class PrivacyReport:
         return {
             "run": self.run.run_id.hex(),
             "name": self.run.name,
-            "protection": self.run.protection.name.lower(),
-            "release": self.run.release.name.lower(),
+            "protection": _name(self.run.protection),
+            "release": _name(self.run.release),
             "minimum": self.minimum,
             "authority_is_offline": self.authority_is_offline,
             "coordinator_reads": self.coordinator_reads,
             "parties": [{"party": party, "learns": learns} for party, learns in self.lines],
         }
+
+
+def _name(member: Enum | None) -> str | None:
+    return None if member is None else member.name.lower()
 
 
 class Stage(Enum):

@@ -25,6 +25,7 @@ def add(
     home = home.expanduser()
     authority = load_server_identity(home).authority
     Operators(home).add(name, authority, out)
+    _record(home, "OPERATOR_ADDED", name)
     say(f"{out}: use it with --coordinator HOST:PORT --operator FOLDER (`admin_listen`)")
 
 
@@ -46,5 +47,18 @@ def remove(name: Name, home: Home = DEFAULT_HOME) -> None:
     """Shut an operator out, from the next request on."""
     from coordinator.operators import Operators
 
-    Operators(home.expanduser()).remove(name)
+    home = home.expanduser()
+    Operators(home).remove(name)
+    _record(home, "OPERATOR_REMOVED", name)
     say(f"{name}: removed")
+
+
+def _record(home: Path, action: str, name: str) -> None:
+    from coordinator.audit import Action, AuditLog, local_operator
+    from coordinator.local_service import quiet_logs
+    from coordinator.server import open_store
+
+    quiet_logs()
+    store = open_store(home)
+    AuditLog(store.engine).append(local_operator(), Action[action], name)
+    store.close()

@@ -268,11 +268,10 @@ def privacy(
     if as_json:
         say_json(report.to_json())
         return
-    terms = report.run
+    terms = report.to_json()
     say(
-        f"run {terms.name}: {terms.protection.name.lower()}, sums are released to the "
-        f"{'agents' if terms.release.name == 'AGENTS' else 'coordinator'}, "
-        f"{report.minimum} updates at least in a sum"
+        f"run {report.run.name}: {terms['protection']}, sums are released to the "
+        f"{terms['release']}, {report.minimum} updates at least in a sum"
     )
     say_table(("party", "can learn"), report.lines)
 

@@ -14,6 +14,7 @@ import grpc
 import structlog
 
 from coordinator import admin_messages as messages
+from coordinator.audit import Action, AuditLog, Fact
 from coordinator.faults import StorageFault, is_full
 from coordinator.operations import Operations
 from coordinator.run_checks import RunFile
@@ -30,20 +31,19 @@ _log = structlog.get_logger()
 
 Context = grpc.ServicerContext
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Identify = Callable[[Context], str]  # returns the operator's name; raises Refused(NOT_PERMITTED)
-Record = Callable[[str, str, str], None]  # (operator, what was done, to what), after it was done
+Identify = Callable[[Context], str]  # returns who calls; raises Refused(NOT_PERMITTED)
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
     """Messages in, messages out; what changes anything is recorded."""
 
-    def __init__(self, operations: Operations, identify: Identify, record: Record) -> None:
+    def __init__(self, operations: Operations, identify: Identify, audit: AuditLog) -> None:
         self._operations = operations
         self._identify = identify
-        self._record = record
+        self._audit = audit
 
-    def _done(self, context: Context, deed: str, subject: str) -> None:
-        self._record(self._identify(context), deed, subject)
+    def _done(self, context: Context, action: Action, subject: str, **facts: Fact) -> None:
+        self._audit.append(self._identify(context), action, subject, **facts)
 
     # runs
 
@@ -61,7 +61,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             request.run_id, RunFile(request.run_file, name, folder)
         )
         if started.run is not None:
-            self._done(context, "run started", started.run.run_id.hex())
+            self._done(context, Action.RUN_STARTED, started.run.run_id.hex())
             return admin_pb2.StartRunResponse(
                 run=messages.run_message(started.run), warnings=started.warnings
             )
@@ -101,7 +101,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.PauseRunResponse:
         """Ask for a pause."""
         run = self._operations.wish(request.run_id, Wish.PAUSE)
-        self._done(context, "run paused", run.run_id.hex())
+        self._done(context, Action.RUN_PAUSED, run.run_id.hex())
         return admin_pb2.PauseRunResponse(run=messages.run_message(run))
 
     def ResumeRun(  # noqa: N802
@@ -109,7 +109,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ResumeRunResponse:
         """Let a run go on."""
         run = self._operations.wish(request.run_id, Wish.RUN)
-        self._done(context, "run resumed", run.run_id.hex())
+        self._done(context, Action.RUN_RESUMED, run.run_id.hex())
         return admin_pb2.ResumeRunResponse(run=messages.run_message(run))
 
     def CancelRun(  # noqa: N802
@@ -117,7 +117,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.CancelRunResponse:
         """End a run."""
         run = self._operations.wish(request.run_id, Wish.CANCEL)
-        self._done(context, "run cancelled", run.run_id.hex())
+        self._done(context, Action.RUN_CANCELLED, run.run_id.hex())
         return admin_pb2.CancelRunResponse(run=messages.run_message(run))
 
     def GetRunPrivacy(  # noqa: N802
@@ -142,7 +142,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             )
             for file in model.files
         ]
-        self._done(context, "model exported", request.run_id.hex())
+        self._done(context, Action.MODEL_EXPORTED, request.run_id.hex())
         manifest = admin_pb2.ExportManifest(files=files, rounds=model.rounds)
         yield admin_pb2.ExportRunResponse(manifest=manifest)
         for part in model.parts(request.offset):
@@ -157,7 +157,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         members = self._operations.members
         lifetime = request.lifetime.ToTimedelta().total_seconds()
         found = members.invite(request.secret_sha256, request.agent_id, lifetime, request.uses)
-        self._done(context, "agent invited", found.agent_id)
+        self._done(context, Action.AGENT_INVITED, found.agent_id, uses=found.uses)
         return admin_pb2.InviteResponse(
             enrolment_address=members.enrolment_address,
             authority_certificate=members.authority_certificate,
@@ -179,7 +179,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.RevokeInvitationResponse:
         """Make an invitation worthless."""
         found = self._operations.members.revoke_invitation(request.invitation_id)
-        self._done(context, "invitation revoked", found.invitation_id)
+        self._done(context, Action.INVITATION_REVOKED, found.invitation_id)
         return admin_pb2.RevokeInvitationResponse(invitation=messages.invitation_message(found))
 
     def ListAgents(  # noqa: N802
@@ -203,7 +203,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.BanAgentResponse:
         """Keep an agent out."""
         found = self._operations.members.ban(request.agent_id, request.reason)
-        self._done(context, "agent banned", found.agent_id)
+        self._done(context, Action.AGENT_BANNED, found.agent_id, reason=found.ban_reason)
         return admin_pb2.BanAgentResponse(agent=messages.agent_message(found))
 
     def UnbanAgent(  # noqa: N802
@@ -211,7 +211,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.UnbanAgentResponse:
         """Let an agent in again."""
         found = self._operations.members.unban(request.agent_id)
-        self._done(context, "agent unbanned", found.agent_id)
+        self._done(context, Action.AGENT_UNBANNED, found.agent_id)
         return admin_pb2.UnbanAgentResponse(agent=messages.agent_message(found))
 
     # plans

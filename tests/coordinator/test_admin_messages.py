@@ -49,8 +49,8 @@ runs = st.builds(
     counts,
     times,
     digests,
-    st.sampled_from(Protection),
-    st.sampled_from(Release),
+    st.none() | st.sampled_from(Protection),
+    st.none() | st.sampled_from(Release),
 )
 rounds = st.builds(
     RoundProgress,

@@ -263,6 +263,21 @@ def test_runs_are_listed_newest_first_and_found_by_the_start_of_their_id(
     assert [run.run_id for run in (*first.items, *rest.items)] == ids[::-1]
 
 
+def test_a_run_of_an_older_version_hides_no_other(
+    operations: Operations, plan_folder: PlanFolder, store: Store
+) -> None:
+    start(operations, plan_folder)
+    store.add_run(bytes(16), "old", "meaning = 42", ArtifactReference(bytes(32), 1), 1.0)
+    old, new = operations.runs("", 0, "").items
+    assert (old.name, old.rounds, old.protection, old.release) == ("old", 0, None, None)
+    assert old.to_json()["protection"] is None
+    assert new.run_id == RUN_ID
+    assert operations.watch(bytes(16), 10)().coordinator_reads == ""
+    for ask in (operations.privacy, operations.model):
+        with pytest.raises((ConfigError, Refused)):
+            ask(bytes(16))
+
+
 # plans
 
 

@@ -16,8 +16,10 @@ import pytest
 
 from coordinator.admin_client import AdminClient, NotStarted, Unreachable
 from coordinator.admin_socket import SOCKET_FILE, find_socket
+from coordinator.audit import AuditLog, local_operator
 from coordinator.commands.connection import Where, reached
 from coordinator.commands.runs import _progress
+from coordinator.faults import StorageFault, StorageFull
 from coordinator.model_download import download_model
 from coordinator.progress import RunProgress
 from coordinator.run_state import Phase, RunState, Wish
@@ -308,6 +310,31 @@ async def test_a_banned_agent_is_sent_away_and_its_run_goes_on(federation: Feder
     assert len(federation.store.rounds(run_id)[0].slots) == 2
 
 
+@pytest.mark.parametrize("served", [True, False], ids=["served", "not served"])
+async def test_who_did_what_is_on_record(federation: Federation, served: bool) -> None:
+    if not served:
+        await federation.stop()
+    run_id = federation.start_run("plain", rounds=1, minimum=1).hex()
+    home = ("--home", federation.home)
+    command("run", "pause", run_id, *home)
+    command("run", "list", *home)
+    command("run", "export", "--out", federation.folder / "model", *home)
+    command("operator", "add", "ada", "--out", federation.folder / "ada", *home)
+    invitation = json.loads(command("invite", "--name", "pi", "--uses", "2", "--json", *home))
+    command("invitations", "revoke", invitation["invitation"], *home)
+    with pytest.raises(ConfigError):
+        command("run", "export", "ffff", "--out", federation.folder / "model", *home)
+    log = AuditLog(federation.store.engine)
+    assert [(entry.actor, entry.action, entry.subject) for entry in log.entries()] == [
+        (local_operator(), "run started", run_id),
+        (local_operator(), "run paused", run_id),
+        (local_operator(), "model exported", run_id),
+        (local_operator(), "operator added", "ada"),
+        (local_operator(), "agent invited", "pi"),
+        (local_operator(), "invitation revoked", invitation["invitation"]),
+    ]
+
+
 async def test_a_long_list_comes_in_pages(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,6 +409,8 @@ async def test_an_operator_elsewhere_does_the_same(
     (listed,) = json.loads(command("run", "list", "--json", *where))
     assert listed["run"] == run_id.hex()
     command("run", "export", "--out", tmp_path / "model", *where)
+    last = AuditLog(federation.store.engine).entries()[-1]
+    assert (last.actor, last.action) == ("operator ada", "model exported")
     theta = read_adapter(tmp_path / "model" / ADAPTER_FILE, LAYOUT)
     assert np.array_equal(theta, federation.initial_theta())
     with reached(Where(coordinator=address, operator=folder)) as client:
@@ -418,31 +447,28 @@ async def test_other_certificates_open_no_operator_s_door(
 ) -> None:
     address, folder = elsewhere
     if shown == "an agent's":
-        agent = await federation.enrol("pi")
-        key, certificate = agent.home / "agent.pem", agent.home / "agent.pem"
+        pem = ((await federation.enrol("pi")).home / "agent.pem").read_bytes()
+        for name in ("operator.key", "operator.pem"):
+            (folder / name).write_bytes(pem)  # a key and its certificate in one file
     elif shown == "the server's":
-        key, certificate = federation.home / "server.key", federation.home / "server.pem"
+        shutil.copy(federation.home / "server.key", folder / "operator.key")
+        shutil.copy(federation.home / "server.pem", folder / "operator.pem")
     else:
         command("init", "--home", tmp_path / "other")
-        out = tmp_path / "eve"
-        command("operator", "add", "ada", "--out", out, "--home", tmp_path / "other")
-        key, certificate = out / "operator.key", out / "operator.pem"
-    shutil.copy(key, folder / "operator.key")
-    shutil.copy(certificate, folder / "operator.pem")
+        shutil.rmtree(folder)
+        command("operator", "add", "ada", "--out", folder, "--home", tmp_path / "other")
+        shutil.copy(federation.home / "authority.pem", folder / "authority.pem")
     stranger = reached(Where(coordinator=address, operator=folder))
     with stranger as client, pytest.raises(Unreachable):
         list(client.runs())
 
 
-async def test_agents_ports_know_no_admin_service(federation: Federation) -> None:
-    agent = await federation.enrol("pi")
-    key, certificate = agent.home / "agent.pem", agent.home / "agent.pem"
-    credentials = grpc.ssl_channel_credentials(
-        (federation.home / "authority.pem").read_bytes(), key.read_bytes(), certificate.read_bytes()
-    )
+async def test_an_agent_s_port_is_no_operator_s_door(federation: Federation) -> None:
+    identity = (await federation.enrol("pi")).identity
 
     def ask() -> grpc.StatusCode:
-        with grpc.secure_channel(f"localhost:{federation.control_port}", credentials) as channel:
+        credentials = identity.channel_credentials()
+        with grpc.secure_channel(identity.control_address, credentials) as channel:
             stub = admin_pb2_grpc.AdminServiceStub(channel)
             with pytest.raises(grpc.RpcError) as caught:
                 stub.ListRuns(admin_pb2.ListRunsRequest(), metadata=VERSION)
@@ -492,6 +518,26 @@ async def test_a_fault_of_the_coordinator_tells_no_details(
         list(client.runs())
     assert caught.value.reason is Reason.INTERNAL
     assert "row" not in caught.value.subject
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(StorageFault, Reason.INTERNAL), (StorageFull, Reason.STORAGE_FULL)],
+)
+async def test_a_disk_that_fails_is_named(
+    federation: Federation,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: type[StorageFault],
+    reason: Reason,
+) -> None:
+    def fail(*_: object) -> None:
+        raise fault("/srv/artifacts", "it is not mounted")
+
+    monkeypatch.setattr("coordinator.published.PublishedFolder.parts", fail)
+    run_id = federation.start_run("plain", rounds=1, minimum=1)
+    with local(federation) as client, pytest.raises(Refused, match="is not mounted") as caught:
+        list(client.export(run_id))
+    assert caught.value.reason is reason
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.progress import read_progress
 from edge_agent.config import AgentConfig, load_agent_config, write_agent_config
 from edge_agent.data import DataSource
 from edge_agent.invitations import keep_invitation
@@ -16,7 +15,7 @@ from edge_agent.status import StatusFile, Step
 from fedloom.errors import RULES, Reaction, Reason, Refused
 from fedloom.privacy import PrivacyTerms, privacy_statement
 from fedloom.terms import Protection, Release
-from tests.integration.federation import Agent, Federation
+from tests.integration.federation import Agent, Federation, command
 from tests.integration.processes import ROOT
 from tests.integration.rogue import RUN, Rogue, invitation, rogue_coordinator
 
@@ -100,9 +99,9 @@ async def test_both_sides_print_the_same_privacy_statement(
 
 async def test_the_coordinators_table_says_what_the_statement_says(federation: Federation) -> None:
     run_id = federation.start_run("encrypted", rounds=1)
-    progress = read_progress(federation.store, federation.run(run_id))
+    printed = command("run", "privacy", run_id.hex(), "--json", "--home", federation.home)
     statement = privacy_statement(PrivacyTerms(Protection.ENCRYPTED, Release.AGENTS, 3))
-    assert progress.coordinator_reads == statement.coordinator_reads == "nothing"
+    assert json.loads(printed)["coordinator_reads"] == statement.coordinator_reads == "nothing"
 
 
 @pytest.mark.parametrize(

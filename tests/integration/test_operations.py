@@ -16,7 +16,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
-from coordinator.audit import AuditLog
+from coordinator.audit import AuditLog, local_operator
 from coordinator.metrics import RoundOutcome, Side
 from coordinator.probe import main as probe
 from coordinator.run_state import Phase
@@ -337,9 +337,10 @@ async def test_a_run_is_measured_and_its_end_is_on_record(watched: Federation) -
         assert value(series, "fedloom_phase_seconds_count", phase=phase) == 2
     assert value(series, "fedloom_store_writes_total", table="journal") > 10
     log = AuditLog(watched.store.engine)
-    deeds = [(entry.action, entry.subject) for entry in log.entries()][-2:]
-    assert deeds == [("run key rotated", run_id.hex()), ("run finished", run_id.hex())]
-    assert log.verify() == 9  # three invited, three enrolled, started, rotated, finished
+    deeds = [(entry.action, entry.subject) for entry in log.entries()][-3:]
+    of_the_run = ("run started", "run key rotated", "run finished")
+    assert deeds == [(action, run_id.hex()) for action in of_the_run]
+    assert log.verify() == 2 * len(agents) + 3  # each was invited and enrolled
 
 
 # the record
@@ -349,7 +350,7 @@ async def test_an_enrolment_is_on_record(federation: Federation) -> None:
     await federation.enrol("device")
     log = AuditLog(federation.store.engine)
     invited, entry = log.entries()
-    assert (invited.action, invited.subject) == ("agent invited", "device")
+    assert (invited.actor, invited.action) == (local_operator(), "agent invited")
     assert (entry.actor, entry.action, entry.subject) == (
         "agent device", "agent enrolled", "device",
     )  # fmt: skip
