@@ -10,6 +10,7 @@ from cryptography import x509
 
 from coordinator import announcements
 from coordinator.config import parse_run_config
+from coordinator.correspondence import envelopes_for
 from coordinator.events import (
     AgentConnected,
     AgentDisconnected,
@@ -136,7 +137,11 @@ class Conductor:
             missed = run.run_id in session.unfinished_run_ids and run.phase.over
             if missed and self._store.took_part(run.run_id, session.agent_id):
                 history = self._store.rounds(run.run_id)
-                session.send(announcements.finished(run.run_id, run.phase, run.reason, history))
+                keys = self._store.envelopes(run.run_id)
+                envelopes = envelopes_for(session.agent_id, keys, history)
+                session.send(
+                    announcements.finished(run.run_id, run.phase, run.reason, history, envelopes)
+                )
 
     def _agent_disconnected(self, session: Session) -> None:
         if self._open is not None:
