@@ -17,9 +17,10 @@ from coordinator.published import Published
 from coordinator.services.artifacts import ArtifactService
 from coordinator.services.control import ControlService
 from coordinator.services.enrolment import EnrolmentService
+from coordinator.services.limits import Admission, allow_files, connection_options, load_limits
 from coordinator.sessions import Sessions
 from coordinator.store import Store
-from fedloom.channels import SERVER_OPTIONS
+from fedloom.channels import ENROLMENT_SERVER_OPTIONS, SERVER_OPTIONS, ChannelOptions
 from fedloom.errors import ConfigError
 from fedloom.v1 import artifact_pb2_grpc, control_pb2_grpc, enrolment_pb2_grpc
 
@@ -57,6 +58,7 @@ def load_server_config(home: Path) -> ServerConfig:
         raise ConfigError(
             str(path), f"expected a coordinator's folder: run `init` ({error})"
         ) from error
+    table.pop("limits", None)  # read by coordinator/services/limits.py
     known = {field.name: type(field.default) for field in fields(ServerConfig)}
     for key, value in table.items():
         if key not in known or type(value) is not known[key]:
@@ -90,23 +92,28 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     authority = Authority.load(home)
     store, published, sessions = open_store(home), open_published(home), Sessions()
     conductor = Conductor(store, sessions, published, home / "spool", authority.certificate)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    limits = load_limits(home / CONFIG_FILE)
+    allow_files(limits)
+    admission = Admission(limits)
+    # Two servers, because one has one set of options; strangers find one service.
+    control = _server(SERVER_OPTIONS, limits.connections)
+    enrolment = _server(ENROLMENT_SERVER_OPTIONS, limits.enrolment_connections)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
-        ArtifactService(published.folder, store, conductor), server
+        ArtifactService(published.folder, store, conductor, admission), control
     )
     control_pb2_grpc.add_ControlServiceServicer_to_server(
-        ControlService(sessions, store, conductor), server
+        ControlService(sessions, store, conductor, admission), control
     )
-    enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(
-        EnrolmentService(authority, store, config.control_address), server
-    )
+    enrolling = EnrolmentService(authority, store, config.control_address, admission)
+    for server in (control, enrolment):
+        enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(enrolling, server)
     try:
-        _add_ports(server, home, config)
-        await server.start()
+        _add_ports(control, enrolment, home, config)
+        await asyncio.gather(control.start(), enrolment.start())
         _log.info("serving", control=config.control_address, enrolment=config.enrolment_address)
         yield conductor
     finally:
-        await server.stop(SHUTDOWN_SECONDS)
+        await asyncio.gather(control.stop(SHUTDOWN_SECONDS), enrolment.stop(SHUTDOWN_SECONDS))
         store.close()
 
 
@@ -122,12 +129,21 @@ async def serve(home: Path, until_idle: bool) -> None:
             _log.info("stopping")
 
 
-def _add_ports(server: grpc.aio.Server, home: Path, config: ServerConfig) -> None:
+def _server(options: ChannelOptions, connections: int) -> grpc.aio.Server:
+    return grpc.aio.server(options=options + connection_options(connections))
+
+
+def _add_ports(
+    control: grpc.aio.Server, enrolment: grpc.aio.Server, home: Path, config: ServerConfig
+) -> None:
     identity = load_server_identity(home)
     pair = [(identity.private_key, identity.certificate)]
     mutual = grpc.ssl_server_credentials(pair, identity.authority, require_client_auth=True)
     one_way = grpc.ssl_server_credentials(pair)
-    for port, credentials in ((config.control_port, mutual), (config.enrolment_port, one_way)):
+    for server, port, credentials in (
+        (control, config.control_port, mutual),
+        (enrolment, config.enrolment_port, one_way),
+    ):
         address = f"{config.listen}:{port}"
         try:
             server.add_secure_port(address, credentials)

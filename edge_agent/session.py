@@ -1,13 +1,12 @@
 """The agent's life: connect, take part in runs, connect again."""
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
 
 import grpc
 import structlog
 
-from edge_agent.connection import Unreachable, open_channel, understood
+from edge_agent.connection import Backoff, Unreachable, open_channel, understood
 from edge_agent.invitations import read_run_id, unfinished_runs
 from edge_agent.participation import Device, Interrupted, Participation
 from edge_agent.run_keys import share_run_key
@@ -46,22 +45,22 @@ class Session:
     async def run(self) -> None:
         """Stay connected; raises Refused or Unreachable when trying again cannot help."""
         address = self._device.identity.control_address
-        backoff = FIRST_BACKOFF_SECONDS
+        backoff = Backoff(FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS)
         credentials = self._device.identity.channel_credentials()
         async with open_channel(address, credentials) as channel:
             worker = asyncio.create_task(self._work(Transfer(channel, address)))
             try:
                 while True:
+                    backoff.attempt()
                     try:
                         await self._converse(channel, worker)
                         cause: FedloomError = Unreachable(address, "stream ended", hopeless=False)
-                        backoff = FIRST_BACKOFF_SECONDS
                     except grpc.aio.AioRpcError as error:
                         cause = understood(error, address)
                     _raise_if_hopeless(cause)
-                    _log.info("reconnecting", cause=str(cause), seconds=round(backoff, 1))
-                    await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
-                    backoff = min(2 * backoff, LAST_BACKOFF_SECONDS)
+                    seconds = backoff.pause(cause)
+                    _log.info("reconnecting", cause=str(cause), seconds=round(seconds, 1))
+                    await asyncio.sleep(seconds)
             finally:
                 worker.cancel()
                 if self._run is not None:
@@ -127,6 +126,8 @@ class Session:
         async for message in call:
             match message.WhichOneof("step"):
                 case "welcome":
+                    while not self._steps.empty():  # the coordinator repeats what it still wants
+                        self._steps.get_nowait()
                     seconds = message.welcome.heartbeat_interval.ToTimedelta().total_seconds()
                     self._heartbeat_seconds = max(1.0, seconds)
                     _log.info("connected", agent=self._device.identity.agent_id)
@@ -149,7 +150,7 @@ class Session:
                 if self._run is not None:
                     self._run.forget_state()
             case Reaction.SKIP_STEP | Reaction.RECONNECT:
-                pass  # the coordinator repeats what it still wants
+                pass  # it is asked for again if it is still wanted
 
     def _interrupt_if_past(self, message: control_pb2.ConnectResponse) -> None:
         """The run went on: training for a round that is closed is of no use."""

@@ -89,7 +89,8 @@ async def refusing(context: grpc.aio.ServicerContext[Any, Any], rpc: str) -> Asy
     try:
         yield
     except Refused as refused:
-        _log.info("rpc refused", rpc=rpc, reason=refused.reason.name, subject=refused.subject)
+        if refused.reason is not Reason.BUSY:  # limits.py says those, not one by one
+            _log.info("rpc refused", rpc=rpc, reason=refused.reason.name, subject=refused.subject)
         ending = refused
     except Exception:  # the top of an RPC: gRPC would tell the peer the error's text
         _log.exception("rpc failed", rpc=rpc)

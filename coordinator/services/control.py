@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from coordinator.events import Applied, Declined, Evaluation, KeyShared, Ready
 from coordinator.services.access import refusing, require_agent
+from coordinator.services.limits import Admission, Pace
 from coordinator.sessions import Session, Sessions
 from coordinator.store import Store
 from fedloom.errors import Reason, Refused, refused_from_details
@@ -45,10 +46,13 @@ class Conversation(Protocol):
 class ControlService(control_pb2_grpc.ControlServiceServicer):
     """Keeps an agent's stream open and hands its messages on."""
 
-    def __init__(self, sessions: Sessions, store: Store, conversation: Conversation) -> None:
+    def __init__(
+        self, sessions: Sessions, store: Store, conversation: Conversation, admission: Admission
+    ) -> None:
         self._sessions = sessions
         self._store = store
         self._conversation = conversation
+        self._admission = admission
 
     async def Connect(  # noqa: N802 - gRPC's name
         self,
@@ -56,8 +60,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[control_pb2.ConnectResponse]:
         """Admit the agent, then read and write until either side ends."""
-        async with refusing(context, "Connect"):
+        async with refusing(context, "Connect"), self._admission.call(context.peer()) as call:
             agent_id = require_agent(context, self._store)
+            pace = await call.stream(agent_id)
             session = _session(agent_id, await _first(request_iterator))
             yield control_pb2.ConnectResponse(
                 welcome=control_pb2.Welcome(
@@ -67,7 +72,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             )
             self._sessions.open(session)
             _log.info("agent connected", agent=agent_id)
-            reader = asyncio.create_task(self._read(session, request_iterator))
+            reader = asyncio.create_task(self._read(session, request_iterator, pace))
             try:
                 while not isinstance(message := await session.outbox.get(), Refused):
                     yield message
@@ -79,11 +84,12 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 _log.info("agent disconnected", agent=agent_id)
 
     async def _read(
-        self, session: Session, requests: AsyncIterator[control_pb2.ConnectRequest]
+        self, session: Session, requests: AsyncIterator[control_pb2.ConnectRequest], pace: Pace
     ) -> None:
         ending: Refused = _END
         try:
             async for request in requests:
+                await pace.next()
                 self._dispatch(session.agent_id, request)
         except Refused as refused:
             ending = refused

@@ -9,6 +9,7 @@ control stream.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum, IntEnum
 
 import grpc
@@ -18,6 +19,7 @@ from google.rpc.status_pb2 import Status
 from fedloom.v1 import refusal_pb2
 
 MAX_SUBJECT_BYTES = 512
+MAX_RETRY_SECONDS = 3600.0  # no peer silences another one for longer
 _STATUS_KEY = "grpc-status-details-bin"  # where gRPC carries google.rpc.Status in every language
 
 
@@ -54,6 +56,7 @@ class Reason(IntEnum):
     INTERNAL = 28
     STORAGE_FULL = 29
     COHORT_REFUSED = 30
+    BUSY = 35
 
 
 class Reaction(Enum):
@@ -105,6 +108,7 @@ RULES: dict[Reason, Rule] = {
     Reason.INTERNAL: Rule(_Code.INTERNAL, Reaction.RECONNECT),
     Reason.STORAGE_FULL: Rule(_Code.RESOURCE_EXHAUSTED, Reaction.RECONNECT),
     Reason.COHORT_REFUSED: Rule(_Code.FAILED_PRECONDITION, Reaction.SKIP_STEP),
+    Reason.BUSY: Rule(_Code.RESOURCE_EXHAUSTED, Reaction.RECONNECT),
 }
 
 
@@ -113,12 +117,16 @@ class FedloomError(Exception):
 
 
 class Refused(FedloomError):
-    """A step is refused. `subject` says what was expected and found; it never holds a secret."""
+    """A step is refused. `subject` says what was expected and found; it never holds a secret.
 
-    def __init__(self, reason: Reason, subject: str) -> None:
+    Another try within `retry_after` seconds is of no use; 0 where nothing is known of that.
+    """
+
+    def __init__(self, reason: Reason, subject: str, retry_after: float = 0.0) -> None:
         super().__init__(f"{reason.name}: {subject}")
         self.reason = reason
         self.subject = subject
+        self.retry_after = retry_after
 
 
 class ConfigError(FedloomError):
@@ -135,9 +143,12 @@ def refusal_details(refused: Refused) -> refusal_pb2.RefusalDetails:
     # A file name may hold bytes that are no UTF-8 (lone surrogates in Python): they become "?".
     utf8 = refused.subject.encode(errors="replace")
     subject = utf8[:MAX_SUBJECT_BYTES].decode(errors="ignore")
-    return refusal_pb2.RefusalDetails(
+    details = refusal_pb2.RefusalDetails(
         reason=refusal_pb2.Reason.ValueType(refused.reason), subject=subject
     )
+    if refused.retry_after > 0:
+        details.retry_after.FromTimedelta(timedelta(seconds=refused.retry_after))
+    return details
 
 
 def refused_from_details(details: refusal_pb2.RefusalDetails) -> Refused:
@@ -150,7 +161,9 @@ def refused_from_details(details: refusal_pb2.RefusalDetails) -> Refused:
         reason = Reason(details.reason) if details.reason else Reason.MALFORMED
     except ValueError:
         reason = Reason.INTERNAL
-    return Refused(reason, details.subject[:MAX_SUBJECT_BYTES])
+    after = details.retry_after.seconds + details.retry_after.nanos / 1e9  # 0 where it is absent
+    wait = min(max(0.0, after), MAX_RETRY_SECONDS)
+    return Refused(reason, details.subject[:MAX_SUBJECT_BYTES], wait)
 
 
 def refusal_trailers(refused: Refused) -> tuple[tuple[str, bytes], ...]:

@@ -13,6 +13,7 @@ from coordinator.authority import load_server_identity
 from coordinator.round_sum import Upload
 from coordinator.server import open_published
 from coordinator.services.artifacts import ArtifactService
+from coordinator.services.limits import Admission, Limits
 from fedloom.errors import Reason, Refused, refusal_details
 from fedloom.terms import Encoding, LocalTraining, Protection
 from fedloom.v1 import artifact_pb2_grpc, control_pb2, control_pb2_grpc
@@ -93,7 +94,7 @@ async def rogue(federation: Federation, victim: Agent) -> AsyncIterator[Rogue]:
     control_pb2_grpc.add_ControlServiceServicer_to_server(found, server)
     published = open_published(federation.home).folder
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
-        ArtifactService(published, federation.store, NoRounds()), server
+        ArtifactService(published, federation.store, NoRounds(), Admission(Limits())), server
     )
     pair = [(identity.private_key, identity.certificate)]
     credentials = grpc.ssl_server_credentials(pair, identity.authority, require_client_auth=True)
