@@ -46,6 +46,7 @@ MAX_BUCKETS = 16_384  # peers whose past is remembered; the one that was quiet l
 BURST_SECONDS = 10.0  # of messages on a control stream that may come at once
 SPARE_FILES = 512  # store, spool, artifacts, logs: what is open beside connections
 _MIB = 1 << 20
+_ROUNDING = 1e-9  # who has waited as long as it was told is not told again
 _log = structlog.get_logger()
 
 
@@ -112,7 +113,7 @@ class TokenBucket:
         passed = max(0.0, now - self._filled_at)
         self._level = min(self._burst, self._level + passed * self._per_second)
         self._filled_at = now
-        if self._level < 1:
+        if self._level < 1 - _ROUNDING:
             return (1 - self._level) / self._per_second
         self._level -= 1
         return 0.0
