@@ -69,10 +69,15 @@ _ANY_SERVER: ChannelOptions = [
     ("grpc.so_reuseport", 0),
 ]
 
-SERVER_OPTIONS: ChannelOptions = [
+# Operators may watch a run for days.
+ADMIN_SERVER_OPTIONS: ChannelOptions = [
     *_ANY_SERVER,
     ("grpc.max_concurrent_streams", 16),  # on a connection: more of its calls wait at the client
     ("grpc.max_connection_idle_ms", 120_000),
+]
+
+SERVER_OPTIONS: ChannelOptions = [
+    *ADMIN_SERVER_OPTIONS,
     ("grpc.max_connection_age_ms", 12 * 3_600_000),
     ("grpc.max_connection_age_grace_ms", 600_000),
 ]

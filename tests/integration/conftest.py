@@ -1,27 +1,13 @@
 """Fixtures: a federation on loopback for each test."""
 
-import io
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import structlog
 
 from tests.integration.federation import Federation
 
 _HERE = Path(__file__).parent
-
-
-class _Stderr(io.TextIOBase):
-    """Whatever stands in for standard error when a line is logged."""
-
-    def write(self, text: str) -> int:
-        return sys.stderr.write(text)
-
-
-# Commands run in this process, beside the coordinator: what it logs is not what they print.
-structlog.configure(logger_factory=structlog.PrintLoggerFactory(_Stderr()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,7 @@
 """What the limits promise, without a network: buckets, counters, addresses, the file."""
 
 import asyncio
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -180,6 +181,27 @@ async def test_an_agent_opens_streams_no_faster_than_permitted() -> None:
         await call.stream("a")
         await busy("connects_per_minute", call.stream("a"))
         await call.stream("b")
+
+
+async def test_renewals_are_as_frequent_as_the_connections_that_follow_them() -> None:
+    admission = Admission(Limits(connects_per_minute=2), clock=lambda: 0.0)
+    async with admission.call("ipv4:192.0.2.7:1") as call:
+        await call.stream("a")
+        await call.renewal("a")
+        await busy("connects_per_minute", call.renewal("a"))
+        await busy("connects_per_minute", call.stream("a"))
+
+
+async def test_the_defaults_let_in_a_thousand_agents_of_one_address_and_back_in() -> None:
+    admission = Admission(Limits(), clock=lambda: 0.0)
+    async with contextlib.AsyncExitStack() as open_calls:
+        for port in range(2000):  # the first half is half-open, and nobody has noticed
+            call = await open_calls.enter_async_context(admission.call(f"ipv4:192.0.2.7:{port}"))
+            await call.stream(f"agent-{port % 1000}")
+            if port >= 1000:
+                await call.transfer(f"agent-{port % 1000}")
+                await call.memory(1 << 40)
+    assert admission.limits.connections >= 2000
 
 
 async def test_messages_above_the_rate_wait_and_none_is_lost() -> None:
