@@ -91,7 +91,7 @@ def tls_context(agent: Agent | None = None) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_NONE  # an attacker does not care whom it attacks
     context.set_alpn_protocols(["h2"])
     if agent is not None:
-        context.load_cert_chain(agent.home / "agent.pem", agent.home / "agent.key")
+        context.load_cert_chain(agent.home / "agent.pem")  # with its key
     return context
 
 
