@@ -31,6 +31,7 @@ from benchmarks.virtual_agents import PARAMETERS, load_identities
 from coordinator.authority import Authority
 from coordinator.certificates import new_key, private_key_pem, request_for
 from coordinator.services.access import public_key_sha256
+from coordinator.services.limits import Limits
 from coordinator.store import Store
 from edge_agent.identity import Identity
 from fedloom.channels import CLIENT_OPTIONS
@@ -102,6 +103,7 @@ class Fleet:
         ports = f"--control-port={port}", f"--enrolment-port={free_port()}"
         addresses = "--address=127.0.0.1", "--listen=127.0.0.1"
         run([_COORDINATOR, "init", f"--home={self._home}", *addresses, *ports])
+        self._permit(agents)
         names = [f"agent-{number:05}" for number in range(agents)]
         self._files = [
             self._enrol(names[start : start + PER_PROCESS], f"fleet-{start}")
@@ -176,6 +178,19 @@ class Fleet:
             if time.monotonic() > end:
                 raise Failed(f"expected {self._agents} connections in {START_SECONDS:.0f} s")
             time.sleep(0.1)
+
+    def _permit(self, agents: int) -> None:
+        """Raise the limits for a fleet of this size at one address; the probe asks all the time."""
+        limits = {
+            "connections": 2 * agents + 64,
+            "connections_per_address": 2 * agents + 64,
+            "mib_in_flight": max(64, 3 * agents // 2),
+            "connects_per_minute": 6000,
+        }
+        default = Limits()
+        lines = [f"{key} = {max(value, getattr(default, key))}\n" for key, value in limits.items()]
+        with (self._home / "coordinator.toml").open("a") as file:
+            file.write("[limits]\n" + "".join(lines))
 
     def _enrol(self, names: list[str], file_name: str) -> Path:
         """Issue certificates as enrolment does, without its calls."""

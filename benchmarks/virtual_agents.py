@@ -278,8 +278,7 @@ async def main() -> None:
     parser.add_argument("--report", type=Path, required=True)
     options = parser.parse_args()
     report, gate = Report(), asyncio.Semaphore(_CONNECTING)
-    own = [option for option in CLIENT_OPTIONS if option[0] != "grpc.min_reconnect_backoff_ms"]
-    own += [("grpc.use_local_subchannel_pool", 1), ("grpc.min_reconnect_backoff_ms", 120_000)]
+    own = [*CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # a connection for each
     lives = []
     for identity in load_identities(options.identities, options.address):
         channel = grpc.aio.secure_channel(

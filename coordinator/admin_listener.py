@@ -18,7 +18,7 @@ from coordinator.authority import load_server_identity
 from coordinator.operations import Operations
 from coordinator.operators import Operators
 from coordinator.services.admin import AdminService, Context, Identify, Reception
-from fedloom.channels import SERVER_OPTIONS
+from fedloom.channels import ADMIN_SERVER_OPTIONS
 from fedloom.errors import ConfigError
 from fedloom.v1 import admin_pb2_grpc
 
@@ -97,7 +97,7 @@ def _server(operations: Operations, audit: AuditLog, identify: Identify) -> grpc
     server = grpc.server(
         ThreadPoolExecutor(MAX_CALLS, thread_name_prefix="operators"),
         interceptors=[Reception(identify)],
-        options=SERVER_OPTIONS,
+        options=ADMIN_SERVER_OPTIONS,
         maximum_concurrent_rpcs=MAX_CALLS,
     )
     service = AdminService(operations, identify, audit)

@@ -24,7 +24,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from coordinator.faults import StorageFault, StorageFull, faults_of
 from coordinator.published import NAME, Published, PublishedArtifact, not_published
-from fedloom.artifacts import PART_BYTES, SENT_PART_BYTES, ArtifactReference
+from fedloom.artifacts import PART_BYTES, ArtifactReference, next_part_bytes
 from fedloom.errors import ConfigError
 
 BLOCK_BYTES = PART_BYTES  # of one download request
@@ -158,12 +158,17 @@ class PublishedBucket(Published):
         """Yield the object's bytes from `offset`; the loop never waits for the server."""
         loop = asyncio.get_running_loop()
         coming = loop.run_in_executor(self._readers, self._block, sha256, offset)
+        began, given = time.monotonic(), 0
         try:
             while block := await coming:
                 offset += len(block)
                 coming = loop.run_in_executor(self._readers, self._block, sha256, offset)
-                for start in range(0, len(block), SENT_PART_BYTES):
-                    yield block[start : start + SENT_PART_BYTES]
+                start = 0
+                while start < len(block):
+                    size = next_part_bytes(given, time.monotonic() - began)
+                    part = block[start : start + size]
+                    start, given = start + len(part), given + len(part)
+                    yield part
         finally:
             coming.cancel()
 

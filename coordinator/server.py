@@ -29,13 +29,14 @@ from coordinator.services.artifacts import ArtifactService
 from coordinator.services.control import ControlService
 from coordinator.services.enrolment import EnrolmentService
 from coordinator.services.health import HealthGate, HealthService
+from coordinator.services.limits import Admission, allow_files, connection_options, load_limits
 from coordinator.services.metering import Metering
 from coordinator.sessions import Sessions
 from coordinator.status_page import operator_pages
 from coordinator.store import Store
 from coordinator.supervision import Supervisor, Unfinished, first_signal
 from crypto import MAX_PROCESSES
-from fedloom.channels import SERVER_OPTIONS
+from fedloom.channels import ENROLMENT_SERVER_OPTIONS, SERVER_OPTIONS, ChannelOptions
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.v1 import artifact_pb2_grpc, control_pb2_grpc, enrolment_pb2_grpc
 
@@ -81,6 +82,7 @@ def load_server_config(home: Path) -> ServerConfig:
         raise ConfigError(
             str(path), f"expected a coordinator's folder: run `init` ({error})"
         ) from error
+    table.pop("limits", None)  # read by coordinator/services/limits.py
     known = {field.name: type(field.default) for field in fields(ServerConfig)}
     for key, value in table.items():
         if key not in known or type(value) is not known[key]:
@@ -149,6 +151,9 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     authority = Authority.load(home)
     store, published, sessions = open_store(home), open_published(home), Sessions()
     metrics, health, unfinished = Metrics(), HealthService(), Unfinished()
+    limits = load_limits(home / CONFIG_FILE)
+    allow_files(limits)
+    admission = Admission(limits)
     conductor = Conductor(
         store,
         sessions,
@@ -161,29 +166,35 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     metrics.watch_sessions(sessions)
     metrics.watch_store(store.engine)
     authority.keep_server_current(home, [config.address], datetime.now(UTC))
-    interceptors = [Metering(metrics), HealthGate(health), AccessInterceptor(store.roster)]
-    server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+    interceptors: list[grpc.aio.ServerInterceptor] = [
+        Metering(metrics),
+        HealthGate(health),
+        AccessInterceptor(store.roster),
+    ]
+    # Two servers, because one has one set of options; strangers find no more than they need.
+    control = _server(interceptors, SERVER_OPTIONS, limits.connections)
+    enrolment = _server(interceptors, ENROLMENT_SERVER_OPTIONS, limits.enrolment_connections)
     artifact_pb2_grpc.add_ArtifactServiceServicer_to_server(
-        ArtifactService(published, conductor, unfinished), server
+        ArtifactService(published, conductor, admission, unfinished), control
     )
     control_pb2_grpc.add_ControlServiceServicer_to_server(
-        ControlService(sessions, store.roster, conductor), server
+        ControlService(sessions, store.roster, conductor, admission), control
     )
-    enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(
-        EnrolmentService(authority, store.roster, config.control_address, AuditLog(store.engine)),
-        server,
-    )
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    audit = AuditLog(store.engine)
+    enrolling = EnrolmentService(authority, store.roster, config.control_address, audit, admission)
+    for server in (control, enrolment):
+        enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(enrolling, server)
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
     collecting = asyncio.create_task(collect_daily(store, published, home / "spool"))
     lag = asyncio.create_task(metrics.watch_loop())
     served = Served(conductor, sessions, asyncio.get_running_loop())
     operations = open_operations(home, config, store, published, served)
     pages = operator_pages(operations, metrics)
     try:
-        with listening(operations, home, AuditLog(store.engine), config.admin_listen):
+        with listening(operations, home, audit, config.admin_listen):
             async with (
                 showing(config.metrics_listen, pages) as shown,
-                _answering(server, home, config, health),
+                _answering(control, enrolment, home, config, health),
             ):
                 where = {"control": config.control_address, "enrolment": config.enrolment_address}
                 _log.info("serving", **where, metrics=shown)
@@ -198,16 +209,20 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
 
 @asynccontextmanager
 async def _answering(
-    server: grpc.aio.Server, home: Path, config: ServerConfig, health: HealthService
+    control: grpc.aio.Server,
+    enrolment: grpc.aio.Server,
+    home: Path,
+    config: ServerConfig,
+    health: HealthService,
 ) -> AsyncIterator[None]:
     try:
-        _add_ports(server, home, config)
-        await server.start()
+        _add_ports(control, enrolment, home, config)
+        await asyncio.gather(control.start(), enrolment.start())
         health.serving = True
         yield
     finally:
         health.serving = False
-        await server.stop(SHUTDOWN_SECONDS)
+        await asyncio.gather(control.stop(SHUTDOWN_SECONDS), enrolment.stop(SHUTDOWN_SECONDS))
 
 
 async def _drain(sessions: Sessions, unfinished: Unfinished) -> None:
@@ -252,12 +267,25 @@ async def keep_conducting(conductor: Conductor, until_idle: bool) -> None:
             return
 
 
-def _add_ports(server: grpc.aio.Server, home: Path, config: ServerConfig) -> None:
+def _server(
+    interceptors: list[grpc.aio.ServerInterceptor], options: ChannelOptions, connections: int
+) -> grpc.aio.Server:
+    return grpc.aio.server(
+        interceptors=interceptors, options=options + connection_options(connections)
+    )
+
+
+def _add_ports(
+    control: grpc.aio.Server, enrolment: grpc.aio.Server, home: Path, config: ServerConfig
+) -> None:
     identity = load_server_identity(home)
     pair = [(identity.private_key, identity.certificate)]
     mutual = grpc.ssl_server_credentials(pair, identity.authority, require_client_auth=True)
     one_way = grpc.ssl_server_credentials(pair)
-    for port, credentials in ((config.control_port, mutual), (config.enrolment_port, one_way)):
+    for server, port, credentials in (
+        (control, config.control_port, mutual),
+        (enrolment, config.enrolment_port, one_way),
+    ):
         address = f"{config.listen}:{port}"
         try:
             server.add_secure_port(address, credentials)

@@ -22,12 +22,14 @@ class Session:
     outbox: asyncio.Queue[control_pb2.ConnectResponse | Refused] = field(
         default_factory=lambda: asyncio.Queue(MAX_QUEUED_MESSAGES)
     )
+    lost: bool = False  # it has not read what it was told
 
     def send(self, message: control_pb2.ConnectResponse | Refused) -> None:
         """Queue a message, or a refusal that ends the stream; an agent that lags is cut off."""
         if self.outbox.full():
             while not self.outbox.empty():
                 self.outbox.get_nowait()
+            self.lost = True
             message = Refused(Reason.INTERNAL, f"{MAX_QUEUED_MESSAGES} messages were not read")
         self.outbox.put_nowait(message)
 
@@ -75,3 +77,7 @@ class Sessions:
         """Tell an agent; one that is gone will ask again when it comes back."""
         if (session := self._by_agent.get(agent_id)) is not None:
             session.send(message)
+            if session.lost:
+                # Its call may be blocked in a write for as long as its connection lives. Later: the
+                # run that says this is in the middle of a step.
+                asyncio.get_running_loop().call_soon(self.close, session)

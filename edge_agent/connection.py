@@ -1,9 +1,12 @@
 """Channels to the coordinator, and what a failed call means."""
 
+import random
+import time
+
 import grpc
 
 from fedloom.channels import CLIENT_OPTIONS
-from fedloom.errors import FedloomError, refused_from_rpc
+from fedloom.errors import FedloomError, Refused, refused_from_rpc
 
 CLOSED_TIMES = 3  # in a row, before the cause is named: a restart closes connections too
 
@@ -36,6 +39,30 @@ class Unreachable(FedloomError):
     def __init__(self, address: str, problem: str, hopeless: bool) -> None:
         super().__init__(f"{address}: {problem}")
         self.hopeless = hopeless
+
+
+class Backoff:
+    """Waits longer from attempt to attempt while they fail at once; one that lasted starts anew."""
+
+    def __init__(self, first_seconds: float, last_seconds: float) -> None:
+        self._first, self._last = first_seconds, last_seconds
+        self._next = first_seconds
+        self._started = time.monotonic()
+
+    def attempt(self) -> None:
+        """Say that an attempt begins now."""
+        self._started = time.monotonic()
+
+    def pause(self, cause: FedloomError) -> float:
+        """Return the seconds to wait after an attempt that ended with this cause."""
+        if time.monotonic() - self._started > self._next:
+            self._next = self._first
+        # Jitter, so that agents that were cut together do not come back together.
+        wait = self._next * random.uniform(0.5, 1.0)  # noqa: S311
+        self._next = min(2 * self._next, self._last)
+        if isinstance(cause, Refused) and cause.retry_after is not None:
+            wait = max(wait, cause.retry_after * random.uniform(1.0, 1.5))  # noqa: S311
+        return wait
 
 
 def open_channel(address: str, credentials: grpc.ChannelCredentials) -> grpc.aio.Channel:

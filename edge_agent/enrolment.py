@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from edge_agent.connection import Unreachable, open_channel, understood
+from edge_agent.connection import Backoff, Unreachable, open_channel, understood
 from edge_agent.identity import (
     Identity,
     certificate_request,
@@ -29,10 +29,10 @@ from fedloom.tokens import EnrolmentToken, parse_token
 from fedloom.v1 import enrolment_pb2, enrolment_pb2_grpc
 
 CALL_SECONDS = 30.0
+JOIN_TRIES = 10  # while the coordinator is busy
 RENEWAL_CHECK_SECONDS = 86_400.0
 RENEWAL_RETRY_SECONDS = 3600.0
-WAIT_SECONDS = 30.0  # for a signature, when the coordinator does not say how long
-SHORTEST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 600.0  # whatever it says
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0  # or as long as the coordinator says
 _DER = serialization.Encoding.DER
 _log = structlog.get_logger()
 
@@ -72,19 +72,21 @@ async def _enrolled(
     request = enrolment_pb2.EnrolRequest(
         secret=token.secret, certificate_request=signing_request.public_bytes(_DER)
     )
-    told = False
+    told, tries = False, 0
+    backoff = Backoff(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)
     while True:
+        backoff.attempt()
         try:
             return await stub.Enrol(request, timeout=CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             cause = understood(error, token.address)
-            hopeless = not isinstance(cause, Unreachable) or cause.hopeless
-            if not _is_pending(cause) and (hopeless or not told):
+            tries += 1
+            if not _may_pass(cause, tries, told):
                 raise cause from error
-        if not told:
+        if _is_refused(cause, Reason.ENROLMENT_PENDING) and not told:
             waiting(key_fingerprint(signing_request))
             told = True
-        await asyncio.sleep(_wait_of(cause))  # also for a coordinator that is started again
+        await asyncio.sleep(backoff.pause(cause))
 
 
 async def until_renewed(home: Path, identity: Identity) -> Identity:
@@ -127,11 +129,14 @@ async def renew(home: Path, identity: Identity) -> Identity:
     return renewed
 
 
-def _is_pending(cause: Exception) -> bool:
-    return isinstance(cause, Refused) and cause.reason is Reason.ENROLMENT_PENDING
+def _may_pass(cause: Exception, tries: int, told: bool) -> bool:
+    """Tell whether to ask again; who waits for a signature outlives a restart there too."""
+    if isinstance(cause, Unreachable):
+        return told and not cause.hopeless
+    if _is_refused(cause, Reason.BUSY):
+        return told or tries < JOIN_TRIES
+    return _is_refused(cause, Reason.ENROLMENT_PENDING)
 
 
-def _wait_of(cause: Exception) -> float:
-    later = cause.retry_after if isinstance(cause, Refused) else None
-    seconds = WAIT_SECONDS if later is None else later
-    return min(max(seconds, SHORTEST_WAIT_SECONDS), LONGEST_WAIT_SECONDS)
+def _is_refused(cause: Exception, reason: Reason) -> bool:
+    return isinstance(cause, Refused) and cause.reason is reason

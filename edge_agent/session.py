@@ -1,7 +1,6 @@
 """The agent's life: connect, take part in runs, connect again."""
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -9,7 +8,7 @@ from datetime import UTC, datetime
 import grpc
 import structlog
 
-from edge_agent.connection import Closings, Unreachable, open_channel
+from edge_agent.connection import Backoff, Closings, Unreachable, open_channel
 from edge_agent.enrolment import until_renewed
 from edge_agent.identity import Identity
 from edge_agent.invitations import read_run_id, unfinished_runs
@@ -85,24 +84,24 @@ class Session:
 
     async def _stay_connected(self) -> None:
         address = self._device.identity.control_address
-        backoff, closings = FIRST_BACKOFF_SECONDS, Closings()
+        backoff, closings = Backoff(FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS), Closings()
         credentials = self._device.identity.channel_credentials()
         async with open_channel(address, credentials) as channel:
             worker = asyncio.create_task(self._work(Transfer(channel, address)))
             try:
                 while True:
                     self._device.identity.require_valid(datetime.now(UTC))
+                    backoff.attempt()
                     try:
                         await self._converse(channel, worker)
                         cause: FedloomError = Unreachable(address, "stream ended", hopeless=False)
-                        backoff = FIRST_BACKOFF_SECONDS
                     except grpc.aio.AioRpcError as error:
                         cause = closings.explained(error, address)
                     _raise_if_hopeless(cause)
                     self._status.link(Link.RECONNECTING, str(cause))
-                    _log.info("reconnecting", cause=str(cause), seconds=round(backoff, 1))
-                    await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311
-                    backoff = min(2 * backoff, LAST_BACKOFF_SECONDS)
+                    seconds = backoff.pause(cause)
+                    _log.info("reconnecting", cause=str(cause), seconds=round(seconds, 1))
+                    await asyncio.sleep(seconds)
             finally:
                 worker.cancel()
                 if self._run is not None:
@@ -169,6 +168,8 @@ class Session:
         async for message in call:
             match message.WhichOneof("step"):
                 case "welcome":
+                    while not self._steps.empty():  # the coordinator repeats what it still wants
+                        self._steps.get_nowait()
                     seconds = message.welcome.heartbeat_interval.ToTimedelta().total_seconds()
                     self._heartbeat_seconds = max(1.0, seconds)
                     self._status.link(Link.CONNECTED)
@@ -194,7 +195,7 @@ class Session:
                 if self._run is not None:
                     self._run.forget_state()
             case Reaction.SKIP_STEP | Reaction.RECONNECT:
-                pass  # the coordinator repeats what it still wants
+                pass  # it is asked for again if it is still wanted
 
     def _wait(self, waiting: control_pb2.Waiting) -> None:
         """Keep the cause for a person; a round that was closed needs no training any more."""

@@ -5,7 +5,6 @@ slow one is welcome.
 """
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import grpc
 import structlog
 
-from edge_agent.connection import Unreachable, understood
+from edge_agent.connection import Backoff, Unreachable, understood
 from fedloom.artifacts import ArtifactReference, PartialFile, read_parts, reference_of
 from fedloom.errors import Reason, Refused
 from fedloom.plans import PLAN_FILE, Plan, parse_plan
@@ -21,6 +20,7 @@ from fedloom.v1 import artifact_pb2, artifact_pb2_grpc
 
 FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 30.0
+_PASSING = {Reason.INTERNAL, Reason.BUSY}  # a full disk is not: the round goes on without us
 _log = structlog.get_logger()
 
 
@@ -58,19 +58,20 @@ class Transfer:
         return plan
 
     async def _until_done(self, attempt: Callable[[], Awaitable[None]]) -> None:
-        backoff = FIRST_BACKOFF_SECONDS
+        backoff = Backoff(FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS)
         while True:
+            backoff.attempt()
             try:
                 return await attempt()
             except grpc.aio.AioRpcError as error:
                 cause = understood(error, self.address)
-            if isinstance(cause, Refused) and cause.reason is not Reason.INTERNAL:
+            if isinstance(cause, Refused) and cause.reason not in _PASSING:
                 raise cause
             if isinstance(cause, Unreachable) and cause.hopeless:
                 raise cause
-            _log.info("transfer interrupted", cause=str(cause), retry_seconds=round(backoff, 1))
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load
-            backoff = min(2 * backoff, LAST_BACKOFF_SECONDS)
+            seconds = backoff.pause(cause)
+            _log.info("transfer interrupted", cause=str(cause), retry_seconds=round(seconds, 1))
+            await asyncio.sleep(seconds)
 
     async def _upload_once(self, header: artifact_pb2.UploadHeader, path: Path) -> None:
         offset: asyncio.Future[int] = asyncio.get_running_loop().create_future()

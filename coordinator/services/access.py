@@ -151,7 +151,8 @@ async def refusing(context: _Context, rpc: str) -> AsyncIterator[None]:
     try:
         yield
     except Refused as refused:
-        _log.info("rpc refused", rpc=rpc, reason=refused.reason.name, subject=refused.subject)
+        if refused.reason is not Reason.BUSY:  # limits.py says those, not one by one
+            _log.info("rpc refused", rpc=rpc, reason=refused.reason.name, subject=refused.subject)
         ending = refused
     except Exception as error:  # the top of an RPC: gRPC would tell the peer the error's text
         ending = _fault(error, rpc)

@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from coordinator.events import Applied, Declined, Evaluation, KeyShared, Ready
 from coordinator.roster import Roster
 from coordinator.services.access import Peer, calling_peer, refusing
+from coordinator.services.limits import Admission, Pace
 from coordinator.sessions import Session, Sessions
 from fedloom.chains import MAX_CERTIFICATE_BYTES, MAX_ISSUERS
 from fedloom.errors import Reason, Refused, refused_from_details
@@ -66,10 +67,13 @@ class Membership:
 class ControlService(control_pb2_grpc.ControlServiceServicer):
     """Keeps an agent's stream open and hands its messages on."""
 
-    def __init__(self, sessions: Sessions, roster: Roster, conversation: Conversation) -> None:
+    def __init__(
+        self, sessions: Sessions, roster: Roster, conversation: Conversation, admission: Admission
+    ) -> None:
         self._sessions = sessions
         self._roster = roster
         self._conversation = conversation
+        self._admission = admission
 
     async def Connect(  # noqa: N802 - gRPC's name
         self,
@@ -77,9 +81,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[control_pb2.ConnectResponse]:
         """Admit the agent, then read and write until either side ends."""
-        async with refusing(context, "Connect"):
+        async with refusing(context, "Connect"), self._admission.call(context.peer()) as call:
             membership = Membership(self._roster, calling_peer(context))
             agent_id = membership.agent_id
+            pace = await call.stream(agent_id)
             session = _session(agent_id, await _first(request_iterator))
             yield control_pb2.ConnectResponse(
                 welcome=control_pb2.Welcome(
@@ -89,7 +94,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             )
             self._sessions.open(session)
             _log.info("agent connected", agent=agent_id)
-            reader = asyncio.create_task(self._read(session, membership, request_iterator))
+            reader = asyncio.create_task(self._read(session, membership, pace, request_iterator))
             try:
                 while not isinstance(message := await session.outbox.get(), Refused):
                     yield message
@@ -104,11 +109,13 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self,
         session: Session,
         membership: Membership,
+        pace: Pace,
         requests: AsyncIterator[control_pb2.ConnectRequest],
     ) -> None:
         ending: Refused = _END
         try:
             async for request in requests:
+                await pace.next()
                 membership.check()
                 self._dispatch(session.agent_id, request)
         except Refused as refused:

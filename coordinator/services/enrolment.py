@@ -15,6 +15,7 @@ from coordinator.certificates import parse_certificate_request
 from coordinator.roster import Roster
 from coordinator.roster_records import CertificateRequest
 from coordinator.services.access import Peer, calling_peer, public_key_sha256, refusing
+from coordinator.services.limits import Admission
 from fedloom.errors import Reason, Refused
 from fedloom.renewals import check_renewal
 from fedloom.v1 import enrolment_pb2, enrolment_pb2_grpc
@@ -26,12 +27,18 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServiceServicer):
     """Issues client certificates, or keeps requests for an authority that is offline."""
 
     def __init__(
-        self, authority: Authority, roster: Roster, control_address: str, audit: AuditLog
+        self,
+        authority: Authority,
+        roster: Roster,
+        control_address: str,
+        audit: AuditLog,
+        admission: Admission,
     ) -> None:
         self._authority = authority
         self._roster = roster
         self._control_address = control_address
         self._audit = audit
+        self._admission = admission
 
     async def Enrol(  # noqa: N802 - gRPC's name
         self,
@@ -39,7 +46,8 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> enrolment_pb2.EnrolResponse:
         """Verify the request before the secret is touched, then bind the secret to its key."""
-        async with refusing(context, "Enrol"):
+        async with refusing(context, "Enrol"), self._admission.call(context.peer()) as call:
+            succeeded = await call.join()
             signing_request = parse_certificate_request(request.certificate_request)
             asked = self._roster.redeem(
                 hashlib.sha256(request.secret).digest(),
@@ -47,6 +55,7 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServiceServicer):
                 request.certificate_request,
                 time.time(),
             )
+            succeeded()  # whether or not a person has yet to sign
             certificate, *issuers = self._granted(asked, signing_request, Action.AGENT_ENROLLED)
             return enrolment_pb2.EnrolResponse(
                 agent_id=asked.agent_id,
@@ -62,8 +71,9 @@ class EnrolmentService(enrolment_pb2_grpc.EnrolmentServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> enrolment_pb2.RenewResponse:
         """Give the calling agent a certificate that ends later; the old one stays good."""
-        async with refusing(context, "Renew"):
+        async with refusing(context, "Renew"), self._admission.call(context.peer()) as call:
             peer = calling_peer(context)
+            await call.renewal(peer.name)
             signing_request = parse_certificate_request(request.certificate_request)
             asked = CertificateRequest(
                 peer.name,

@@ -9,16 +9,20 @@ fetched again, because its name is its digest.
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from fedloom.channels import WINDOW_BYTES
 from fedloom.errors import Reason, Refused
 
 PART_BYTES = 1 << 20  # largest part that is accepted; gRPC's 4 MiB limit stays above it
-# Parts that we send: as fast as parts of 1 MiB, and a peer with many streams buffers much less.
+# Largest part that we send: as fast as 1 MiB, and a peer with many streams buffers much less.
 SENT_PART_BYTES = 1 << 18
+FIRST_PART_BYTES = 1 << 15  # until the link is known
+SMALLEST_PART_BYTES = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,28 @@ class ArtifactReference:
             )
 
 
-def read_parts(path: Path, offset: int = 0) -> Iterator[bytes]:
-    """Yield the file's bytes from `offset` in parts."""
+def next_part_bytes(given: int, seconds: float) -> int:
+    """Return the size of the next part when so many bytes were given to gRPC in so many seconds.
+
+    About a second's worth: a cut costs what is in a part, and a link that is cut again and again
+    still brings parts over. What fits into the window was given without having been sent.
+    """
+    carried = given - WINDOW_BYTES
+    if carried <= 0:
+        return FIRST_PART_BYTES
+    rate = carried / max(seconds, 1e-3)  # bytes per second
+    return int(min(max(rate, SMALLEST_PART_BYTES), SENT_PART_BYTES))
+
+
+def read_parts(
+    path: Path, offset: int = 0, clock: Callable[[], float] = time.monotonic
+) -> Iterator[bytes]:
+    """Yield the file's bytes from `offset` in parts as large as the taker's speed suggests."""
+    started, given = clock(), 0
     with path.open("rb") as file:
         file.seek(offset)
-        while part := file.read(SENT_PART_BYTES):
+        while part := file.read(next_part_bytes(given, clock() - started)):
+            given += len(part)
             yield part
 
 

@@ -19,6 +19,7 @@ from google.rpc.status_pb2 import Status
 from fedloom.v1 import refusal_pb2
 
 MAX_SUBJECT_BYTES = 512
+MAX_RETRY_SECONDS = 3600.0  # no peer silences another one for longer
 _STATUS_KEY = "grpc-status-details-bin"  # where gRPC carries google.rpc.Status in every language
 
 
@@ -59,6 +60,7 @@ class Reason(IntEnum):
     BANNED = 32
     CERTIFICATE_EXPIRED = 33
     ENROLMENT_PENDING = 34
+    BUSY = 35
 
 
 class Reaction(Enum):
@@ -121,6 +123,7 @@ RULES: dict[Reason, Rule] = {
     Reason.BANNED: Rule(_Code.PERMISSION_DENIED, Reaction.STOP),
     Reason.CERTIFICATE_EXPIRED: Rule(_Code.UNAUTHENTICATED, Reaction.ENROL),
     Reason.ENROLMENT_PENDING: Rule(_Code.UNAVAILABLE, Reaction.RECONNECT),
+    Reason.BUSY: Rule(_Code.RESOURCE_EXHAUSTED, Reaction.RECONNECT),
 }
 
 
@@ -173,10 +176,10 @@ def refused_from_details(details: refusal_pb2.RefusalDetails) -> Refused:
         reason = Reason(details.reason) if details.reason else Reason.MALFORMED
     except ValueError:
         reason = Reason.INTERNAL
-    later = details.retry_after
     # Read without Duration's own conversion, which raises on a foreign value out of range.
-    seconds = later.seconds + later.nanos / 1e9 if details.HasField("retry_after") else None
-    return Refused(reason, details.subject[:MAX_SUBJECT_BYTES], seconds)
+    later = details.retry_after.seconds + details.retry_after.nanos / 1e9
+    wait = min(max(0.0, later), MAX_RETRY_SECONDS) if details.HasField("retry_after") else None
+    return Refused(reason, details.subject[:MAX_SUBJECT_BYTES], wait)
 
 
 def refusal_trailers(refused: Refused) -> tuple[tuple[str, bytes], ...]:

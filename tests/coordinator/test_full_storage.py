@@ -19,6 +19,7 @@ from coordinator.run_state import Phase
 from coordinator.server import keep_conducting
 from coordinator.services import artifacts
 from coordinator.services.artifacts import ArtifactService
+from coordinator.services.limits import Admission, Limits
 from coordinator.store import JournalEntry, Store
 from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference, PartialFile
 from fedloom.errors import Reason, refused_from_rpc
@@ -139,6 +140,10 @@ class Context:
     def __init__(self) -> None:
         self.sent: list[artifact_pb2.DownloadArtifactResponse] = []
 
+    def peer(self) -> str:
+        """Return whose connection it is."""
+        return "ipv4:192.0.2.7:1"
+
     async def write(self, answer: artifact_pb2.DownloadArtifactResponse) -> None:
         """Send an answer."""
         self.sent.append(answer)
@@ -163,7 +168,7 @@ async def test_a_full_disk_refuses_uploads_with_its_reason_and_serves_downloads(
     store = Store(disk.folder / "store.sqlite")
     total = published.put(iter([b"sum"]))
     spooled = disk.folder / "spool" / "0.update"
-    service = ArtifactService(published, Rounds(spooled))
+    service = ArtifactService(published, Rounds(spooled), Admission(Limits()))
     context: Any = Context()
     disk.fill()
     with pytest.raises(Aborted) as caught:

@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import io
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import structlog
 from typer.testing import CliRunner
 
 from coordinator.app import app
@@ -60,6 +63,17 @@ async def until(what: str, condition: Callable[[], _T | None]) -> _T:
             return found
         await asyncio.sleep(0.01)
     raise AssertionError(f"expected {what} within {PATIENCE_SECONDS} s")
+
+
+class _Stderr(io.TextIOBase):
+    """Whatever stands in for standard error when a line is logged."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+
+# Commands run in this process, beside the coordinator: what it logs is not what they print.
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(_Stderr()))
 
 
 def command(*arguments: str | Path) -> str:

@@ -46,8 +46,8 @@ async def offline(folder: Path, strict: bool, *options: str) -> AsyncIterator[Of
         patch.setattr("coordinator.conductor.TICK_SECONDS", 0.05)
         patch.setattr("coordinator.services.enrolment.PENDING_SECONDS", 0.05)
         patch.setattr("edge_agent.session.LAST_BACKOFF_SECONDS", 0.4)
-        patch.setattr("edge_agent.enrolment.SHORTEST_WAIT_SECONDS", 0.05)
-        patch.setattr("edge_agent.enrolment.WAIT_SECONDS", 0.05)
+        patch.setattr("edge_agent.enrolment.FIRST_WAIT_SECONDS", 0.05)
+        patch.setattr("edge_agent.enrolment.LONGEST_WAIT_SECONDS", 0.05)
         await found.start()
         yield found
         await found.close()

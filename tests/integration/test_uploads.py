@@ -10,15 +10,15 @@ import grpc
 import pytest
 
 from coordinator.run_state import Phase
-from edge_agent.transfer import Transfer
 from fedloom.artifacts import PART_BYTES
 from fedloom.errors import Reason
 from fedloom.v1 import artifact_pb2, artifact_pb2_grpc, control_pb2
-from tests.integration.federation import Agent, Federation
+from tests.integration.federation import Agent, Federation, until
 from tests.integration.raw import (
     RawControl,
     Upload,
     encoded_update,
+    end_of,
     pieces,
     raw_channel,
     refused,
@@ -164,7 +164,7 @@ async def test_parts_that_do_not_fit_their_header(
     with monkeypatch.context() as small:
         small.setattr("fedloom.artifacts.PART_BYTES", 1000)
         async with refused(Reason.MALFORMED, "expected a part of 1..1000 "):
-            await upload(live.channel, good.header, [good.content[:1000], good.content[1000:]])
+            await upload(live.channel, good.header, [good.content[:12_000], good.content[1000:]])
     assert live.spooled() == []
     await finish(live, good)
 
@@ -221,18 +221,18 @@ async def test_a_repeated_upload_is_stored_and_a_second_one_is_not(live: Live) -
     await live.completes()
 
 
-async def test_one_upload_is_open_on_one_stream_only(live: Live, tmp_path: Path) -> None:
+async def test_a_newer_stream_of_an_upload_takes_over_where_the_older_one_is(live: Live) -> None:
     good = live.update()
     stub = artifact_pb2_grpc.ArtifactServiceStub(live.channel)
-    first = stub.UploadArtifact()
+    first = stub.UploadArtifact()  # its connection might be half-open: nobody says that it ended
     await first.write(artifact_pb2.UploadArtifactRequest(header=good.header))
     assert isinstance(await first.read(), artifact_pb2.UploadArtifactResponse)
-    async with refused(Reason.INTERNAL, "still open"):  # agents try again later
-        await upload(live.channel, good.header, [good.content])
-    first.cancel()
-    file = tmp_path / "update.bin"
-    file.write_bytes(good.content)
-    await Transfer(live.channel, "the coordinator").upload(good.header, file)
+    await first.write(artifact_pb2.UploadArtifactRequest(part=good.content[:12_000]))
+    await until("the part to be stored", lambda: [f for f in live.spooled() if f.stat().st_size])
+    assert await upload(live.channel, good.header, [good.content]) in range(8_000, 12_001)
+    async with refused(Reason.INTERNAL, "took over"):  # agents try again later
+        await first.read()
+        raise await end_of(first)
     live.control.call.cancel()
     await live.completes()
 

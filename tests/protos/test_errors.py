@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.errors import (
+    MAX_RETRY_SECONDS,
     MAX_SUBJECT_BYTES,
     RULES,
     Reaction,
@@ -52,6 +53,22 @@ def test_a_subject_is_cut_at_a_character_and_fits_the_wire(reason: Reason, subje
     assert refused_from_details(details).subject == details.subject
     trailers = refusal_trailers(Refused(reason, subject))
     assert sum(len(value) for _, value in trailers) < 4096  # half of gRPC's limit for metadata
+
+
+@given(st.sampled_from(Reason), st.none() | st.floats(0, MAX_RETRY_SECONDS))
+def test_how_long_to_wait_travels_too(reason: Reason, seconds: float | None) -> None:
+    details = refusal_details(Refused(reason, "", seconds))
+    assert details.HasField("retry_after") == (seconds is not None)
+    assert refused_from_details(details).retry_after == pytest.approx(seconds, abs=1e-6)
+
+
+@given(st.integers(-(1 << 63), (1 << 63) - 1), st.integers(-(1 << 31), (1 << 31) - 1))
+def test_no_peer_silences_another_for_longer_than_an_hour(seconds: int, nanos: int) -> None:
+    details = refusal_pb2.RefusalDetails(reason=refusal_pb2.REASON_BUSY)
+    details.retry_after.seconds, details.retry_after.nanos = seconds, nanos
+    wait = refused_from_details(details).retry_after
+    assert wait is not None
+    assert 0 <= wait <= MAX_RETRY_SECONDS
 
 
 def test_an_unknown_reason_counts_as_internal_and_none_as_malformed() -> None:
