@@ -96,6 +96,8 @@ class Conductor:
         await execution.restore()
         self._open, self._settled = execution, True
         protection = execution.config.encoding.protection
+        for agent in self._banned_holders(execution.state):
+            execution.post(AgentRemoved(agent))
         execution.take_up({s.agent_id for s in self._sessions if s.can(protection)})
         while not execution.finished.is_set():
             with contextlib.suppress(TimeoutError):
@@ -103,6 +105,14 @@ class Conductor:
             execution.check()
             execution.obey(self._store.run(execution.run_id).wish)
             execution.post(Tick())
+
+    def _banned_holders(self, state: RunState) -> list[str]:
+        """Who has the key of the next round, and was banned while nobody served."""
+        holders = state.keys.holders.get(state.keys.latest, frozenset())
+        if not holders:
+            return []
+        agents = self._store.roster.agents()
+        return [a.agent_id for a in agents if a.banned_at is not None and a.agent_id in holders]
 
     async def _opened(self, record: RunRecord) -> Execution:
         """Open a stored run; raises ConfigError or Refused when its file or plan is not right."""
