@@ -5,8 +5,8 @@ import os
 import time
 from pathlib import Path
 
+from coordinator.premises import open_published
 from coordinator.run_state import Phase
-from coordinator.server import open_published
 from fedloom.plans import ADAPTER_FILE
 from tests.integration.federation import Agent, Federation
 
