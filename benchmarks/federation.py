@@ -88,7 +88,7 @@ class EventLog:
             if time.monotonic() > end:
                 raise Failed(f"expected {event!r} within {seconds:.0f} s: {self.events[-3:]}")
             time.sleep(_POLL_SECONDS)
-            self._read()
+            self.read()
 
     def moments(self, event: str, **facts: object) -> list[float]:
         """Return when the event was logged with these facts, in seconds since the epoch."""
@@ -101,7 +101,8 @@ class EventLog:
     def _count(self, event: str) -> int:
         return sum(line["event"] == event for line in self.events)
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Take in what was logged since."""
         with self.path.open("rb") as file:
             file.seek(self._offset)
             whole, newline, _ = file.read().rpartition(b"\n")

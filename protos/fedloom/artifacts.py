@@ -21,8 +21,10 @@ from fedloom.errors import Reason, Refused
 PART_BYTES = 1 << 20  # largest part that is accepted; gRPC's 4 MiB limit stays above it
 # Largest part that we send: as fast as 1 MiB, and a peer with many streams buffers much less.
 SENT_PART_BYTES = 1 << 18
-FIRST_PART_BYTES = 1 << 15  # until the link is known
 SMALLEST_PART_BYTES = 1 << 13
+# While the link is not known: at 64 kbit/s 4 to 16 s each.
+FIRST_PART_BYTES = 1 << 15
+UNPROVEN_PART_BYTES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def next_part_bytes(given: int, seconds: float) -> int:
     """
     carried = given - WINDOW_BYTES
     if carried <= 0:
-        return FIRST_PART_BYTES
+        return min(max(given, FIRST_PART_BYTES), UNPROVEN_PART_BYTES)
     rate = carried / max(seconds, 1e-3)  # bytes per second
     return int(min(max(rate, SMALLEST_PART_BYTES), SENT_PART_BYTES))
 

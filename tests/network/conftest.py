@@ -44,13 +44,19 @@ def hasty_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coordinator.server.SERVER_OPTIONS", hasty(SERVER_OPTIONS))
 
 
+def parts_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Let everybody send parts of this size: updates of tests are small."""
+    monkeypatch.setattr("fedloom.artifacts.FIRST_PART_BYTES", size)
+    monkeypatch.setattr("fedloom.artifacts.UNPROVEN_PART_BYTES", size)
+
+
 @pytest.fixture
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> int:
     """Let updates of 200 KB travel in parts of 4 KiB; return the size of a part."""
     layout = (TrainableTensor("values", (50_000,), 0),)
     monkeypatch.setattr(federations, "LAYOUT", layout)
     monkeypatch.setattr(federations, "PARAMETERS", 50_000)
-    monkeypatch.setattr("fedloom.artifacts.FIRST_PART_BYTES", 4096)
+    parts_of(monkeypatch, 4096)
     return 4096
 
 

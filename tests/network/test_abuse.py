@@ -1,6 +1,7 @@
 """Attacks with real sockets on a server that serves a run meanwhile; the run finishes."""
 
 import asyncio
+import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -26,6 +27,7 @@ from fedloom.v1 import (
 )
 from fedloom.version import PROTOCOL_VERSION
 from tests.integration.federation import PATIENCE_SECONDS, Agent, Federation, until
+from tests.integration.processes import coordinator
 from tests.integration.raw import RawControl, raw_channel, refused
 from tests.integration.test_join import enrolment_channel
 from tests.network import http2
@@ -470,6 +472,28 @@ async def test_agents_come_back_when_a_busy_coordinator_told_them_to(
     [leaving, staying] = [agent for agent in agents if agent is not waiting]
     await leaving.stop()
     await federation.connected([waiting, staying])
+
+
+async def test_strangers_write_no_lines_into_the_log(
+    federation: Federation, tmp_path: Path
+) -> None:
+    agents = [await federation.enrol("agent")]
+    await federation.stop()
+    run_id = federation.start_run("plain", rounds=1, minimum=1)
+    log = tmp_path / "coordinator.log"
+    async with coordinator(federation, log):
+        await until("it to serve", lambda: log.is_file() and b"serving" in log.read_bytes())
+        for port in PORTS:
+            for _ in range(50):
+                reader, writer = await connect(port_of(federation, port))
+                writer.write(b"GET / HTTP/1.1\r\n\r\n")
+                await reader.read()
+                writer.close()
+        for agent in agents:
+            agent.start()
+        await federation.run_over(run_id)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(lines) < 50
 
 
 def test_the_options_of_channels_are_ones_that_grpc_knows() -> None:

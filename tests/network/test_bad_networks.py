@@ -15,6 +15,7 @@ from fedloom.v1 import control_pb2
 from tests.integration.federation import Agent, Federation, until, weighted_mean
 from tests.integration.processes import coordinator
 from tests.integration.test_rounds import quantisation_bound
+from tests.network.conftest import parts_of
 from tests.network.proxy import Link, Proxy, proxy
 
 SAMPLES = (30, 50, 100)
@@ -83,7 +84,7 @@ async def test_everybody_is_far_away(federation: Federation) -> None:
 async def test_an_agent_behind_64_kbit_a_second(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedloom.artifacts.FIRST_PART_BYTES", 2048)  # ten parts of 20 KB
+    parts_of(monkeypatch, 2048)  # ten of 20 KB
     async with behind(Link(bytes_per_second=8000, latency=0.05), federation=federation) as proxies:
         run_id = await start(federation, "plain")
         await ends_well(federation, run_id, "plain")
