@@ -156,9 +156,9 @@ async def test_a_run_pauses_resumes_and_is_cancelled(federation: Federation) -> 
         assert client.wish(run_id, Wish.RUN).state == "gathering"
         await until("the next round", lambda: agents[0].engine.begun == 2)
         client.wish(run_id, Wish.CANCEL)
+        over = await federation.run_over(run_id)  # in the middle of a round that cannot end
         for agent in agents:
             agent.engine.may_finish.set()
-        over = await federation.run_over(run_id)
         assert (over.phase, over.reason) == (Phase.FAILED, Reason.RUN_CANCELLED)
         assert next(client.runs()).state == "cancelled"
         with pytest.raises(ConfigError, match="is cancelled already"):

@@ -482,7 +482,7 @@ async def test_strangers_write_no_lines_into_the_log(
     run_id = federation.start_run("plain", rounds=1, minimum=1)
     log = tmp_path / "coordinator.log"
     async with coordinator(federation, log):
-        await until("it to serve", lambda: log.is_file() and b"serving" in log.read_bytes())
+        await until("it to serve", lambda: log.is_file() and b'"serving"' in log.read_bytes())
         for port in PORTS:
             for _ in range(50):
                 reader, writer = await connect(port_of(federation, port))

@@ -149,7 +149,7 @@ async def test_an_agent_that_moves_while_it_uploads_is_not_held_up_by_its_older_
         agent = federation.agents[0]
         run_id = await start(federation, kind)
         folder = federation.home / "spool" / run_id.hex()
-        await until("the upload", lambda: [p for p in folder.glob("0.*.part") if p.stat().st_size])
+        await until("the upload", lambda: [p for p in folder.rglob("0.*.part") if p.stat().st_size])
         older = found.connections[0]
         found.rebind()
         # The coordinator hears nothing of it for its 50 s: the newer streams take over at once.
@@ -181,7 +181,7 @@ async def test_an_outage_of_thirty_seconds(many_parts: int, federation: Federati
     async with behind(Link(bytes_per_second=100_000), federation=federation) as (found,):
         run_id = await start(federation, "plain")
         folder = federation.home / "spool" / run_id.hex()
-        await until("the upload", lambda: [p for p in folder.glob("0.*.part") if p.stat().st_size])
+        await until("the upload", lambda: [p for p in folder.rglob("0.*.part") if p.stat().st_size])
         found.link.freeze()
         await asyncio.sleep(30)
         found.link.thaw()
