@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from edge_agent.identity import certificate_request
 from fedloom.v1 import enrolment_pb2
 
-STREAMS = 4  # calls at a time on one connection: as many as the enrolment port permits
+STREAMS = 1  # calls at a time on one connection: as many as the enrolment port permits
 BYTE_SECONDS = 1.0  # how often slowloris says something
 TRIES_PER_SECOND = 2.0  # of one attacker whose connection was closed
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -97,7 +97,7 @@ class Joins:
                 kind, flags = head[3], head[4]
                 if kind == _RST_STREAM or (kind == _HEADERS and flags & _END_STREAM):
                     answered += 1
-                    seen["answered"] += 1
+                    seen["answered" if kind == _HEADERS else "reset"] += 1
                 elif kind == _PING and not flags & _ACK:
                     writer.write(_frame(_PING, _ACK, 0, payload))
                 elif kind == _GOAWAY:

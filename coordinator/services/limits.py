@@ -21,6 +21,7 @@ messages and headers, pings, handshakes that do not end, connections that do not
 import asyncio
 import contextlib
 import ipaddress
+import random
 import resource
 import time
 import tomllib
@@ -38,7 +39,7 @@ from fedloom.artifacts import PART_BYTES
 from fedloom.channels import WINDOW_BYTES, ChannelOptions
 from fedloom.errors import ConfigError, Reason, Refused
 
-HOLD_SECONDS = 1.0  # before BUSY is said
+HOLD_SECONDS = 1.0  # before BUSY is said, on average
 MAX_HELD = 4096  # calls that wait for that; more are refused at once
 RETRY_SECONDS = 2.0  # what BUSY suggests where nothing better is known
 LOG_SECONDS = 10.0  # a flood of calls is no flood of lines
@@ -61,7 +62,7 @@ class Limits:
     connections_per_address: int = 2048
     streams_per_agent: int = 4
     connects_per_minute: int = 30
-    messages_per_second: int = 20
+    messages_per_second: int = 100  # a round needs from two, plain, to five, sealed
     transfers_per_agent: int = 4  # this project's agent needs one
     mib_in_flight: int = 2048  # 1.5 for each transfer of more than that
     joins_per_minute: int = 60
@@ -207,7 +208,8 @@ class Admission:
         if self._held < MAX_HELD:
             self._held += 1
             try:
-                await asyncio.sleep(HOLD_SECONDS)
+                # Spread, or those that came together would keep the loop busy together.
+                await asyncio.sleep(HOLD_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
             finally:
                 self._held -= 1
         raise Refused(Reason.BUSY, f"expected no more than [limits] {limit}", max(1.0, wait))

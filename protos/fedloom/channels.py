@@ -85,7 +85,7 @@ SERVER_OPTIONS: ChannelOptions = [
 # Anybody may call there: one small call, and nobody stays.
 ENROLMENT_SERVER_OPTIONS: ChannelOptions = [
     *_ANY_SERVER,
-    ("grpc.max_concurrent_streams", 4),
+    ("grpc.max_concurrent_streams", 1),
     ("grpc.max_receive_message_length", ENROLMENT_MESSAGE_BYTES),
     ("grpc.max_connection_idle_ms", 20_000),
     ("grpc.max_connection_age_ms", 60_000),
