@@ -1,6 +1,8 @@
-"""After an encrypted run, neither the coordinator's disk nor anybody's log holds a secret."""
+"""After a protected run, neither the coordinator's disk nor anybody's log holds a secret."""
 
+import asyncio
 import base64
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +11,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from coordinator.run_state import Phase
+from crypto import cohort
+from crypto.errors import MalformedMessage
 from edge_agent.run_keys import open_envelope
 from fedloom.tokens import parse_token
 from fedloom.v1 import control_pb2
@@ -51,29 +55,34 @@ def private_values(agent: Agent) -> list[bytes]:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    return [tls, der, identity.exchange_key.private_bytes_raw()]
+    signing = identity.identity_key.private_bytes_raw()
+    return [tls, der, identity.exchange_key.private_bytes_raw(), signing]
 
 
-async def test_an_encrypted_run_of_processes_leaves_no_secret_behind(
-    federation: Federation, tmp_path: Path
+@pytest.mark.parametrize("kind", ["encrypted", "sealed"])
+async def test_a_protected_run_of_processes_leaves_no_secret_behind(
+    federation: Federation, tmp_path: Path, kind: str
 ) -> None:
     agents = await federation.enrol_all()
     token = parse_token(federation.invite("somebody"))
     await federation.stop()
-    run_id = federation.start_run("encrypted", rounds=2)
+    run_id = federation.start_run(kind, rounds=3)
     logs = tmp_path / "logs"
     logs.mkdir()
     async with (
         coordinator(federation, logs / "coordinator.log") as server,
         agent_processes(agents, logs) as devices,
     ):
+        seeds = await mask_secrets(agents, run_id, devices)
         assert [await device.wait() for device in devices] == [0, 0, 0], logs_of(logs)
         assert await server.wait() == 0, logs_of(logs)
     assert federation.run(run_id).phase is Phase.COMPLETED
+    assert bool(seeds) == (kind == "sealed")
 
     envelope = control_pb2.KeyEnvelope.FromString(federation.store.envelopes(run_id)[1]["agent-0"])
     run_key = open_envelope(agents[0].identity, run_id, envelope)
-    secrets = [run_key.secret, run_key.derive("bfv secret", run_id), token.secret]
+    secrets = [run_key.secret, *(run_key.derive(use, run_id) for use in ("bfv secret", "tag key"))]
+    secrets += [token.secret, agents[0].theta(run_id)[100:116].tobytes(), *seeds]
     for agent in agents:
         secrets += private_values(agent)
     searched = files_below(federation.home, logs)
@@ -82,6 +91,20 @@ async def test_an_encrypted_run_of_processes_leaves_no_secret_behind(
     # What must be found is found: the wrapped key in the database, the key itself on no device.
     assert places(envelope.wrapped, searched) != []
     assert places(run_key.secret, files_below(*(agent.home for agent in agents))) == []
+
+
+async def mask_secrets(
+    agents: list[Agent], run_id: bytes, devices: list[asyncio.subprocess.Process]
+) -> set[bytes]:
+    """Return the secrets that masks were made from, as they came by on the devices' disks."""
+    found = set()
+    while any(device.returncode is None for device in devices):
+        for agent in agents:
+            state = agent.home / "runs" / run_id.hex() / "masks.state"
+            with contextlib.suppress(OSError, MalformedMessage):
+                found.add(cohort.MemberState.decode(state.read_bytes()).secret)
+        await asyncio.sleep(0.005)
+    return found - {b""}
 
 
 def logs_of(folder: Path) -> str:
@@ -108,7 +131,7 @@ async def test_the_search_finds_a_key_in_the_database(federation: Federation) ->
 
 async def test_private_files_are_for_their_owner_alone(federation: Federation) -> None:
     [agent] = await federation.enrol_all((32,))
-    for path in (agent.home / "agent.pem", agent.home / "exchange.key"):
+    for path in (agent.home / name for name in ("agent.pem", "exchange.key", "identity.key")):
         assert path.stat().st_mode & 0o777 == 0o600, path
     for path in (federation.home / "authority.key", federation.home / "server.key"):
         assert path.stat().st_mode & 0o777 == 0o600, path
