@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.federation import EventLog, Federation, make_plan
 from benchmarks.figures import MEGABYTE
 from benchmarks.processes import Children, Failed, exit_on_termination, run, usage
-from coordinator.server import load_server_config
+from coordinator.premises import load_server_config
 
 AGENTS = 3
 PARAMETERS = 10_000

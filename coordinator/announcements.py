@@ -121,7 +121,11 @@ def waiting(
 
 
 def finished(
-    run_id: bytes, phase: Phase, reason: Reason | None, history: Iterable[RoundRecord]
+    run_id: bytes,
+    phase: Phase,
+    reason: Reason | None,
+    history: Iterable[RoundRecord],
+    envelopes: Iterable[bytes],
 ) -> Message:
     """Tell how the run ended, and what an agent needs that missed a part of it."""
     completed = phase is Phase.COMPLETED
@@ -131,6 +135,7 @@ def finished(
             control_pb2.RUN_OUTCOME_COMPLETED if completed else control_pb2.RUN_OUTCOME_FAILED
         ),
         history=[_outcome(record) for record in history],
+        envelopes=[control_pb2.KeyEnvelope.FromString(envelope) for envelope in envelopes],
     )
     if reason is not None:
         message.reason.CopyFrom(refusal_details(Refused(reason, "the run failed")))

@@ -61,7 +61,7 @@ def init(
     """Make the authority, the server's keys, the store and coordinator.toml."""
     from coordinator.authority import Authority, load_root
     from coordinator.ca import warn_of_key_here, write_all_requests
-    from coordinator.server import ServerConfig, open_store, write_server_config
+    from coordinator.premises import ServerConfig, open_store, write_server_config
     from coordinator.signing import ROOT_KEY_FILE
     from fedloom.secret_files import make_private_folder
 

@@ -9,7 +9,7 @@ import typer
 from coordinator.audit import AuditLog, local_operator
 from coordinator.authority import Authority, Custody
 from coordinator.commands.connection import DEFAULT_HOME
-from coordinator.server import CONFIG_FILE, load_server_config, open_store
+from coordinator.premises import CONFIG_FILE, load_server_config, open_store
 from coordinator.signing import ROOT_FILE, ROOT_KEY_FILE, Root, Standing, collect_requests, install
 from coordinator.signing_files import (
     Granted,

@@ -10,6 +10,7 @@ from cryptography import x509
 
 from coordinator import announcements
 from coordinator.config import parse_run_config
+from coordinator.correspondence import envelopes_for
 from coordinator.events import (
     AgentConnected,
     AgentDisconnected,
@@ -95,6 +96,8 @@ class Conductor:
         await execution.restore()
         self._open, self._settled = execution, True
         protection = execution.config.encoding.protection
+        for agent in self._banned_holders(execution.state):
+            execution.post(AgentRemoved(agent))
         execution.take_up({s.agent_id for s in self._sessions if s.can(protection)})
         while not execution.finished.is_set():
             with contextlib.suppress(TimeoutError):
@@ -102,6 +105,14 @@ class Conductor:
             execution.check()
             execution.obey(self._store.run(execution.run_id).wish)
             execution.post(Tick())
+
+    def _banned_holders(self, state: RunState) -> list[str]:
+        """Who has the key of the next round, and was banned while nobody served."""
+        holders = state.keys.holders.get(state.keys.latest, frozenset())
+        if not holders:
+            return []
+        agents = self._store.roster.agents()
+        return [a.agent_id for a in agents if a.banned_at is not None and a.agent_id in holders]
 
     async def _opened(self, record: RunRecord) -> Execution:
         """Open a stored run; raises ConfigError or Refused when its file or plan is not right."""
@@ -136,7 +147,11 @@ class Conductor:
             missed = run.run_id in session.unfinished_run_ids and run.phase.over
             if missed and self._store.took_part(run.run_id, session.agent_id):
                 history = self._store.rounds(run.run_id)
-                session.send(announcements.finished(run.run_id, run.phase, run.reason, history))
+                keys = self._store.envelopes(run.run_id)
+                envelopes = envelopes_for(session.agent_id, keys, history)
+                session.send(
+                    announcements.finished(run.run_id, run.phase, run.reason, history, envelopes)
+                )
 
     def _agent_disconnected(self, session: Session) -> None:
         if self._open is not None:

@@ -32,7 +32,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import crypto
 from coordinator.run_state import RunPolicy
 from fedloom.errors import ConfigError, Refused
 from fedloom.terms import (
@@ -215,6 +214,8 @@ def _encoding(reader: "_Reader", cohort: CohortTerms) -> Encoding:
 
 def unencodable(encoding: Encoding, training: LocalTraining, parameter_count: int = 1) -> str:
     """Say why a cohort's updates could not be encoded: better now than after they are trained."""
+    import crypto  # and numpy with it: a list of runs reads their files and encodes nothing
+
     stated = encoding.clip > 0 or training.optimizer is Optimizer.ADAMW
     if encoding.protection is Protection.PLAIN or not stated:
         return ""

@@ -1,6 +1,6 @@
 """What the agents of one run are told, and what of it follows from what they were told before."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from coordinator import announcements
 from coordinator.collection import Collection
@@ -60,12 +60,8 @@ class Correspondence:
         """Invite agents to the state's round, each with the history and the keys that it lacks."""
         for agent in () if self.muted else agents:
             history = self.history[self._known_rounds.get(agent, 0) :]
-            needed = {record.key_id for record in history} | {state.keys.latest}
-            envelopes = [
-                envelopes[agent]
-                for key_id, envelopes in sorted(self._envelopes.items())
-                if key_id in needed and agent in envelopes
-            ]
+            latest = state.keys.latest
+            envelopes = envelopes_for(agent, self._envelopes, history, latest)
             message = announcements.invitation(
                 self._record.run_id,
                 self._config,
@@ -122,10 +118,13 @@ class Correspondence:
 
     def finished(self, state: RunState) -> None:
         """Tell everybody how the run ended."""
-        message = announcements.finished(
-            self._record.run_id, state.phase, state.reason, self.history
-        )
-        self._tell(state.connected, message)
+        run_id = self._record.run_id
+        for agent in () if self.muted else state.connected:
+            envelopes = envelopes_for(agent, self._envelopes, self.history)
+            message = announcements.finished(
+                run_id, state.phase, state.reason, self.history, envelopes
+            )
+            self._tell([agent], message)
 
     def refuse(self, agent: str, round_number: int, refused: Refused) -> None:
         """Tell an agent that its step is refused; a diverged one starts from the plan again."""
@@ -135,3 +134,21 @@ class Correspondence:
     def _tell(self, agents: Iterable[str], message: announcements.Message) -> None:
         for agent in () if self.muted else agents:
             self._sessions.send(agent, message)
+
+
+def envelopes_for(
+    agent: str,
+    envelopes: Mapping[int, Mapping[str, bytes]],
+    history: Iterable[RoundRecord],
+    latest: int = 0,
+) -> list[bytes]:
+    """Return the wrapped keys with which an agent opens the history, and the latest one.
+
+    `envelopes` are the run's, by number of the key and agent.
+    """
+    needed = {record.key_id for record in history} | {latest}
+    return [
+        by_agent[agent]
+        for key_id, by_agent in sorted(envelopes.items())
+        if key_id in needed and agent in by_agent
+    ]

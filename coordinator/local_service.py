@@ -8,7 +8,7 @@ import structlog
 
 from coordinator.admin_listener import answering
 from coordinator.audit import AuditLog
-from coordinator.server import load_server_config, open_operations, open_published, open_store
+from coordinator.premises import load_server_config, open_operations, open_published, open_store
 from fedloom.logs import configure_logs
 
 

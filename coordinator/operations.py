@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from coordinator.catalogue import Catalogue
 from coordinator.config import RunConfig, parse_run_config
-from coordinator.export import Model, read_model
 from coordinator.membership import Membership, Presence
 from coordinator.progress import OpenPhase, ProgressReader, RunProgress, open_phase
 from coordinator.published import Published
@@ -25,6 +24,9 @@ from coordinator.summaries import Page, PrivacyReport, RunSummary, page
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.privacy import PrivacyTerms, privacy_statement
+
+if TYPE_CHECKING:
+    from coordinator.export import Model
 
 _ANY_FILE = Path("run.toml")  # stored files were checked when they came: no path in them is used
 
@@ -176,8 +178,10 @@ class Operations:
         connected = len(self._serving.connected())
         return open_phase(state, connected, self._serving.open_run())
 
-    def model(self, run_id: bytes) -> Model:
+    def model(self, run_id: bytes) -> "Model":
         """Return the run's model; raises ConfigError where the coordinator cannot read it."""
+        from coordinator.export import read_model  # it computes; nothing else here does
+
         record = self._store.run(run_id)
         plan = self.plans.read(record.plan)
         if plan is None:

@@ -19,9 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.faults import faults_of
-from fedloom.artifacts import ArtifactReference, read_parts, reference_of, write_artifact
+from fedloom.artifacts import (
+    ArtifactReference,
+    link_or_copy,
+    read_parts,
+    reference_of,
+    write_artifact,
+)
 from fedloom.errors import Reason, Refused
-from fedloom.exports import link_or_copy
 from fedloom.plans import MAX_PLAN_BYTES, PLAN_FILE, Plan, load_plan, parse_plan, verify_members
 
 NAME = re.compile(r"[0-9a-f]{64}")

@@ -1,10 +1,8 @@
 """The coordinator's process: its ports, its services, one conductor."""
 
 import asyncio
-import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,15 +12,20 @@ from grpc_health.v1 import health_pb2_grpc
 
 from coordinator.admin_listener import listening
 from coordinator.audit import AuditLog
-from coordinator.authority import Authority, authority_is_offline, load_server_identity
+from coordinator.authority import Authority, load_server_identity
 from coordinator.conductor import Conductor
 from coordinator.faults import StorageFault
 from coordinator.garbage import collect_daily
 from coordinator.http_port import showing
-from coordinator.membership import Membership
 from coordinator.metrics import Metrics
-from coordinator.operations import Operations, Serving
-from coordinator.published import Published, PublishedFolder
+from coordinator.premises import (
+    CONFIG_FILE,
+    ServerConfig,
+    load_server_config,
+    open_operations,
+    open_published,
+    open_store,
+)
 from coordinator.served import Served
 from coordinator.services.access import AccessInterceptor
 from coordinator.services.artifacts import ArtifactService
@@ -33,115 +36,15 @@ from coordinator.services.limits import Admission, allow_files, connection_optio
 from coordinator.services.metering import Metering
 from coordinator.sessions import Sessions
 from coordinator.status_page import operator_pages
-from coordinator.store import Store
 from coordinator.supervision import Supervisor, Unfinished, first_signal
-from crypto import MAX_PROCESSES
 from fedloom.channels import ENROLMENT_SERVER_OPTIONS, SERVER_OPTIONS, ChannelOptions
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.v1 import artifact_pb2_grpc, control_pb2_grpc, enrolment_pb2_grpc
 
-CONFIG_FILE = "coordinator.toml"
 SHUTDOWN_SECONDS = 2.0  # for calls to end after agents were sent away
 DRAIN_SECONDS = 30.0  # for updates that were received whole to be added
 STORAGE_SECONDS = 10.0  # between two tries after the store or the artifacts failed
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """`coordinator.toml`: where agents find this coordinator, and what it listens on."""
-
-    address: str = "localhost"  # host name or IP address that agents connect to
-    listen: str = "[::]"  # interface
-    control_port: int = 7070  # mutual TLS: agents
-    enrolment_port: int = 7072  # TLS: devices that have a token and no certificate yet
-    crypto_processes: int = 1  # to add updates in; 1: this one, 0: one for each core
-    metrics_listen: str = "127.0.0.1:7071"  # HTTP without login: a page, /metrics; empty: off
-    store: str = "sqlite"  # store.sqlite in the folder, or postgresql+psycopg://USER@HOST/DATABASE
-    artifacts: str = "folder"  # artifacts/ in the folder, or s3://BUCKET/PREFIX
-    artifacts_endpoint: str = ""  # URL of a server that speaks S3; empty for Amazon's
-    admin_listen: str = ""  # host:port, mutual TLS: operators elsewhere; empty: local ones only
-
-    @property
-    def control_address(self) -> str:
-        """`host:port` of the control and artifact services."""
-        return f"{_bracketed(self.address)}:{self.control_port}"
-
-    @property
-    def enrolment_address(self) -> str:
-        """`host:port` of the enrolment service."""
-        return f"{_bracketed(self.address)}:{self.enrolment_port}"
-
-
-def load_server_config(home: Path) -> ServerConfig:
-    """Read `coordinator.toml`; raises ConfigError on unknown keys and wrong types."""
-    path = home / CONFIG_FILE
-    try:
-        table = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(
-            str(path), f"expected a coordinator's folder: run `init` ({error})"
-        ) from error
-    table.pop("limits", None)  # read by coordinator/services/limits.py
-    known = {field.name: type(field.default) for field in fields(ServerConfig)}
-    for key, value in table.items():
-        if key not in known or type(value) is not known[key]:
-            expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in known.items())
-            # Without the value: whoever misspells `store` may have written a password there.
-            found = f"{key} ({type(value).__name__})"
-            raise ConfigError(str(path), f"expected {expected}; found {found}")
-    config = ServerConfig(**table)
-    if not 0 <= config.crypto_processes <= MAX_PROCESSES:
-        expected = f"expected 0..{MAX_PROCESSES}, found {config.crypto_processes}"
-        raise ConfigError(str(path), f"crypto_processes: {expected}")
-    return config
-
-
-def write_server_config(home: Path, config: ServerConfig) -> None:
-    """Write `coordinator.toml`."""
-    lines = [
-        f"{field.name} = {_toml(getattr(config, field.name))}\n" for field in fields(ServerConfig)
-    ]
-    (home / CONFIG_FILE).write_text("".join(lines))
-
-
-def open_store(home: Path) -> Store:
-    """Open the coordinator's memory."""
-    place = load_server_config(home).store
-    return Store(home / "store.sqlite" if place == "sqlite" else place)
-
-
-def open_published(home: Path) -> Published:
-    """Open the place of published artifacts."""
-    config = load_server_config(home)
-    if config.artifacts == "folder":
-        return PublishedFolder(home / "artifacts")
-    try:
-        from coordinator.bucket import open_bucket
-    except ImportError as error:
-        raise ConfigError(
-            "artifacts", 'S3 needs more packages: pip install "fedloom[s3]"'
-        ) from error
-    return open_bucket(config.artifacts, config.artifacts_endpoint, home / "spool")
-
-
-def open_operations(
-    home: Path,
-    config: ServerConfig,
-    store: Store,
-    published: Published,
-    serving: Serving | None = None,
-) -> Operations:
-    """Put together what operators can do in this folder; `serving` is there while it is served."""
-    members = Membership(
-        store.roster,
-        config.enrolment_address,
-        Authority.load(home).certificate_der,
-        serving,
-    )
-    return Operations(
-        store, published, members, home / "spool", authority_is_offline(home), serving
-    )
 
 
 @asynccontextmanager
@@ -291,11 +194,3 @@ def _add_ports(
             server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigError(address, "cannot listen here: is the port taken?") from error
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
-def _toml(value: str | int) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -278,6 +278,8 @@ class Participation:
             self._log.warning("run completed without this device")
             return
         run = await self._resume()
+        if message.envelopes:  # of keys, perhaps, that were made after our last invitation
+            self._keys.take(message.envelopes)
         for outcome in message.history:
             await apply_round(self._here, run, read_outcome(outcome))
         folder = self._device.home / "models" / self.run_id.hex()

@@ -37,7 +37,7 @@ class RunKeys:
         }
 
     def take(self, envelopes: Sequence[control_pb2.KeyEnvelope]) -> None:
-        """Open the envelopes of an invitation, which replace those before; raises Refused."""
+        """Open the envelopes of a message, which replace those before; raises Refused."""
         numbers = [envelope.key_id for envelope in envelopes]
         if not numbers:
             raise Refused(Reason.KEY_UNAVAILABLE, "expected the run key with the invitation")

@@ -95,6 +95,8 @@ class Demo:
             self._start_agent(children, number, part)
         self._title("The run")
         self._command("fedloom-coordinator", "run", "watch", *self._home())
+        self._title("Who could learn what, from the terms of this run")
+        self._command("fedloom-coordinator", "run", "privacy", *self._home())
         self._title("A device answers with ONNX Runtime and the adapter that it opened itself")
         self._answer(sentences)
         self._say_where(time.monotonic() - started)

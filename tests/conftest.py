@@ -1,8 +1,11 @@
 """Settings and options of the whole suite: no hub, and hypothesis repeats itself in CI."""
 
+import io
 import os
+import sys
 
 import pytest
+import structlog
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +15,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 settings.register_profile("developer", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "developer")
+
+
+class _Stderr(io.TextIOBase):
+    """Whatever stands in for standard error when a line is logged."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+
+# Commands run in this process, beside the coordinator: what it logs is not what they print.
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(_Stderr()))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -56,7 +56,7 @@ def remove(name: Name, home: Home = DEFAULT_HOME) -> None:
 def _record(home: Path, action: str, name: str) -> None:
     from coordinator.audit import Action, AuditLog, local_operator
     from coordinator.local_service import quiet_logs
-    from coordinator.server import open_store
+    from coordinator.premises import open_store
 
     quiet_logs()
     store = open_store(home)

@@ -19,7 +19,7 @@ import grpc
 import structlog
 from cryptography import x509
 
-from coordinator.faults import is_full
+from coordinator.faults import StorageFault, is_full
 from coordinator.roster import Roster
 from fedloom.chains import AGENT_ROLE, OPERATOR_ROLE, public_key_bytes, subject_of
 from fedloom.errors import RULES, Reason, Refused, refusal_trailers
@@ -155,15 +155,22 @@ async def refusing(context: _Context, rpc: str) -> AsyncIterator[None]:
             _log.info("rpc refused", rpc=rpc, reason=refused.reason.name, subject=refused.subject)
         ending = refused
     except Exception as error:  # the top of an RPC: gRPC would tell the peer the error's text
-        if isinstance(error, OSError) and is_full(error):
-            _log.error("no room to store", rpc=rpc, problem=str(error))
-            ending = Refused(Reason.STORAGE_FULL, "the coordinator has no room to store this")
-        else:
-            _log.exception("rpc failed", rpc=rpc)
-            ending = Refused(Reason.INTERNAL, "the coordinator failed on this call")
+        ending = _fault(error, rpc)
     else:
         return
     await context.abort(RULES[ending.reason].code, ending.reason.name, refusal_trailers(ending))
+
+
+def _fault(error: Exception, rpc: str) -> Refused:
+    """Say in the log what failed, and to the peer that it was not the peer."""
+    if isinstance(error, OSError) and is_full(error):
+        _log.error("no room to store", rpc=rpc, problem=str(error))
+        return Refused(Reason.STORAGE_FULL, "the coordinator has no room to store this")
+    if isinstance(error, StorageFault):
+        _log.error("storage failed", rpc=rpc, problem=str(error))
+        return Refused(Reason.INTERNAL, "the coordinator's storage fails: its log says how")
+    _log.exception("rpc failed", rpc=rpc)
+    return Refused(Reason.INTERNAL, "the coordinator failed on this call")
 
 
 def _guarded(handler: _Handler, admit: Callable[[_Context], Awaitable[None]]) -> _Handler:

@@ -9,6 +9,7 @@ fetched again, because its name is its digest.
 import errno
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,6 +87,18 @@ def reference_of(path: Path) -> ArtifactReference | None:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").digest()
         return ArtifactReference(sha256, file.tell())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; files here are replaced, never written into."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError as error:
+        raise Refused(
+            Reason.PLAN_MISMATCH, f"expected {source.name} in the plan folder, found none"
+        ) from error
+    except OSError:  # another device, or a file system without hard links
+        shutil.copy2(source, target)
 
 
 class PartialFile:

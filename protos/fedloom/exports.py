@@ -6,7 +6,6 @@ takes theta from the adapter's file. Only that file differs from what plan.binpb
 one when a run ends; a coordinator makes one from a run that it can read.
 """
 
-import os
 import secrets
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fedloom.adapters import Theta, write_adapter
+from fedloom.artifacts import link_or_copy
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
@@ -66,18 +66,6 @@ def require_replaceable(out: Path) -> None:
             "expected a new folder or an exported model, "
             f"found {f'a folder with {sorted(foreign)[0]!r}' if foreign else 'a file'}",
         )
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name; files here are replaced, never written into."""
-    try:
-        os.link(source, target)
-    except FileNotFoundError as error:
-        raise Refused(
-            Reason.PLAN_MISMATCH, f"expected {source.name} in the plan folder, found none"
-        ) from error
-    except OSError:  # another device, or a file system without hard links
-        shutil.copy2(source, target)
 
 
 def _swap_in(partial: Path, out: Path) -> None:

@@ -100,6 +100,7 @@ def test_nothing_unpickles_and_only_the_bridge_loads_into_seal() -> None:
         ("edge_agent.session", HEAVY | {"coordinator", "sqlalchemy", "typer"}),
         ("coordinator.app", HEAVY | STORE | {"edge_agent"}),
         ("coordinator.admin_client", HEAVY | STORE | {"edge_agent", "rich", "typer"}),
+        ("coordinator.local_service", HEAVY | {"edge_agent", "crypto", "numpy", "typer"}),
         ("coordinator.server", HEAVY | {"edge_agent", "typer"}),
         ("crypto", HEAVY | {"fedloom", "coordinator", "edge_agent", "grpc"}),
     ],

@@ -16,7 +16,7 @@ from botocore.stub import Stubber
 
 from coordinator.bucket import BLOCK_BYTES, FRESH_SECONDS, PublishedBucket, open_bucket
 from coordinator.faults import StorageFault, StorageFull, is_full
-from coordinator.server import open_published
+from coordinator.premises import open_published
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import ConfigError
 from tests.coordinator.object_server import ObjectServer

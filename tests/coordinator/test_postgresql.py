@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from coordinator.database import open_database, postgresql_url, shown
 from coordinator.faults import StorageFault
-from coordinator.server import open_store
+from coordinator.premises import open_store
 from coordinator.store import Store
 from fedloom.errors import ConfigError
 from tests.coordinator.postgresql import GUARDED, PASSWORD, PostgresServer, postgres_server

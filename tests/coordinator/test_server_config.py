@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.server import CONFIG_FILE, ServerConfig, load_server_config, write_server_config
+from coordinator.premises import CONFIG_FILE, ServerConfig, load_server_config, write_server_config
 from fedloom.errors import ConfigError
 
 

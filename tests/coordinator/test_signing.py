@@ -19,9 +19,9 @@ from coordinator.certificates import (
     alternative_name,
     request_for,
 )
+from coordinator.premises import open_store
 from coordinator.roster import Roster
 from coordinator.roster_records import CertificateRequest
-from coordinator.server import open_store
 from coordinator.signing import Root, Standing, collect_requests
 from coordinator.signing_files import Kind, SigningRequest
 from fedloom.errors import ConfigError, Refused

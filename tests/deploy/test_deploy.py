@@ -15,8 +15,8 @@ import yaml
 
 from coordinator import server
 from coordinator.app import app
+from coordinator.premises import ServerConfig
 from coordinator.probe import parser as probe_parser
-from coordinator.server import ServerConfig
 from edge_agent.app import _parser as agent_parser
 
 ROOT = Path(__file__).parents[2]

@@ -14,10 +14,11 @@ from fedloom.terms import Protection
 from tests.integration.engines import FakeEngine
 
 
-def main(home: Path, samples: int) -> int:
+def main(home: Path, samples: int, seconds: float = 0.0) -> int:
     """Take part in one run."""
     configure_logs(as_json=True)
     engine = FakeEngine(samples)
+    engine.seconds = seconds
     device = Device(
         home, load_identity(home), Protection.ENCRYPTED, lambda folder, plan: engine, export_model
     )
@@ -25,4 +26,4 @@ def main(home: Path, samples: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), *map(float, sys.argv[3:])))

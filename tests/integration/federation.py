@@ -18,14 +18,8 @@ from typer.testing import CliRunner
 
 from coordinator.app import app
 from coordinator.conductor import Conductor
-from coordinator.server import (
-    keep_conducting,
-    load_server_config,
-    open_published,
-    open_store,
-    serving,
-    write_server_config,
-)
+from coordinator.premises import load_server_config, open_published, open_store, write_server_config
+from coordinator.server import keep_conducting, serving
 from coordinator.store import RunRecord, Store
 from edge_agent.enrolment import join
 from edge_agent.identity import Identity

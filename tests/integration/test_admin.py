@@ -310,6 +310,33 @@ async def test_a_banned_agent_is_sent_away_and_its_run_goes_on(federation: Feder
     assert len(federation.store.rounds(run_id)[0].slots) == 2
 
 
+async def test_a_ban_while_nobody_serves_costs_the_run_its_key(federation: Federation) -> None:
+    agents = await federation.enrol_all()
+    for agent in agents:
+        agent.engine.may_finish.clear()
+        agent.start()
+    await federation.connected(agents)
+    run_id = federation.start_run("encrypted", rounds=2, minimum=2)
+    await until("training", lambda: all(agent.engine.training.is_set() for agent in agents))
+    with local(federation) as client:
+        client.wish(run_id, Wish.PAUSE)
+    await until("the wish to be heard", lambda: state_of(federation, run_id).paused)
+    for agent in agents:
+        agent.engine.may_finish.set()
+    await until("the pause", lambda: federation.run(run_id).phase is Phase.GATHERING)
+    (first,) = federation.store.envelopes(run_id).values()
+    assert set(first) == {agent.name for agent in agents}
+    await federation.stop()
+    with local(federation) as client:
+        client.ban(agents[0].name, "stolen")
+        client.wish(run_id, Wish.RUN)
+    await federation.start()
+    assert (await federation.run_over(run_id)).phase is Phase.COMPLETED
+    keys = federation.store.envelopes(run_id)
+    assert set(keys[max(keys)]) == {agent.name for agent in agents[1:]}
+    assert [record.key_id for record in federation.store.rounds(run_id)] == sorted(keys)
+
+
 @pytest.mark.parametrize("served", [True, False], ids=["served", "not served"])
 async def test_who_did_what_is_on_record(federation: Federation, served: bool) -> None:
     if not served:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import grpc
 import pytest
 
-from coordinator.server import open_published
+from coordinator.premises import open_published
 from fedloom.artifacts import PART_BYTES
 from fedloom.errors import Reason
 from tests.integration.federation import Federation

@@ -18,9 +18,9 @@ from structlog.testing import capture_logs
 
 from coordinator.audit import AuditLog, local_operator
 from coordinator.metrics import RoundOutcome, Side
+from coordinator.premises import load_server_config, write_server_config
 from coordinator.probe import main as probe
 from coordinator.run_state import Phase
-from coordinator.server import load_server_config, write_server_config
 from coordinator.services.access import REQUIRED_ROLE
 from coordinator.services.health import SERVICES
 from fedloom.errors import Reason

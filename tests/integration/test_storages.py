@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coordinator.premises import open_published
 from coordinator.run_state import Phase
-from coordinator.server import open_published
 from fedloom.adapters import read_adapter
 from fedloom.errors import Refused
 from fedloom.plans import ADAPTER_FILE
