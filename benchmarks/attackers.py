@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from edge_agent.identity import certificate_request
@@ -63,7 +64,9 @@ class Joins:
             )
         )
         request = certificate_request(ec.generate_private_key(ec.SECP256R1()))
-        message = enrolment_pb2.EnrolRequest(secret=bytes(32), certificate_request=request)
+        message = enrolment_pb2.EnrolRequest(
+            secret=bytes(32), certificate_request=request.public_bytes(serialization.Encoding.DER)
+        )
         payload = message.SerializeToString()
         self._message = b"\0" + len(payload).to_bytes(4, "big") + payload
 

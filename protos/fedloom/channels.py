@@ -19,11 +19,14 @@ What waits, and for how long. Nothing else does: no transfer has an end by which
 | both | a sign of life | 30 s, ping, 20 s | cut: the agent connects again |
 | agent | one attempt to connect, TLS included | 20 s | the next attempt |
 | agent | between attempts and after a cut | 0.2 s to 30 s, or `retry_after` | an attempt |
-| agent | the answer to Enrol | 30 s | `join` fails; a repeat is safe |
+| agent | the answer to Enrol or Renew | 30 s | fails; a repeat is safe |
+| agent | a person at an offline authority | a week, if need be | asks again, 1 s to 60 s apart |
 | coordinator | TLS and HTTP/2 settings of a new connection | 20 s | closes it |
 | coordinator | the first call of a connection, or the next | 2 min (enrolment: 20 s) | closes it |
 | coordinator | `hello` of a control stream | 20 s | refuses, MALFORMED |
 | coordinator | the next part of an upload | 10 min | refuses, MALFORMED |
+| coordinator | the run key, from the agent that shall wrap it | 60 s | asks another one |
+| coordinator | its own end: updates that are here, open calls | 30 s, 2 s | ends |
 | coordinator | a connection's age | 12 h (enrolment: 1 min) | GOAWAY; cuts 10 min (10 s) later |
 | coordinator | a phase of a round | `[deadlines]` of run.toml | goes on without the missing |
 

@@ -70,6 +70,12 @@ def sent_bytes(federation: Federation, run_id: bytes, agent: Agent) -> int:
     return sum(r["sent_bytes"] for r in reports if r["agent_id"] == agent.name)
 
 
+def spooled_bytes(federation: Federation, run_id: bytes) -> int:
+    """Return how much of the first agent's unfinished upload the coordinator has."""
+    folder = federation.home / "spool" / run_id.hex()
+    return sum(part.stat().st_size for part in folder.rglob("0.*.part"))
+
+
 def update_bytes(federation: Federation, agent: Agent, run_id: bytes) -> int:
     """Return the size of the agent's last update."""
     return (agent.home / "runs" / run_id.hex() / "update.bin").stat().st_size
@@ -148,8 +154,7 @@ async def test_an_agent_that_moves_while_it_uploads_is_not_held_up_by_its_older_
     async with behind(link, federation=federation) as (found,):
         agent = federation.agents[0]
         run_id = await start(federation, kind)
-        folder = federation.home / "spool" / run_id.hex()
-        await until("the upload", lambda: [p for p in folder.rglob("0.*.part") if p.stat().st_size])
+        await until("the upload", lambda: spooled_bytes(federation, run_id))
         older = found.connections[0]
         found.rebind()
         # The coordinator hears nothing of it for its 50 s: the newer streams take over at once.
@@ -180,8 +185,7 @@ async def test_a_coordinator_that_is_away_for_a_while_and_listens_again(
 async def test_an_outage_of_thirty_seconds(many_parts: int, federation: Federation) -> None:
     async with behind(Link(bytes_per_second=100_000), federation=federation) as (found,):
         run_id = await start(federation, "plain")
-        folder = federation.home / "spool" / run_id.hex()
-        await until("the upload", lambda: [p for p in folder.rglob("0.*.part") if p.stat().st_size])
+        await until("the upload", lambda: spooled_bytes(federation, run_id))
         found.link.freeze()
         await asyncio.sleep(30)
         found.link.thaw()
