@@ -14,7 +14,7 @@ from coordinator.published import Published, not_published
 from coordinator.round_sum import Upload, UploadKind
 from coordinator.services.access import calling_peer, refusing
 from coordinator.services.limits import Admission
-from coordinator.services.turns import Turns
+from coordinator.services.turns import Turn, Turns
 from coordinator.supervision import Unfinished
 from fedloom.artifacts import ArtifactReference, PartialFile
 from fedloom.errors import Reason, Refused
@@ -83,9 +83,10 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
                     yield artifact_pb2.UploadArtifactResponse(resume_from=size)
                 else:
                     with PartialFile(path.with_suffix(".part"), upload.artifact) as file:
-                        opened.begin(self._receive(upload, file, request_iterator))
-                        yield artifact_pb2.UploadArtifactResponse(resume_from=file.size_bytes)
-                        await opened.received()
+                        async with self._turns.turn() as turn:
+                            opened.begin(self._receive(upload, file, request_iterator, turn))
+                            yield artifact_pb2.UploadArtifactResponse(resume_from=file.size_bytes)
+                            await opened.received()
                         self._rounds.upload_path(upload)  # still wanted? its folder may be gone
                         file.finish(path)
                 await self._unfinished.finish(self._rounds.accept_upload(upload, path))
@@ -109,10 +110,11 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
         upload: Upload,
         file: PartialFile,
         requests: AsyncIterator[artifact_pb2.UploadArtifactRequest],
+        turn: Turn,
     ) -> None:
         checked = time.monotonic()
         while not file.complete:
-            request = await self._turns.take(_next(requests))
+            request = await turn.take(_next(requests))
             if request is None or request.WhichOneof("step") != "part":
                 raise Refused(
                     Reason.MALFORMED, f"expected a part at offset {file.size_bytes}, found none"
@@ -149,10 +151,13 @@ class ArtifactService(artifact_pb2_grpc.ArtifactServiceServicer):
             await call.memory(size - request.offset)
             header = artifact_pb2.DownloadHeader(size_bytes=size)
             await context.write(artifact_pb2.DownloadArtifactResponse(header=header))
-            async with aclosing(self._published.stream(request.sha256, request.offset)) as parts:
+            async with (
+                self._turns.turn() as turn,
+                aclosing(self._published.stream(request.sha256, request.offset)) as parts,
+            ):
                 async for part in parts:
                     answer = artifact_pb2.DownloadArtifactResponse(part=part)
-                    await self._turns.take(_write(context, answer))
+                    await turn.take(_write(context, answer))
                     self._rounds.count_traffic(agent, received=len(part))
 
 

@@ -74,6 +74,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._roster = roster
         self._conversation = conversation
         self._admission = admission
+        # Of a thousand messages that come at once, the loop would handle all before it looks at
+        # anything else: a second. A waiter is woken by the loop's next pass, with the rest between.
+        self._one_by_one = asyncio.Lock()
 
     async def Connect(  # noqa: N802 - gRPC's name
         self,
@@ -116,8 +119,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         try:
             async for request in requests:
                 await pace.next()
-                membership.check()
-                self._dispatch(session.agent_id, request)
+                async with self._one_by_one:
+                    membership.check()
+                    self._dispatch(session.agent_id, request)
         except Refused as refused:
             ending = refused
         except Exception:
