@@ -23,9 +23,9 @@ PART_BYTES = 1 << 20  # largest part that is accepted; gRPC's 4 MiB limit stays 
 # Largest part that we send: as fast as 1 MiB, and a peer with many streams buffers much less.
 SENT_PART_BYTES = 1 << 18
 SMALLEST_PART_BYTES = 1 << 13
-# While the link is not known: at 64 kbit/s 4 to 16 s each.
+# While the link is not known: at 64 kbit/s 4 and 8 s each.
 FIRST_PART_BYTES = 1 << 15
-UNPROVEN_PART_BYTES = 1 << 17
+UNPROVEN_PART_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)

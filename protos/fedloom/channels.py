@@ -7,10 +7,10 @@ manners, with or without calls ("too many pings" answers a flood, not a client t
 
 Bounded: gRPC's 4 MiB limit for a message and 16 KiB limit for metadata stay. A stream's window is
 fixed: gRPC would let it grow to megabytes, and a coordinator holds one for every agent that
-uploads. It bounds a stream to 512 KiB per round trip: 10 MB/s at 50 ms. On a slow link those
-512 KiB wait in the sender's kernel and modem, in front of the next ping: parts are therefore small
-while a link is slow (`fedloom/artifacts.py`), so that each of them brings an answer back before
-anybody needs to ask.
+uploads. Downloads have 512 KiB per round trip (10 MB/s at 50 ms), uploads 128 KiB (2.6 MB/s): on a
+slow link the window lies in the agent's kernel and modem, in front of its next ping, and gRPC opens
+it again, which is the sign of life, when half of it was read: 8 s at 64 kbit/s. With 512 KiB it was
+half a minute, the ping waited for another one, and links that worked were cut.
 
 What waits, and for how long. Nothing else does: no transfer has an end by which it must be done.
 
@@ -37,13 +37,9 @@ that is blocked in a write.
 from typing import Final
 
 ChannelOptions = list[tuple[str, int | str]]
-WINDOW_BYTES: Final = 1 << 19
+WINDOW_BYTES: Final = 1 << 19  # of what a client receives
+UPLOAD_WINDOW_BYTES: Final = 1 << 17  # of what a server receives
 ENROLMENT_MESSAGE_BYTES: Final = 1 << 16  # a signing request with its secret needs 1 KiB
-
-_WINDOW: ChannelOptions = [
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
-]
 
 KEEPALIVE: ChannelOptions = [
     ("grpc.keepalive_time_ms", 30_000),
@@ -53,8 +49,9 @@ KEEPALIVE: ChannelOptions = [
 ]
 
 CLIENT_OPTIONS: ChannelOptions = [
-    *_WINDOW,
     *KEEPALIVE,
+    ("grpc.http2.bdp_probe", 0),  # it would let the window grow
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ("grpc.http2.max_pings_without_data", 0),
     # Its name misleads: it is how long an attempt to connect may take, TLS included. Less than the
     # default leaves a far or slow coordinator out of reach.
@@ -64,8 +61,9 @@ CLIENT_OPTIONS: ChannelOptions = [
 ]
 
 _ANY_SERVER: ChannelOptions = [
-    *_WINDOW,
     *KEEPALIVE,
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", UPLOAD_WINDOW_BYTES),
     ("grpc.http2.min_ping_interval_without_data_ms", 500),
     ("grpc.http2.max_ping_strikes", 30),
     ("grpc.server_handshake_timeout_ms", 20_000),

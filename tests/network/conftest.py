@@ -22,14 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.integration)
 
 
-def hasty(options: ChannelOptions) -> ChannelOptions:
+def hasty(options: ChannelOptions, haste: int = HASTE) -> ChannelOptions:
     """Return options whose keepalive is scaled; its proportions stay."""
     scaled = {
         "grpc.keepalive_time_ms",
         "grpc.keepalive_timeout_ms",
         "grpc.http2.ping_timeout_ms",
     }
-    return [(key, int(value) // HASTE if key in scaled else value) for key, value in options]
+    return [(key, int(value) // haste if key in scaled else value) for key, value in options]
 
 
 @pytest.fixture
@@ -50,12 +50,23 @@ def parts_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr("fedloom.artifacts.UNPROVEN_PART_BYTES", size)
 
 
+def parameters_of(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let plans have so many parameters."""
+    monkeypatch.setattr(federations, "LAYOUT", (TrainableTensor("values", (count,), 0),))
+    monkeypatch.setattr(federations, "PARAMETERS", count)
+
+
+@pytest.fixture
+def large_updates(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let plain updates be larger than gRPC's windows; return how many bytes they have."""
+    parameters_of(monkeypatch, 150_000)
+    return 600_000
+
+
 @pytest.fixture
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> int:
     """Let updates of 200 KB travel in parts of 4 KiB; return the size of a part."""
-    layout = (TrainableTensor("values", (50_000,), 0),)
-    monkeypatch.setattr(federations, "LAYOUT", layout)
-    monkeypatch.setattr(federations, "PARAMETERS", 50_000)
+    parameters_of(monkeypatch, 50_000)
     parts_of(monkeypatch, 4096)
     return 4096
 

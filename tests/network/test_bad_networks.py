@@ -1,6 +1,8 @@
 """Runs over networks that delay, choke, stall, cut and vanish: they finish, with the right sum."""
 
 import asyncio
+import functools
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -11,11 +13,13 @@ import pytest
 
 from coordinator.run_state import Phase
 from coordinator.services.limits import Admission
+from fedloom.artifacts import read_parts
+from fedloom.channels import CLIENT_OPTIONS
 from fedloom.v1 import control_pb2
 from tests.integration.federation import Agent, Federation, until, weighted_mean
 from tests.integration.processes import coordinator
 from tests.integration.test_rounds import quantisation_bound
-from tests.network.conftest import parts_of
+from tests.network.conftest import hasty, parts_of
 from tests.network.proxy import Link, Proxy, proxy
 
 SAMPLES = (30, 50, 100)
@@ -95,6 +99,30 @@ async def test_an_agent_behind_64_kbit_a_second(
         run_id = await start(federation, "plain")
         await ends_well(federation, run_id, "plain")
         assert len(proxies[0].connections) == 1, "a slow link is no dead one"
+
+
+async def test_a_slow_link_is_not_taken_for_a_dead_one(
+    monkeypatch: pytest.MonkeyPatch, large_updates: int, federation: Federation
+) -> None:
+    # 48 kbit/s for 100 s, all of it ten times faster: the link, the agent's patience, and the clock
+    # that sizes its parts. What does not scale is the window that fills the link.
+    haste = 10
+    monkeypatch.setattr("edge_agent.connection.CLIENT_OPTIONS", hasty(CLIENT_OPTIONS, haste))
+    hasty_clock = functools.partial(read_parts, clock=lambda: haste * time.monotonic())
+    monkeypatch.setattr("edge_agent.transfer.read_parts", hasty_clock)
+    link = Link()
+    async with behind(link, federation=federation) as (found,):
+        slow = federation.agents[0]
+        slow.engine.may_finish.clear()
+        run_id = await start(federation, "plain")
+        await until("the plan to be there", slow.engine.training.is_set)
+        link.bytes_per_second = haste * 6000
+        slow.engine.may_finish.set()
+        await until("its update", lambda: federation.store.rounds(run_id))
+        link.bytes_per_second = float("inf")
+        await ends_well(federation, run_id, "plain")
+        assert update_bytes(federation, slow, run_id) > large_updates
+        assert len(found.connections) == 1
 
 
 async def test_a_link_that_stalls_and_breaks_again_and_again(
