@@ -83,6 +83,10 @@ async def holder_of(federation: Federation, caller: str) -> Holder | None:
     return Holder(identity.key, (identity.certificate.public_bytes(DER),))
 
 
+# INTERNAL: the server resets the stream of an unknown call while the client still writes to it.
+NOT_HERE = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL)
+
+
 @pytest.mark.parametrize("caller", CALLERS)
 async def test_each_caller_is_let_in_where_the_table_says(
     federation: Federation, caller: str
@@ -93,7 +97,7 @@ async def test_each_caller_is_let_in_where_the_table_says(
         found = {rpc: await reason_of(channel, rpc) for rpc in served}
     for rpc, role in served.items():
         if caller == "nobody" and rpc.split("/")[1] not in STRANGERS_SERVICES:
-            assert found[rpc] is grpc.StatusCode.UNIMPLEMENTED, rpc
+            assert found[rpc] in NOT_HERE, rpc
             continue
         kept_out = Reason.BANNED if caller == "banned" else Reason.NOT_PERMITTED
         assert (found[rpc] is kept_out) == (role not in roles), (rpc, found[rpc])

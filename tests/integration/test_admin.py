@@ -111,7 +111,8 @@ async def test_a_run_is_started_watched_and_exported(
     await until("the watcher to see what the run waits for", lambda: 3 in expected(states))
     for agent in agents:
         agent.start()
-    await federation.run_over(run_id)
+    for agent in agents:
+        await agent.finished()
     await asyncio.wait_for(watching, 60)
 
     first, last = states[0], states[-1]
