@@ -13,11 +13,11 @@ from pathlib import Path
 import structlog
 from cryptography import x509
 
-import crypto
 from coordinator.audit import COORDINATOR, Action, AuditLog
 from coordinator.clock import Clock
 from coordinator.collection import Collection
 from coordinator.config import RunConfig
+from coordinator.contexts import context_of_cohort, context_of_round
 from coordinator.correspondence import Correspondence
 from coordinator.events import (
     AbandonRound,
@@ -62,7 +62,6 @@ from coordinator.store import RunRecord, Store
 from crypto import cohort
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
-from fedloom.terms import clip_of
 from fedloom.v1 import control_pb2
 
 SATURATION_WARNING = 1e-3  # share of a round's values beyond its clip
@@ -363,8 +362,8 @@ class Execution:
         if not self._agents.history:
             raise Refused(Reason.WRONG_ROUND, "expected no opened sum before the first round")
         record = self._agents.history[-1]
-        context = self._context(record.attempt, record.weight_cap, record.clip, b"")
-        return ReturnedSum(replace(context, round=record.round), record.slots, self._spool)
+        context = context_of_round(self.run_id, self.config, self._plan, record)
+        return ReturnedSum(replace(context, cohort=b""), record.slots, self._spool)
 
     def count_traffic(self, agent: str, sent: int, received: int) -> None:
         """Count payload bytes of the agent's artifacts towards the round."""
@@ -426,7 +425,7 @@ class Execution:
         self._discard_sum()
         masking = self._open_masking()
         digest = b"" if masking is None else masking.cohort.digest
-        context = self._context(state.attempt, state.weight_cap, self._clip(), digest)
+        context = context_of_cohort(self.run_id, self.config, self._plan, state, digest)
         spool = self._spool / f"{state.round}.{state.attempt}"
         protection = self.config.encoding.protection
         self._collection = Collection(
@@ -435,28 +434,6 @@ class Execution:
         self._agents.cohort(state.cohort, state, self._collection, self._seconds_left())
         late = state.invited - set(state.cohort)
         self._agents.waiting(late, state, control_pb2.WAIT_CAUSE_ROUND_CLOSED)
-
-    def _clip(self) -> float:
-        """Return the range of the cohort's values; see `Cohort.clip`."""
-        encoding = self.config.encoding
-        if self.state.clip and not encoding.clip:
-            return self.state.clip
-        return clip_of(encoding, self.config.training, self.state.weight_cap)
-
-    def _context(
-        self, attempt: int, weight_cap: int, clip: float, digest: bytes
-    ) -> crypto.UpdateContext:
-        return crypto.UpdateContext(
-            run_id=self.run_id,
-            round=self.state.round,
-            attempt=attempt,
-            parameter_count=self._plan.parameter_count,
-            capacity=self.config.encoding.capacity,
-            weight_cap=weight_cap,
-            clip=clip,
-            update_bits=self.config.encoding.update_bits,
-            cohort=digest,
-        )
 
     def _open_masking(self) -> Masking | None:
         """Begin the cohort's protocol for masks, where there are any."""

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import crypto
 from coordinator.config import RunConfig
+from coordinator.contexts import context_of_round
 from coordinator.published import Published
 from coordinator.store import RoundRecord, RunRecord, Store
 from crypto import masked
@@ -76,7 +77,7 @@ def read_model(
         published.fetch(plan.member(ADAPTER_FILE).sha256, scratch)
         state = rule.init(read_adapter(scratch, plan.layout))
         for record in rounds:
-            context = _context(run.run_id, config, plan, record)
+            context = context_of_round(run.run_id, config, plan, record)
             opened = _read_sum(config, context, record, published, scratch)
             state = rule.apply(state, opened.mean)
     members = {member.name: member for member in plan.members}
@@ -96,22 +97,6 @@ def _adapter(plan: Plan, theta: Theta) -> ModelFile:
     content = adapter_header(plan.layout) + theta.astype("<f4", copy=False).tobytes()
     reference = ArtifactReference(sha256(content).digest(), len(content))
     return ModelFile(ADAPTER_FILE, reference, content)
-
-
-def _context(
-    run_id: bytes, config: RunConfig, plan: Plan, record: RoundRecord
-) -> crypto.UpdateContext:
-    return crypto.UpdateContext(
-        run_id=run_id,
-        round=record.round,
-        attempt=record.attempt,
-        parameter_count=plan.parameter_count,
-        capacity=config.encoding.capacity,
-        weight_cap=record.weight_cap,
-        clip=record.clip,
-        update_bits=config.encoding.update_bits,
-        cohort=record.cohort_digest,
-    )
 
 
 def _readable(rounds: Sequence[RoundRecord], config: RunConfig) -> list[RoundRecord]:

@@ -1,0 +1,44 @@
+"""What the updates and the sum of a cohort are bound to, from the run's terms."""
+
+import crypto
+from coordinator.config import RunConfig
+from coordinator.run_state import RunState
+from coordinator.store import RoundRecord
+from fedloom.plans import Plan
+from fedloom.terms import clip_of
+
+
+def context_of_cohort(
+    run_id: bytes, config: RunConfig, plan: Plan, state: RunState, cohort_digest: bytes
+) -> crypto.UpdateContext:
+    """Return the context of the state's open cohort; for its clip see `Cohort.clip`."""
+    encoding = config.encoding
+    derived = 0.0 if encoding.clip else state.clip
+    return crypto.UpdateContext(
+        run_id=run_id,
+        round=state.round,
+        attempt=state.attempt,
+        parameter_count=plan.parameter_count,
+        capacity=encoding.capacity,
+        weight_cap=state.weight_cap,
+        clip=derived or clip_of(encoding, config.training, state.weight_cap),
+        update_bits=encoding.update_bits,
+        cohort=cohort_digest,
+    )
+
+
+def context_of_round(
+    run_id: bytes, config: RunConfig, plan: Plan, record: RoundRecord
+) -> crypto.UpdateContext:
+    """Return the context of a round in the run's history."""
+    return crypto.UpdateContext(
+        run_id=run_id,
+        round=record.round,
+        attempt=record.attempt,
+        parameter_count=plan.parameter_count,
+        capacity=config.encoding.capacity,
+        weight_cap=record.weight_cap,
+        clip=record.clip,
+        update_bits=config.encoding.update_bits,
+        cohort=record.cohort_digest,
+    )
