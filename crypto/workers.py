@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from types import ModuleType
 from typing import Any, Generic
 
@@ -94,7 +95,7 @@ class Workers(Generic[Chunk, Result]):
 
     def _send(self, worker: int, chunk: Chunk) -> None:
         try:
-            self._connections[worker].send(chunk)
+            _send(self._connections[worker], chunk)
         except OSError as error:
             raise self._lost(worker) from error
 
@@ -119,6 +120,11 @@ class Workers(Generic[Chunk, Result]):
         process = self._processes[worker]
         process.join(_SECONDS_TO_END)
         return WorkerLost("worker process", "its result", f"its end, exit code {process.exitcode}")
+
+
+def _send(connection: "Connection[Any, Any]", what: object) -> None:
+    """Send as `connection.send` does, but for the copies that its older format makes of buffers."""
+    connection.send_bytes(ForkingPickler.dumps(what, 5))
 
 
 def _close(connections: list["Connection[Any, Any]"]) -> None:
@@ -146,6 +152,6 @@ def _serve(connection: "Connection[Any, Any]", step: Step[Chunk, Result]) -> Non
     with suppress(EOFError, OSError):  # the caller has ended, or needs no more
         try:
             for result in step(iter(connection.recv, None)):
-                connection.send((None, result))
+                _send(connection, (None, result))
         except Exception as error:  # the top of a process: who has sent the chunk raises it
-            connection.send((error, None))
+            _send(connection, (error, None))
