@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from edge_agent.global_state import GlobalState, LastRound
 from fedloom.adapters import Theta, write_adapter
-from fedloom.plans import ADAPTER_FILE, Plan, PlanOrigin, TextClassification, TrainableTensor
+from fedloom.plans import ADAPTER_FILE, Plan, PlanOrigin, TrainableTensor
 from fedloom.strategies import federated_averaging
+from fedloom.tasks import TextClassification
 
 LAYOUT = (TrainableTensor("weight", (3, 4), 0), TrainableTensor("bias", (5,), 12))
 SIZE = 17
