@@ -12,12 +12,12 @@ from pathlib import Path
 import structlog
 
 from crypto import CryptoError, RunKey, WrapContext, generate_run_key, unwrap, wrap
-from crypto.cohort import MAX_REFUSED_SUMS
 from edge_agent.identity import Identity
 from fedloom.errors import Reason, Refused
 from fedloom.secret_files import write_secret
 from fedloom.v1 import control_pb2
 
+MAX_REFUSED_SUMS = 8  # a refused sum tells its maker up to one bit of the key
 _FILE = "run-keys.json"  # numbers, no keys
 _log = structlog.get_logger()
 

@@ -8,10 +8,9 @@ import pytest
 
 from coordinator.run_state import Phase
 from crypto import cohort
-from crypto.cohort import MAX_REFUSED_SUMS
 from edge_agent.contribution import Contribution
 from edge_agent.participation import Participation
-from edge_agent.run_keys import RunKeys
+from edge_agent.run_keys import MAX_REFUSED_SUMS, RunKeys
 from fedloom.errors import Reason
 from fedloom.v1 import control_pb2
 from tests.integration.federation import Agent, Federation, until
