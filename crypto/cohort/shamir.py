@@ -6,7 +6,6 @@ degree t - 1: t shares determine it, and fewer say nothing about f(0).
 """
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
@@ -39,7 +38,8 @@ def recover(shares: Mapping[int, bytes], threshold: int) -> bytes:
         raise ShareMismatch("shares of a secret", f"at least {threshold}", len(shares))
     used = tuple(sorted(shares)[:threshold])
     numbers = [check_share(shares[slot]) for slot in used]
-    secret = sum(map(operator.mul, _weights(used), numbers)) % PRIME
+    terms = (weight * number for weight, number in zip(_weights(used), numbers, strict=True))
+    secret = sum(terms) % PRIME
     if secret >> (8 * SECRET_SIZE):
         raise ShareMismatch("recovered secret", "32 bytes", "more")
     return secret.to_bytes(SECRET_SIZE, "little")
