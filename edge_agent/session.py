@@ -242,7 +242,8 @@ class Session:
         match message.WhichOneof("step"):
             case "wrap_key":
                 read_run_id(message.wrap_key.run_id)
-                answer = share_run_key(self._device.identity, message.wrap_key)
+                identity, request = self._device.identity, message.wrap_key
+                answer = await asyncio.to_thread(share_run_key, identity, request)
                 self._send(control_pb2.ConnectRequest(wrapped_key=answer))
             case "invitation":
                 await self._invited(transfer, message.invitation)
