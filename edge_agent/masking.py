@@ -3,9 +3,9 @@
 What it promised is on disk, mode 0600, before the answer that promises it is sent: a device that is
 started again neither releases twice nor vouches for a second list. Keep the file out of backups.
 
-Signatures, shares and boxes take tens of milliseconds in large cohorts. They are computed in a
-thread, from one frozen state to the next; the next one is stored on the event loop, so that a step
-that is given up meanwhile has changed nothing.
+Signatures, shares and boxes take tens of milliseconds in large cohorts, and a disk may take longer
+to store what follows from them: both are done in threads. A step that is given up while it is
+computed has changed nothing; one that is being stored is stored to its end before that is noticed.
 """
 
 import asyncio
@@ -93,9 +93,7 @@ class Masking:
     async def take_up(self, message: control_pb2.Cohort) -> bytes:
         """Verify every member of the cohort and return this device's boxes for them."""
         keys, moved = await asyncio.to_thread(self._taken_up, message)
-        # First: with the state of a cohort there are always the identities of its members.
-        (self._folder / _COHORT_FILE).write_bytes(message.SerializeToString())
-        self._keep(moved)
+        await self._keep(moved, message)
         self._keys = keys
         return _required(moved.answer)
 
@@ -113,7 +111,7 @@ class Masking:
     async def heard(self, message: bytes) -> bytes | None:
         """Follow a message of the coordinator's; return the answer, if it has one."""
         moved = await asyncio.to_thread(self._heard, message)
-        self._keep(moved)
+        await self._keep(moved)
         return moved.answer
 
     def _heard(self, message: bytes) -> _Moved:
@@ -124,7 +122,7 @@ class Masking:
 
     async def _follow(self, event: cohort.MemberEvent) -> bytes | None:
         moved = await asyncio.to_thread(self._moved, event, self._keys)
-        self._keep(moved)
+        await self._keep(moved)
         return moved.answer
 
     def _moved(self, event: cohort.MemberEvent, keys: Mapping[str, bytes]) -> _Moved:
@@ -141,10 +139,24 @@ class Masking:
         stored = None if after == before else after.encode()
         return _Moved(after, stored, None if answer is None else answer.encode())
 
-    def _keep(self, moved: _Moved) -> None:
+    async def _keep(self, moved: _Moved, message: control_pb2.Cohort | None = None) -> None:
+        """Take the state for ours once it is stored, to the end even when the step is given up."""
+        keeping = asyncio.create_task(self._stored(moved, message))
+        try:
+            await asyncio.shield(keeping)
+        except asyncio.CancelledError:
+            await asyncio.wait({keeping})
+            raise
+
+    async def _stored(self, moved: _Moved, message: control_pb2.Cohort | None) -> None:
+        await asyncio.to_thread(self._write, moved, message)
+        self._state = moved.state
+
+    def _write(self, moved: _Moved, message: control_pb2.Cohort | None) -> None:
+        if message is not None:  # first: whoever knows the cohort also knows its identities
+            (self._folder / _COHORT_FILE).write_bytes(message.SerializeToString())
         if moved.stored is not None:
             write_secret(self._folder / _STATE_FILE, moved.stored)
-        self._state = moved.state
 
     def _verified_keys(
         self, stated: cohort.Cohort, message: control_pb2.Cohort

@@ -106,6 +106,7 @@ class Session:
                 worker.cancel()
                 if self._run is not None:
                     self._run.interrupt()
+                await asyncio.wait({worker})  # a later one finds on the disk what this one promised
 
     async def _converse(self, channel: grpc.aio.Channel, worker: asyncio.Task[None]) -> None:
         """Hold one control stream until it ends; a dead worker ends it with its error."""
