@@ -48,10 +48,13 @@ class Candidates:
     def __init__(self, authority: x509.Certificate) -> None:
         self._authority = authority
         self._kept: dict[str, Candidate] = {}
+        # Of N threads that compute, each keeps the event loop waiting for up to 5 ms.
+        self._one_by_one = asyncio.Lock()
 
     async def check(self, ready: Ready, attempt: cohort.AttemptId) -> None:
         """Raise Refused unless its keys can be used in a cohort of this attempt."""
-        await asyncio.to_thread(_check, ready, attempt, self._authority)
+        async with self._one_by_one:
+            await asyncio.to_thread(_check, ready, attempt, self._authority)
 
     def keep(self, ready: Ready) -> None:
         """Keep what was checked."""
