@@ -18,17 +18,15 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from benchmarks.sealed_steps import IDLE_SECONDS, TICK_SECONDS
+from benchmarks.sealed_steps import IDLE_SECONDS, waits
 from coordinator.candidates import Candidates
 from coordinator.certificates import Issuer, new_key
 from coordinator.events import Ready
@@ -64,18 +62,14 @@ class Watch:
     async def take(self, step: str, *actions: Awaitable[Any]) -> list[Any]:
         """Take a step, by all who take it at once, and return what comes of it."""
         gc.freeze()  # a device has its own state in memory, not those of all members
-        ticks = [(time.perf_counter(), time.process_time())]
         taking = asyncio.gather(*actions)
-        while not taking.done():
-            await asyncio.sleep(TICK_SECONDS)
-            ticks.append((time.perf_counter(), time.process_time()))
-        waits = np.diff(ticks, axis=0) * 1e3
+        found = await waits(taking)
         row = self.rows.setdefault(step, Taken(step))
         row.times += 1
-        row.wall_ms = max(row.wall_ms, float(waits[:, 0].sum()))
-        row.wait_ms = max(row.wait_ms, float(waits[:, 0].max()))
-        row.cpu_ms = max(row.cpu_ms, float(waits[:, 1].max()))
-        return list(await taking)
+        row.wall_ms = max(row.wall_ms, float(found[:, 0].sum()))
+        row.wait_ms = max(row.wait_ms, float(found[:, 0].max()))
+        row.cpu_ms = max(row.cpu_ms, float(found[:, 1].max()))
+        return list(taking.result())
 
 
 def identities(count: int) -> list[Identity]:
@@ -148,7 +142,7 @@ class Attempt:
         await self.watch.take(f"relay: {step}", *heard)
 
 
-async def run(count: int, vanish: int, folder: Path) -> list[Taken]:
+async def _taken(count: int, vanish: int, folder: Path) -> list[Taken]:
     """Take every step of one attempt."""
     watch = Watch()
     await watch.take("idle", asyncio.sleep(IDLE_SECONDS))
@@ -185,9 +179,8 @@ def _counting(seconds: float) -> None:
         pass
 
 
-def show(rows: list[Taken], count: int, vanish: int) -> None:
+def show(rows: list[Taken]) -> None:
     """Print a table."""
-    print(f"{count} members, {vanish} vanish after their upload\n")
     print(f"{'step':<24}{'times':>8}{'wall ms':>10}{'longest wait':>14}{'of it CPU':>12}")
     for r in rows:
         print(f"{r.step:<24}{r.times:>8}{r.wall_ms:>10.1f}{r.wait_ms:>14.1f}{r.cpu_ms:>12.1f}")
@@ -198,11 +191,10 @@ def show(rows: list[Taken], count: int, vanish: int) -> None:
         print(f"{wait.step} {wait.wait_ms:.1f} ms; CPU: {cpu.step} {cpu.cpu_ms:.1f} ms")
 
 
-@contextmanager
-def measured(count: int, vanish: int) -> Iterator[list[Taken]]:
-    """Run in a temporary folder."""
+def measured(count: int, vanish: int) -> list[Taken]:
+    """Return a row for each step."""
     with tempfile.TemporaryDirectory(prefix="fedloom-benchmark-") as folder:
-        yield asyncio.run(run(count, vanish, Path(folder)))
+        return asyncio.run(_taken(count, vanish, Path(folder)))
 
 
 def main() -> None:
@@ -211,12 +203,13 @@ def main() -> None:
     parser.add_argument("--vanish", type=int, default=21)
     parser.add_argument("--json", action="store_true", help="rows as JSON lines")
     options = parser.parse_args()
-    with measured(options.members, options.vanish) as rows:
-        if options.json:
-            for row in rows:
-                print(json.dumps(row.__dict__))
-        else:
-            show(rows, options.members, options.vanish)
+    rows = measured(options.members, options.vanish)
+    if options.json:
+        for row in rows:
+            print(json.dumps(row.__dict__))
+    else:
+        print(f"{options.members} members, {options.vanish} vanish after their upload\n")
+        show(rows)
 
 
 if __name__ == "__main__":
