@@ -71,7 +71,7 @@ def _generation(adapted: AdaptedModel, family: LanguageModel) -> Trace:
     batch, sequence = example_shape(adapted)
     past = free_extent(adapted, (11, 7, 13), but=(batch, sequence))
     while not is_free(adapted, sequence + past):
-        past = free_extent(adapted, (), but=tuple(range(past + 1)) + (batch, sequence))
+        past = free_extent(adapted, (), but=(*range(past + 1), batch, sequence))
     generator = torch.Generator().manual_seed(0)
     example = {"theta": torch.from_numpy(adapted.theta)}
     vocabulary = family.task.vocabulary_size

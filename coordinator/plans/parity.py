@@ -85,6 +85,7 @@ def check_eval(folder: Path, adapted: AdaptedModel) -> None:
         batch = adapted.family.example(*shape, seed=sum(shape))
         found = _run(session, EVAL_GRAPH, {"theta": theta, **_arrays(batch)})
         *sums, _, logits = torch_step(adapted, theta, batch)
+        found[3], logits = _seen(found[3], batch), _seen(logits, batch)
         _compare(EVAL_GRAPH, (*_SUMS, "logits"), found, [*sums, logits], shape)
 
 
@@ -101,9 +102,9 @@ def check_infer(folder: Path, adapted: AdaptedModel) -> float:
         inputs = {name: batch[name].numpy() for name in names}
         perturbed = _perturbed(adapted)
         for theta, given in ((perturbed, {"theta": perturbed}), (adapted.theta, {})):
-            found = _run(session, INFER_GRAPH, {**given, **inputs})
-            expected = [torch_logits(adapted, theta, batch)]
-            worst = max(worst, *_compare(INFER_GRAPH, ("logits",), found, expected, shape))
+            found = _seen(_run(session, INFER_GRAPH, {**given, **inputs})[0], batch)
+            expected = _seen(torch_logits(adapted, theta, batch), batch)
+            worst = max(worst, *_compare(INFER_GRAPH, ("logits",), [found], [expected], shape))
     return worst
 
 
@@ -210,6 +211,14 @@ def _perturbed(adapted: AdaptedModel) -> Theta:
 def _shapes(adapted: AdaptedModel) -> tuple[tuple[int, int], ...]:
     limit = adapted.family.longest
     return tuple((batch, min(sequence, limit or sequence)) for batch, sequence in _SHAPES)
+
+
+def _seen(logits: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
+    """Blank the logits (B, S, C) of padding, where positions are anyone's choice."""
+    if logits.ndim != 3:
+        return logits
+    seen: NDArray[np.float32] = logits * batch["attention_mask"].numpy()[:, :, None]
+    return seen
 
 
 def _compare(

@@ -82,7 +82,7 @@ class LanguageModel(Family):
 
     def logits(self, run: BoundNetwork, inputs: Batch) -> torch.Tensor:
         """Run the network on whole texts."""
-        logits: torch.Tensor = self._run(run, inputs, past=None, use_cache=False).logits
+        logits: torch.Tensor = self._run(run, inputs, 0, use_cache=False).logits
         return logits
 
     def next_logits(
@@ -95,21 +95,20 @@ class LanguageModel(Family):
         cache = DynamicCache()
         for layer in range(self.task.layers):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        output = self._run(run, inputs, past=cache, use_cache=True, logits_to_keep=1)
+        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        output = self._run(run, inputs, past[0].shape[2], **options)
         grown = output.past_key_values.layers
         present = [value for layer in grown for value in (layer.keys, layer.values)]
         return output.logits[:, -1], *present
 
-    def _run(
-        self, run: BoundNetwork, inputs: Batch, past: DynamicCache | None, **options: object
-    ) -> Any:
+    def _run(self, run: BoundNetwork, inputs: Batch, before: int, **options: object) -> Any:
         """Run the network with the mask in its final form and with explicit positions.
 
         transformers' own helpers look at the mask's values, which no graph can follow. Positions
         count the tokens that are seen, so that a row means the same wherever its padding is.
+        `before` is T, the number of tokens in the cache.
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (B, S), (B, T + S)
-        before = 0 if past is None else past.layers[0].keys.shape[2]  # T
         keys = torch.arange(mask.shape[1])
         queries = torch.arange(ids.shape[1]) + before
         earlier = keys[None, :] <= queries[:, None]  # (S, T + S)
@@ -121,7 +120,6 @@ class LanguageModel(Family):
             input_ids=ids,
             attention_mask=additive,
             position_ids=positions,
-            past_key_values=past,
             **options,
         )
 
@@ -168,7 +166,7 @@ def _head_name(model: Any) -> str:
     if head is None or not names:
         raise ConfigError(
             "model",
-            f"expected a model with a head over its vocabulary, found {type(model).__name__}",
+            f"expected a head over the vocabulary, found none in {type(model).__name__}",
         )
     return str(names[0])
 
@@ -211,7 +209,7 @@ def _apply_to_rows(head: torch.nn.Module) -> None:
         logits: torch.Tensor = forward(hidden.reshape(-1, hidden.shape[-1]))
         return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
-    head.forward = of_rows  # type: ignore[method-assign] # a module calls its own attribute
+    head.forward = of_rows
 
 
 def _causal_bands(network: torch.nn.Module) -> Mapping[str, int]:
