@@ -19,6 +19,11 @@ from coordinator.plans.graphs import traces
 from coordinator.plans.model import AdaptedModel
 
 _LIBRARIES = ("onnx", "onnxscript", "peft", "torch", "transformers")
+# Of this package as it was when it was loaded: a file that changes later makes no graph here.
+_SOURCE = [
+    [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
+    for path in sorted(Path(__file__).parent.rglob("*.py"))
+]
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -46,17 +51,13 @@ def cached_graphs(
 
 def graph_key(adapted: AdaptedModel, structure: Mapping[str, object]) -> str:
     """Return a SHA-256 in hexadecimal of all that the graphs depend on."""
-    here = Path(__file__).parent
     frozen = zip(adapted.frozen, adapted.frozen_tensors(), strict=True)
     facts = {
         "structure": structure,
         "trainable": [[tensor.name, tensor.shape] for tensor in adapted.layout],
         "frozen": [[name, list(tensor.shape)] for name, tensor in frozen],
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "source": [
-            [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
-            for path in sorted(here.rglob("*.py"))
-        ],
+        "source": _SOURCE,
     }
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -29,6 +29,8 @@ def frozen_layout(adapted: AdaptedModel, used: set[str]) -> tuple[TrainableTenso
 
 def write_base(folder: Path, adapted: AdaptedModel, layout: tuple[TrainableTensor, ...]) -> None:
     """Write `base.safetensors`: float32, contiguous, one copy of each weight of `layout`."""
+    if not layout:
+        return  # everything is trained
     weights = dict(zip(adapted.frozen_names, adapted.frozen_tensors(), strict=True))
     with (folder / BASE_FILE).open("wb") as file:
         file.write(adapter_header(layout))
