@@ -8,11 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coordinator.plans.modules import TrainableModule
-from coordinator.plans.request import PlanExportError, PlanRequest
+from coordinator.plans.request import PlanExportError, PlanRequest, require_taken
+from coordinator.plans.verification import VerifiedPlan, verify_plan
 from fedloom.errors import ConfigError
 from fedloom.plans import Plan
 
-__all__ = ["PlanExportError", "PlanRequest", "TrainableModule", "build_plan"]
+__all__ = [
+    "PlanExportError",
+    "PlanRequest",
+    "TrainableModule",
+    "VerifiedPlan",
+    "build_plan",
+    "require_taken",
+    "verify_plan",
+]
 
 _EXTRA = {"onnx", "onnxruntime", "onnxscript", "peft", "safetensors", "tokenizers", "torch"}
 _EXTRA |= {"transformers"}
