@@ -14,6 +14,7 @@ from edge_agent.engine import Engine
 from edge_agent.enrolment import join
 from edge_agent.identity import fingerprint, load_identity
 from edge_agent.invitations import Terms, kept_invitation, read_terms, unfinished_runs
+from edge_agent.local_data import on_this_device
 from edge_agent.participation import Device
 from edge_agent.session import Session
 from edge_agent.status import read_status, told
@@ -101,7 +102,7 @@ def _wait_for_signature(fingerprint: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    config = load_agent_config(options.home)
+    config = on_this_device(options.home, load_agent_config(options.home))
     device = Device(
         options.home,
         load_identity(options.home),

@@ -30,16 +30,21 @@ class Encoded(NamedTuple):
     cut: bool
 
 
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read a plan's tokenizer; raises Refused(PLAN_UNSUPPORTED)."""
+    try:
+        return Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise Refused(
+            Reason.PLAN_UNSUPPORTED, f"expected {TOKENIZER_FILE} to load: {str(error)[:200]}"
+        ) from error
+
+
 class TextEncoder:
-    """Texts to token ids, cut to the task's `max_tokens`; raises Refused(PLAN_UNSUPPORTED)."""
+    """Texts to token ids, cut to the task's `max_tokens`."""
 
     def __init__(self, folder: Path, task: TextTask) -> None:
-        try:
-            self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise Refused(
-                Reason.PLAN_UNSUPPORTED, f"expected {TOKENIZER_FILE} to load: {str(error)[:200]}"
-            ) from error
+        self._tokenizer = load_tokenizer(folder)
         self._task = task
         self._tokenizer.no_padding()
         # A prompt is cut together with its answer, not alone.

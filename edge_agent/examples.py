@@ -34,7 +34,7 @@ from edge_agent.row_readers import (
     Templates,
 )
 from edge_agent.rows import Labels, RowReader, Rows, nothing_usable
-from fedloom.errors import Refused
+from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
 from fedloom.tasks import (
     ArrayLearning,
@@ -72,6 +72,20 @@ def read_examples(folder: Path, plan: Plan, source: DataSource) -> tuple[Example
         raise
     _tell(source, reading.report)
     return examples, reading.report.broken_rows
+
+
+def read_held_out(
+    folder: Path, plan: Plan, source: DataSource | None
+) -> tuple[Examples | None, int]:
+    """Return what `read_examples` does, without examples where a split has held no row out."""
+    if source is None:
+        return None, 0
+    try:
+        return read_examples(folder, plan, source)
+    except Refused as refused:
+        if source.treatment.part and refused.reason is Reason.DATA_EMPTY:
+            return None, 0
+        raise
 
 
 def _broken_rows(kept: Kept) -> int:

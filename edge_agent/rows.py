@@ -96,6 +96,8 @@ class RowReader(Protocol[T]):
 class Rows(Generic[T]):
     """Iterate once over the usable rows on a source's side; others are counted in `report`.
 
+    Of a split, only the side that is trained on counts rows that belong to neither.
+
     Iterating raises Refused: DATA_UNREADABLE, DATA_COLUMN_MISSING, DATA_LABEL_UNKNOWN, or
     DATA_EMPTY at the end when no row was usable; and ConfigError for a format or a kind of
     scrubbing whose library is missing.
@@ -129,7 +131,8 @@ class Rows(Generic[T]):
 
     def _usable(self, record: Record) -> T | None:
         """Return the row, or count why there is none."""
-        report = self.report
+        part = self._source.treatment.part
+        report = DataReport() if part and part.held_out else self.report
         if isinstance(record.values, Cause):
             report.broken[record.values] += 1
             return None
