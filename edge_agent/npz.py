@@ -2,8 +2,10 @@
 
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -15,6 +17,18 @@ from fedloom.errors import Reason, Refused
 _BLOCK_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 16
 _KINDS = "biufUS"  # numbers and texts: nothing that would have to be unpickled
+
+# What a damaged archive makes `zipfile` raise; RuntimeError: an encrypted one.
+_ARCHIVE_ERRORS = (
+    OSError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class _Member:
@@ -37,6 +51,8 @@ class _Member:
             raise self._refused("numbers or texts", f"type {kind}")
         if not shape or (fortran and len(shape) > 1):
             raise self._refused("rows one after the other (C order)", f"shape {shape}")
+        if not kind.itemsize or 0 in shape[1:]:
+            raise self._refused("rows of some length", f"type {kind}, shape {shape}")
         return shape, kind
 
     def rows(self, count: int) -> NDArray[Any]:
@@ -52,10 +68,31 @@ class _Member:
         )
 
 
-def npz_columns(
-    archive: zipfile.ZipFile, names: Sequence[str], file: str
-) -> Iterator[dict[str, Any]]:
+def npz_keys(path: Path) -> list[str]:
+    """Return the names of an archive's arrays; raises Refused(DATA_UNREADABLE)."""
+    with _opened(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except _ARCHIVE_ERRORS as error:
+        problem = getattr(error, "strerror", None) or "other or damaged content"
+        raise Refused(
+            Reason.DATA_UNREADABLE, f"expected a NumPy archive in {path.name}, found: {problem}"
+        ) from error
+
+
+def npz_rows(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield one row of every named array at a time; raises Refused(DATA_UNREADABLE)."""
+    with _opened(path) as archive:
+        yield from _rows(archive, names, path.name)
+
+
+def _rows(archive: zipfile.ZipFile, names: Sequence[str], file: str) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         members = {
             name: _Member(stack.enter_context(archive.open(f"{name}.npy")), name, file)
@@ -70,7 +107,7 @@ def npz_columns(
         (left,) = counts
         widest = max(member.row_bytes for member in members.values())
         while left:
-            count = min(left, max(1, _BLOCK_BYTES // max(1, widest)))
+            count = min(left, max(1, _BLOCK_BYTES // widest))
             blocks = {name: member.rows(count) for name, member in members.items()}
             for index in range(count):
                 yield {name: block[index] for name, block in blocks.items()}

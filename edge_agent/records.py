@@ -8,14 +8,13 @@ import csv
 import gzip
 import json
 import re
-import zipfile
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from edge_agent.npz import npz_columns
+from edge_agent.npz import npz_keys, npz_rows
 from edge_agent.reports import Cause
 from fedloom.errors import ConfigError, Reason, Refused
 
@@ -86,7 +85,7 @@ def _file_records(path: Path, selection: Selection) -> Iterator[Record]:
         for values in _parser(path, selection):
             number += 1
             yield Record(path.name, number, values)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zlib.error) as error:
         problem = getattr(error, "strerror", None) or f"damaged after row {number}"
         raise Refused(
             Reason.DATA_UNREADABLE, f"expected to read {path.name}, found: {problem}"
@@ -286,13 +285,11 @@ def _parquet_records(path: Path, columns: Sequence[Column]) -> _Records:
 
 
 def _npz_records(path: Path, columns: Sequence[Column]) -> _Records:
-    with zipfile.ZipFile(path) as archive:
-        keys = [name.removesuffix(".npy") for name in archive.namelist()]
-        names = _names(path, columns, keys)
-        for row in npz_columns(archive, _flat(names), path.name):
-            yield tuple(
-                row[name] if isinstance(name, str) else [row[one] for one in name] for name in names
-            )
+    names = _names(path, columns, npz_keys(path))
+    for row in npz_rows(path, _flat(names)):
+        yield tuple(
+            row[name] if isinstance(name, str) else [row[one] for one in name] for name in names
+        )
 
 
 def _flat(names: Sequence[_Names]) -> list[str]:

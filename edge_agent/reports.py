@@ -1,10 +1,14 @@
 """What reading a source has found: rows, classes, lengths, and what was left out and why."""
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 MAX_DISTINCT_LABELS = 65_536  # a column of texts in the place of labels must not fill the memory
+
+_SHOWN = 24  # labels that are printed
 
 
 class Cause(StrEnum):
@@ -56,6 +60,27 @@ class DataReport:
             "cut": self.cut,
             "scrubbed": dict(self.scrubbed),
         }
+
+
+def told_report(report: Mapping[str, Any], unit: str = "tokens") -> Iterator[tuple[str, str]]:
+    """Yield a report's plain values as lines for a person: what, and its value."""
+    yield "files", str(report["files"])
+    elsewhere = f", {report['elsewhere']} on the other side of the split"
+    yield "rows", f"{report['rows']}" + (elsewhere if report["elsewhere"] else "")
+    broken = report["broken"]
+    causes = "; ".join(f"{cause}: {count}" for cause, count in broken.items())
+    yield "broken rows", f"{sum(broken.values())}" + (f" ({causes})" if causes else "")
+    if report["unknown_labels"]:
+        yield "skipped", f"{report['unknown_labels']} rows of labels that the plan does not know"
+    if labels := report["labels"]:
+        shown = ", ".join(f"{label} {count}" for label, count in list(labels.items())[:_SHOWN])
+        more = f", and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
+        yield "labels", shown + more
+    if lengths := report["lengths"]:
+        cut = f"; {report['cut']} rows were cut" if report["cut"] else ""
+        yield unit, ", ".join(f"{name} {value}" for name, value in lengths.items()) + cut
+    if scrubbed := report["scrubbed"]:
+        yield "replaced", ", ".join(f"{kind} {count}" for kind, count in scrubbed.items())
 
 
 def quantiles(counts: Counter[int]) -> dict[str, int]:

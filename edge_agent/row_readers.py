@@ -246,7 +246,7 @@ def _text(value: object) -> str:
 
 def _texts(value: object) -> list[str]:
     """Return a list of words or tags; a format without lists holds JSON, or blanks between."""
-    found = _listed(value) if isinstance(value, str) else value
+    found = listed(value)
     if isinstance(found, str):
         found = found.split()
     if not isinstance(found, list) or not found:
@@ -256,9 +256,9 @@ def _texts(value: object) -> list[str]:
     return [_text(word).strip() for word in found]
 
 
-def _listed(value: str) -> object:
-    """Return what the value holds as JSON when that is a list, or the value itself."""
-    if value.lstrip().startswith("["):
+def listed(value: object) -> object:
+    """Return what a text holds as JSON when that is a list, or the value itself."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
@@ -268,7 +268,7 @@ def _listed(value: str) -> object:
 
 def _floats(shape: tuple[int, ...], value: object) -> Floats:
     """Return numbers, or texts of numbers, as an array of that shape."""
-    found = _listed(value) if isinstance(value, str) else value
+    found = listed(value)
     try:
         with np.errstate(over="ignore"):
             array = np.asarray(found, np.float32).reshape(shape)
