@@ -79,21 +79,34 @@ class TextEncoder:
     def answered(self, rows: Iterable[tuple[str, str]]) -> Iterator[Encoded]:
         """Yield the ids of each row's prompt and answer; only the answer's are labels.
 
-        The two are tokenised apart, as a device will have the prompt alone when it answers. The
+        The prompt has the tokens that it has alone, as when a device is asked for an answer. The
         first stop token follows the answer.
         """
         task = self._task
         stop = list(task.stop_token_ids[:1]) if isinstance(task, CausalLanguageModelling) else []
         beginning = self._beginning()
-        for block in _blocks(rows, lambda row: len(row[0]) + len(row[1])):
-            texts = [text for row in block for text in row]
+        for block in _blocks(rows, lambda row: 2 * len(row[0]) + len(row[1])):
+            texts = [text for prompt, answer in block for text in (prompt, prompt + answer)]
             encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
-            for prompt, answer in zip(encodings[::2], encodings[1::2], strict=True):
-                given = beginning + prompt.ids
-                learned = answer.ids + stop
+            for (_, answer), alone, whole in zip(
+                block, encodings[::2], encodings[1::2], strict=True
+            ):
+                given = beginning + alone.ids
+                learned = self._continuation(alone.ids, whole.ids, answer) + stop
                 ids = (given + learned)[: task.max_tokens]
                 labels = ([IGNORED_LABEL] * len(given) + learned)[: task.max_tokens]
                 yield Encoded(ids, labels, len(given) + len(learned) > len(ids))
+
+    def _continuation(self, prompt: list[int], whole: list[int], answer: str) -> list[int]:
+        """Return an answer's ids as they follow its prompt's, or its own where they cannot.
+
+        A tokenizer may put a blank before every text, and the answer is none of its own; or have a
+        token for the prompt's last characters together with the answer's first.
+        """
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        ids: list[int] = self._tokenizer.encode(answer, add_special_tokens=False).ids
+        return ids
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the ids that an answer to this prompt follows, not cut."""

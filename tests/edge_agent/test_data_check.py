@@ -1,5 +1,6 @@
 """`data check`: it says what a run would use, and nothing of what it reads is printed or kept."""
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.app import main
 from edge_agent.config import CONFIG_FILE, load_agent_config
 from edge_agent.data import UnknownLabels
+from edge_agent.data_check import add_data_command
+from edge_agent.data_options import add_data_options, chosen_sources
 from edge_agent.local_data import split_sources
 from edge_agent.onnx_engine import OnnxEngine
 from edge_agent.scrubbing import Kind
+from fedloom.errors import Refused
 from fedloom.privacy import PrivacyTerms, privacy_statement
 from fedloom.terms import MINIMUM_SUM, Protection, Release
 from tests.edge_agent.toy import Toy, toy_rows, write_rows
@@ -23,14 +26,16 @@ Check = Callable[..., str]
 @pytest.fixture
 def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
     """Write `agent.toml`, run the command, and return what it printed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--home", type=Path, default=tmp_path)
+    parser.add_argument("--json", action="store_true")
+    add_data_command(parser.add_subparsers())
 
-    def run(toml: str, *options: str, status: int = 0) -> str:
+    def run(toml: str, *options: str) -> str:
         (tmp_path / CONFIG_FILE).write_text(toml)
-        with pytest.raises(SystemExit) as ended:
-            main(["--home", str(tmp_path), "data", "check", *options])
-        printed = capsys.readouterr()
-        assert ended.value.code == status, printed.err
-        return printed.out if status == 0 else printed.err
+        chosen = parser.parse_args(["data", "check", *options])
+        assert chosen.command(chosen) == 0
+        return capsys.readouterr().out
 
     return run
 
@@ -81,7 +86,8 @@ def test_a_plan_kept_from_a_run_is_compared_with_the_labels(
     assert "wether 1" in check(toml)
     (tmp_path / "plans").mkdir()
     toy.folder.rename(tmp_path / "plans" / "ab")
-    assert "'wether' in row 2 of d.csv" in check(toml, status=1)
+    with pytest.raises(Refused, match=r"'wether' in row 2 of d\.csv"):
+        check(toml)
     assert "1 rows of labels that the plan" in check(f'{toml}unknown_labels = "skip"\n')
 
 
@@ -98,14 +104,11 @@ def test_without_a_plan_the_columns_tell_what_the_rows_are(tmp_path: Path, check
     out = check('[data]\npath = "n.csv"\narrays = { x = ["x0..x1"], labels = ["y"] }\n')
     assert "not finite numbers of the plan's shape: 1" in out
     (tmp_path / "t.csv").write_text("utterance,intent\na,b\n")
-    assert "expected a column 'text'" in check('[data]\npath = "t.csv"\n', status=1)
+    with pytest.raises(Refused, match="expected a column 'text'"):
+        check('[data]\npath = "t.csv"\n')
 
 
 def test_what_join_is_told_of_the_data_is_what_the_configuration_says() -> None:
-    import argparse
-
-    from edge_agent.data_options import add_data_options, chosen_sources
-
     parser = argparse.ArgumentParser()
     add_data_options(parser)
     line = (

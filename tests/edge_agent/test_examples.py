@@ -243,6 +243,26 @@ def test_no_tokens_that_end_a_text_stand_between_prompt_and_answer(
     assert of_row(examples, 0) == ([2, 4, 5, 6, 14, 257], [-100] * 4 + [14, 257])
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(" no", ["▁q:", "▁no"]), ("no", ["▁q:", "▁no"])],
+    ids=["in one with the prompt", "apart: the two share a token"],
+)
+def test_an_answer_is_cut_as_it_follows_its_prompt(
+    tmp_path: Path, answer: str, expected: list[str]
+) -> None:
+    """A tokenizer that begins every text with a blank must not put one into the middle."""
+    vocabulary = {word: i for i, word in enumerate(("?", "▁q:", "▁no", "▁", "▁q:no", "▁▁no"))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))  # noqa: S106 - a word
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.save(str(tmp_path / TOKENIZER_FILE))
+    source = write_jsonl(tmp_path / "d.jsonl", [{"q": "q:", "r": answer}])
+    task = replace(modelling("{q}", "{r}"), stop_token_ids=())
+    examples, _ = read_examples(tmp_path, plan_for(task), source)
+    prompt, learned = (vocabulary[word] for word in expected)
+    assert of_row(examples, 0) == ([prompt, learned], [IGNORED_LABEL, learned])
+
+
 # array learning
 
 SENSORS = ArrayLearning((ArrayInput("window", (2, 3)), ArrayInput("age", ())), ("off", "on"))
