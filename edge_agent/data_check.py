@@ -95,7 +95,7 @@ def check_data(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_as_json(config, plan, checked)))
         return 0
-    print(f"plan      {plan.name if plan else 'none yet: rows are counted, labels not compared'}")
+    print(f"plan      {_told_plan(plan)}")
     for one in checked:
         print(f"\n{one.name:9} {one.source.path}")
         for what, value in told_report(one.report.to_json(), one.unit):
@@ -107,6 +107,14 @@ def check_data(options: argparse.Namespace) -> int:
     for party, learns in _leaves(config):
         print(f"  {party:24} {learns}")
     return 0
+
+
+def _told_plan(plan: Plan | None) -> str:
+    if plan is None:
+        return "none yet: rows are counted, labels not compared"
+    if isinstance(plan.task, ArrayLearning):
+        return plan.name
+    return f"{plan.name}, which takes {plan.task.max_tokens} tokens"
 
 
 def _checked(name: str, source: DataSource, plan: Plan | None, folder: Path | None) -> Checked:

@@ -45,6 +45,10 @@ def add_data_options(command: argparse.ArgumentParser) -> None:
         metavar="KIND,...",
         help=f"personal data to replace before anything else: {', '.join(Kind)}",
     )
+    command.add_argument("--phone-region", help="where numbers without a country's code belong: DE")
+    command.add_argument(
+        "--names-model", type=Path, help="folder of an exported model that tags names of persons"
+    )
 
 
 def chosen_sources(options: argparse.Namespace) -> tuple[DataSource, DataSource | None, float]:
@@ -53,7 +57,9 @@ def chosen_sources(options: argparse.Namespace) -> tuple[DataSource, DataSource 
         raise ConfigError("--split", f"expected 0..{MAX_HELD_OUT}, found {options.split}")
     if options.split and options.held_out:
         raise ConfigError("--split", "expected a share or --held-out, found both")
-    treatment = Treatment(UnknownLabels(options.unknown_labels), Scrub(_kinds(options.scrub)))
+    model = options.names_model and options.names_model.resolve()
+    scrub = Scrub(_kinds(options.scrub), options.phone_region, model)
+    treatment = Treatment(UnknownLabels(options.unknown_labels), scrub)
     data = replace(_source(options, options.data), treatment=treatment)
     held_out = options.held_out and replace(data, path=options.held_out.resolve())
     return data, held_out, options.split

@@ -121,6 +121,7 @@ def _key(plan: Plan, source: DataSource, reader: RowReader[Any]) -> str:
         hashlib.sha256(plan.encode()).hexdigest(),
         files,
         said,
+        source.treatment.scrub.version,
         [salt, part.share, part.held_out] if part else None,
     ]
     return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()

@@ -24,6 +24,7 @@ from fedloom.errors import Reason, Refused
 from fedloom.secret_files import make_private_folder, write_secret
 
 KEPT_FILE = "kept.json"
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL
 Block = Mapping[str, NDArray[Any]]  # some rows of every array, by the array's name
 Arrays = dict[str, NDArray[Any]]
 _log = structlog.get_logger()
@@ -81,18 +82,16 @@ class ExampleFiles:
 
     def write(self, blocks: Iterable[Block]) -> Arrays:
         """Append every block; return the arrays as they were written, mapped into memory."""
-        with self._open_files:
-            try:
+        try:
+            with self._open_files:
                 for block in blocks:
                     for name, rows in block.items():
                         self._append(name, rows)
                 return {
                     name: _mapped(file, *self._shapes[name]) for name, file in self._files.items()
                 }
-            except OSError as error:
-                raise Refused(
-                    Reason.DATA_UNREADABLE, f"expected room for token ids, found: {error.strerror}"
-                ) from error
+        except OSError as error:
+            raise _no_room(error) from error
 
     def _append(self, name: str, rows: NDArray[Any]) -> None:
         file = self._files.get(name) or self._open(name)
@@ -117,10 +116,10 @@ class ExampleFiles:
             return
         arrays = {name: (kind.str, shape) for name, (kind, shape) in self._shapes.items()}
         about = {"key": key, "sha256": sha256.hex(), "arrays": arrays, "report": report}
-        write_secret(self._folder / KEPT_FILE, json.dumps(about).encode())
-
-
-_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        try:
+            write_secret(self._folder / KEPT_FILE, json.dumps(about).encode())
+        except OSError as error:  # the data are read again next time
+            _log.warning("examples not kept", problem=error.strerror)
 
 
 @contextmanager
@@ -129,14 +128,31 @@ def replacing(folder: Path | None) -> Iterator[ExampleFiles]:
     if folder is None:
         yield ExampleFiles(None)
         return
-    make_private_folder(folder.parent)
-    discard_kept(folder)  # first: the room of both might not be there
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        make_private_folder(folder.parent)
+        discard_kept(folder)  # first: the room of both might not be there
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise _no_room(error) from error
     try:
         yield ExampleFiles(made)
-        os.replace(made, folder)
+        _move(made, folder)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _move(made: Path, folder: Path) -> None:
+    try:
+        made.replace(folder)
+    except OSError as error:  # what is mapped stays, and the data are read again next time
+        _log.warning("examples not kept", problem=error.strerror)
+
+
+def _no_room(error: OSError) -> Refused:
+    return Refused(
+        Reason.DATA_UNREADABLE,
+        f"expected room for what is read of the data, found: {error.strerror}",
+    )
 
 
 def _mapped(file: BinaryIO, kind: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -1,12 +1,14 @@
 """Where this agent keeps what it has read of its data, and how it splits them."""
 
 import secrets
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from edge_agent.config import AgentConfig
 from edge_agent.data import DataSource, Part
 from edge_agent.kept_examples import discard_kept, kept_report
+from edge_agent.scrubbing import Scrubber
 from fedloom.secret_files import write_secret
 
 _SALT_FILE = "split.salt"
@@ -17,8 +19,10 @@ _TRAIN, _HELD_OUT = "train", "held_out"
 def on_this_device(home: Path, config: AgentConfig) -> AgentConfig:
     """Return the configuration with its sources split, and with folders to keep examples in.
 
-    What was kept for a held-out source that is no more is deleted.
+    What was kept for a held-out source that is no more is deleted. Raises ConfigError where the
+    owner wants personal data replaced that this device cannot find.
     """
+    Scrubber(config.data.treatment.scrub, Counter())
     data, held_out = split_sources(home, config)
     if held_out is None:
         discard_kept(_folder(home, _HELD_OUT))

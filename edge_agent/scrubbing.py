@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
 
 from fedloom.errors import ConfigError
+from fedloom.plans import ADAPTER_FILE, PLAN_FILE
 
 _EMAIL = re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[\w-]+(?:\.[\w-]+)+")
 _CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){11,}(?![\w-])")
@@ -23,6 +25,7 @@ _IBAN_START = re.compile(r"(?<!\w)(?=[A-Za-z]{2}\d{2})")
 _IBAN = re.compile(r"[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]){10,30}(?!\w)")
 _GROUP = re.compile(r"[A-Za-z0-9]+")
 _DIGITS = re.compile(r"(?:\d\W{0,3}){7}")  # fewer make no telephone number
+_LIBRARIES = ("phonenumberslite", "phonenumbers", "python-stdnum")
 _INSTALL = 'needs: pip install "fedloom[scrub]"'
 
 Span = tuple[int, int]  # start and end in the text
@@ -56,8 +59,31 @@ class Scrub:
     phone_region: str | None = None
     names_model: Path | None = None
 
+    @property
+    def version(self) -> list[object]:
+        """What its outcome depends on besides: the libraries' versions, the model's files."""
+        if not self.kinds:
+            return []
+        files = (
+            [self.names_model / name for name in (PLAN_FILE, ADAPTER_FILE)]
+            if (self.names_model)
+            else []
+        )
+        states = [path.stat() for path in files if path.is_file()]
+        return [
+            *(_version(name) for name in _LIBRARIES),
+            *((state.st_size, state.st_mtime_ns) for state in states),
+        ]
+
 
 NO_SCRUB = Scrub()
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""  # also of phonenumbers, the same library with more in it
 
 
 class Scrubber:
@@ -111,7 +137,19 @@ def _finder(kind: Kind, scrub: Scrub) -> Finder:
         case Kind.PHONE:
             return _phones(scrub.phone_region)
         case Kind.NAMES:
-            raise ConfigError("privacy.scrub", "names: not yet")
+            return _names(scrub.names_model)
+
+
+def _names(model: Path | None) -> Finder:
+    if model is None:
+        raise ConfigError(
+            "privacy.scrub",
+            "names needs privacy.names_model, a folder of an exported model that tags persons: "
+            "no form tells a name, and nothing is fetched from a network",
+        )
+    from edge_agent.name_finding import NameFinder  # brings ONNX Runtime and the tokenizer
+
+    return NameFinder(model).find
 
 
 def _ibans() -> Finder:

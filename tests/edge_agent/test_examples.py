@@ -29,6 +29,7 @@ from fedloom.tasks import (
     TextClassification,
     TokenClassification,
 )
+from tests.small_disk import mounted
 
 TAGS = ("O", "B-place", "I-place")
 PIECES = ("lo", "##nd", "##on", "to", "##ky", "##o", "is", "a", "##b", "in", "x", ".", "i")
@@ -443,3 +444,18 @@ def test_damaged_files_are_made_again(
             about.write_text("[]")
     assert kept(data) == expected
     assert tokens.read_bytes() == content
+
+
+def test_a_full_disk_refuses_the_data_and_leaves_nothing(pieces: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "d.jsonl", [{"text": "x " * 200, "label": "yes"}] * 3000)
+    task = TextClassification(("yes", "no"), 100, 0)
+    with mounted(tmp_path / "home", 400) as disk:
+        kept_in = disk.folder / "examples" / "train"
+        full = replace(source, treatment=Treatment(kept_in=kept_in))
+        with pytest.raises(Refused, match="room for") as refused:
+            read_examples(pieces, plan_for(task), full)
+        assert refused.value.reason is Reason.DATA_UNREADABLE
+        assert list(kept_in.parent.iterdir()) == []
+        few = write_jsonl(tmp_path / "e.jsonl", [{"text": "x", "label": "yes"}] * 30)
+        read_examples(pieces, plan_for(task), replace(few, treatment=full.treatment))
+        assert (kept_in / KEPT_FILE).is_file()

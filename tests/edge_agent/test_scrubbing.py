@@ -3,13 +3,28 @@
 import string
 import sys
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
+import onnx.parser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from edge_agent.scrubbing import Kind, Scrub, Scrubber
+from fedloom.adapters import write_adapter
 from fedloom.errors import ConfigError
+from fedloom.graph_contracts import INFER_GRAPH
+from fedloom.plans import (
+    ADAPTER_FILE,
+    PLAN_FILE,
+    TOKENIZER_FILE,
+    Plan,
+    PlanOrigin,
+    TrainableTensor,
+)
+from fedloom.tasks import TokenClassification
 
 FORMED = (Kind.EMAIL, Kind.IBAN, Kind.CARD, Kind.PHONE)
 PERSONAL = {
@@ -110,3 +125,55 @@ def test_a_library_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ConfigError, match=r'pip install "fedloom\[scrub\]"'):
         scrubber(Counter(), Scrub((kind,)))
+
+
+NAMES = {"anna", "li", "o'hara"}
+
+
+def save_tagger(folder: Path, labels: tuple[str, ...] = ("O", "B-PER", "I-PER")) -> Path:
+    """Write a model by hand that takes a few words for names, and four tokens at a time."""
+    folder.mkdir()
+    vocabulary = {word: i for i, word in enumerate(["?", *sorted(NAMES), "met", "."])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))  # noqa: S106 - a word
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / TOKENIZER_FILE))
+    scores = [[0.0, float(word in NAMES), 0.0] for word in vocabulary]
+    table = ", ".join(str(score) for row in scores for score in row)
+    graph = f"""<ir_version: 8, opset_import: ["": 18]>
+    infer (float[1] theta, int64[B,S] input_ids, int64[B,S] attention_mask)
+      => (float[B,S,3] logits) <float[{len(scores)},3] table = {{{table}}}>
+      {{ logits = Gather(table, input_ids) }}"""
+    (folder / INFER_GRAPH).write_bytes(onnx.parser.parse_model(graph).SerializeToString())
+    layout = (TrainableTensor("w", (1,), 0),)
+    write_adapter(folder / ADAPTER_FILE, layout, np.zeros(1, np.float32))
+    task = TokenClassification(labels, 4, 0)
+    plan = Plan("names", (), layout, task, PlanOrigin("test"))
+    (folder / PLAN_FILE).write_bytes(plan.encode())
+    return folder
+
+
+@given(words=st.lists(st.sampled_from(["met", "x", *sorted(NAMES)]), max_size=12))
+def test_names_are_those_that_a_model_tags_however_long_the_text(
+    tmp_path_factory: pytest.TempPathFactory, words: list[str]
+) -> None:
+    """Words of one name that follow each other are one; the tags of words stay where they are."""
+    folder = tmp_path_factory.getbasetemp() / "tagger"
+    names = Scrub((Kind.NAMES,), names_model=folder if folder.exists() else save_tagger(folder))
+    pieces: list[str] = []
+    for word in words:
+        piece = "<NAME>" if word in NAMES else word
+        if piece != "<NAME>" or pieces[-1:] != ["<NAME>"]:
+            pieces.append(piece)
+    assert scrubber(Counter(), names).text(" ".join(words)) == " ".join(pieces)
+    expected = ["<NAME>" if word in NAMES else word for word in words]
+    assert scrubber(Counter(), names).words(words) == expected
+
+
+def test_names_without_a_model_that_tags_them_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names_model"):
+        scrubber(Counter(), Scrub((Kind.NAMES,)))
+    with pytest.raises(ConfigError, match=r"names_model.*exported model"):
+        scrubber(Counter(), Scrub((Kind.NAMES,), names_model=tmp_path))
+    places = save_tagger(tmp_path / "places", ("O", "B-place", "I-place"))
+    with pytest.raises(ConfigError, match="such as B-PER"):
+        scrubber(Counter(), Scrub((Kind.NAMES,), names_model=places))

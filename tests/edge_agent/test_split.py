@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.config import AgentConfig
-from edge_agent.data import DataSource
+from edge_agent.data import DataSource, Treatment
 from edge_agent.examples import read_examples, read_held_out
 from edge_agent.local_data import data_reports, on_this_device, split_sources
 from edge_agent.onnx_engine import OnnxEngine
 from edge_agent.row_readers import classified_texts
-from fedloom.errors import Refused
+from edge_agent.scrubbing import Kind, Scrub
+from fedloom.errors import ConfigError, Refused
 from tests.edge_agent.toy import LABELS, Toy, toy_rows, write_rows
 
 Rows = list[tuple[str, str]]
@@ -94,3 +95,9 @@ def test_a_side_that_nothing_was_drawn_for_is_no_evaluation(toy: Toy, tmp_path: 
     train, held_out = split_sources(tmp_path, AgentConfig(data, held_out_share=share))
     engine = OnnxEngine(toy.folder, toy.plan, train, held_out, threads=1)
     assert engine.evaluate(np.zeros_like(toy.theta)) is None
+
+
+def test_a_device_that_cannot_scrub_as_its_owner_says_does_not_begin(tmp_path: Path) -> None:
+    data = replace(DataSource(tmp_path / "d.csv"), treatment=Treatment(scrub=Scrub((Kind.NAMES,))))
+    with pytest.raises(ConfigError, match="names_model"):
+        on_this_device(tmp_path, AgentConfig(data))
