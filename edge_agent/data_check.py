@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_agent.columns import Column
 from edge_agent.config import AgentConfig, load_agent_config
 from edge_agent.data import DataSource
 from edge_agent.local_data import split_sources
@@ -18,7 +19,6 @@ from edge_agent.records import (
     ARCHIVES,
     TABLES,
     WORD_LISTS,
-    Column,
     Selection,
     Values,
     data_files,

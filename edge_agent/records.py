@@ -7,13 +7,13 @@ is wrong without quoting a text: refusals leave the device.
 import csv
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
+from edge_agent.columns import Column, Names, Place, column_names, column_places, flat
 from edge_agent.npz import npz_keys, npz_rows
 from edge_agent.reports import Cause
 from fedloom.errors import ConfigError, Reason, Refused
@@ -25,13 +25,9 @@ TABLES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 ARCHIVES = (".npz",)
 WORD_LISTS = (".conll", ".bio", ".iob", ".txt")
 _PARQUET_BATCH_ROWS = 1024
-_PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")
 
-Column = str | tuple[str, ...]  # a column's name; or names and ranges `a..b` that are one array
 Values = tuple[object, ...]  # a record's, one for each Column; a list where that is a tuple
 _Records = Generator[Values | Cause, None, None]
-_Place = int | list[int]
-_Names = str | list[str]
 
 
 class Record(NamedTuple):
@@ -160,7 +156,7 @@ def _csv_records(path: Path, columns: Sequence[Column]) -> _Records:
             header = [name.strip() for name in next(reader, [])]
         except (csv.Error, _BrokenLineError):
             header = []
-        places = _places(path, columns, header)
+        places = column_places(path, columns, header)
         while True:
             try:
                 fields = next(reader)
@@ -178,14 +174,14 @@ def _csv_records(path: Path, columns: Sequence[Column]) -> _Records:
                 yield Cause.UNPARSABLE
 
 
-def _taken(fields: Sequence[object], place: _Place) -> object:
+def _taken(fields: Sequence[object], place: Place) -> object:
     return fields[place] if isinstance(place, int) else [fields[one] for one in place]
 
 
 def _jsonl_records(path: Path, columns: Sequence[Column]) -> _Records:
     with _open(path) as stream:
         lines = _Lines(stream)
-        names: list[_Names] | None = None
+        names: list[Names] | None = None
         while True:
             try:
                 line = next(lines)
@@ -201,7 +197,7 @@ def _jsonl_records(path: Path, columns: Sequence[Column]) -> _Records:
                 yield Cause.UNPARSABLE
                 continue
             if names is None:  # the first object stands for all, as a header does
-                names = _names(path, columns, list(value))
+                names = column_names(path, columns, list(value))
             yield tuple(
                 value.get(name) if isinstance(name, str) else [value.get(one) for one in name]
                 for name in names
@@ -268,8 +264,8 @@ def _parquet_records(path: Path, columns: Sequence[Column]) -> _Records:
     try:
         # Without `pre_buffer`, which holds a whole row group, memory is that of a batch.
         with path.open("rb") as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
-            names = _names(path, columns, file.schema_arrow.names)
-            for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=_flat(names)):
+            names = column_names(path, columns, file.schema_arrow.names)
+            for batch in file.iter_batches(_PARQUET_BATCH_ROWS, columns=flat(names)):
                 table = [
                     batch.column(name).to_pylist()
                     if isinstance(name, str)
@@ -285,55 +281,8 @@ def _parquet_records(path: Path, columns: Sequence[Column]) -> _Records:
 
 
 def _npz_records(path: Path, columns: Sequence[Column]) -> _Records:
-    names = _names(path, columns, npz_keys(path))
-    for row in npz_rows(path, _flat(names)):
+    names = column_names(path, columns, npz_keys(path))
+    for row in npz_rows(path, flat(names)):
         yield tuple(
             row[name] if isinstance(name, str) else [row[one] for one in name] for name in names
         )
-
-
-def _flat(names: Sequence[_Names]) -> list[str]:
-    """Return every name once."""
-    every = [[name] if isinstance(name, str) else name for name in names]
-    return list(dict.fromkeys(name for several in every for name in several))
-
-
-def _places(path: Path, columns: Sequence[Column], found: list[str]) -> list[_Place]:
-    return [
-        found.index(name) if isinstance(name, str) else [found.index(one) for one in name]
-        for name in _names(path, columns, found)
-    ]
-
-
-def _names(path: Path, columns: Sequence[Column], found: list[str]) -> list[_Names]:
-    """Return the names of each column, ranges written out, or refuse and name what is there."""
-    names: list[_Names] = []
-    for column in columns:
-        several = (column,) if isinstance(column, str) else column
-        expanded = [name for one in several for name in _range(path, one, found)]
-        names.append(expanded[0] if len(several) == 1 and expanded == [several[0]] else expanded)
-    return names
-
-
-def _range(path: Path, name: str, found: list[str]) -> list[str]:
-    if name in found:
-        return [name]
-    first, dots, last = name.partition("..")
-    if dots:
-        start, end = (found.index(_existing(path, one, found)) for one in (first, last))
-        if start <= end:
-            return found[start : end + 1]
-    return [_existing(path, name, found)]
-
-
-def _existing(path: Path, column: str, found: list[str]) -> str:
-    if column in found:
-        return column
-    # In a file without a header the first row stands here: only plain words are quoted.
-    names = [name for name in found if _PLAIN_NAME.fullmatch(name)][:16]
-    others = f" and {len(found) - len(names)} more" if len(found) > len(names) else ""
-    raise Refused(
-        Reason.DATA_COLUMN_MISSING,
-        f"expected a column {column[:40]!r} in {path.name}, "
-        f"found: {', '.join(names) or 'no plain name'}{others}",
-    )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.columns import Column
 from edge_agent.data import DataSource
 from edge_agent.records import (
     ARCHIVES,
@@ -16,7 +17,6 @@ from edge_agent.records import (
     MAX_WORDS,
     TABLES,
     WORD_LISTS,
-    Column,
     Selection,
     Values,
 )
