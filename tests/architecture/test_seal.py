@@ -50,7 +50,7 @@ PERMITTED = {
     "importlib.metadata",
     "importlib.metadata.version",
 }
-# The operator's own module, named on the command line of `plan build --task module`, where no peer is.
+# The operator's own module, named on `plan build`'s command line, where no peer is.
 OPERATORS_MODULE = {"coordinator.plans.families.array_learning": ["importlib []", "import_module"]}
 FOUND = re.compile("load|from|unsafe|parse|lazy|deserial", re.IGNORECASE)
 NO_LOADERS = {"transform_from_ntt", "transform_from_ntt_inplace"}
