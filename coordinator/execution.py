@@ -62,6 +62,7 @@ from coordinator.store import RunRecord, Store
 from crypto import cohort
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
+from fedloom.strategies import update_length
 from fedloom.v1 import control_pb2
 
 SATURATION_WARNING = 1e-3  # share of a round's values beyond its clip
@@ -261,7 +262,8 @@ class Execution:
         record = self._agents.history[-1] if self._agents.history else None
         if record is None or record.round != event.round:
             return 0.0
-        share = event.saturated / (self._plan.parameter_count * len(record.slots))
+        values = update_length(self.config.training, self._plan.parameter_count)
+        share = event.saturated / (values * len(record.slots))
         if share > SATURATION_WARNING:
             self._log.warning(
                 "updates saturated: their values beyond the clip were cut",

@@ -170,7 +170,7 @@ def test_a_wrong_type_is_an_error(change: dict[str, Any], expected: str) -> None
         ({"training": {"epochs": 0}}, "epochs in 1.."),
         ({"training": {"momentum": 1.0}}, "momentum in [0, 1)"),
         ({"training": {"seed": -1}}, "seed in 0.."),
-        ({"training": {"strategy": "FED_AVG"}}, "expected one of ['fed_avg', 'fed_prox']"),
+        ({"training": {"strategy": "FED_AVG"}}, "expected one of ['fed_adagrad',"),
         ({"protection": {"update_bits": 12}}, "update_bits in (16, 8)"),
         ({"protection": {"clip": float("nan")}}, "clip to be finite"),
         ({"deadlines": {"upload": 0}}, "deadlines: expected seconds above 0"),

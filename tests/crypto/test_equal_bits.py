@@ -83,7 +83,7 @@ def applied(theta: np.ndarray, updates: list[np.ndarray], rate: float) -> bytes:
     rule = federated_averaging(rate)
     state = rule.init(theta)
     for update in updates:
-        state = rule.apply(state, update.copy())
+        state = rule.apply(state, update.copy(), 1)
     return state.theta.tobytes()
 
 
@@ -232,12 +232,12 @@ def test_where_arrays_lie_does_not_show(start):
     mean = sum_of(*CASES[0]).opened()
     theta = np.random.default_rng(0).normal(0, 0.1, P).astype(np.float32)
     rule = federated_averaging(0.3)
-    expected = rule.apply(ServerState(theta), mean.copy()).theta.tobytes()
+    expected = rule.apply(ServerState(theta), mean.copy(), 1).theta.tobytes()
     moved_theta, moved_mean = np.empty(P + 16, np.float32), np.empty(P + 31, np.float32)
     moved_theta[start : start + P] = theta
     moved_mean[15 - start : 15 - start + P] = mean
     state = ServerState(moved_theta[start : start + P])
-    found = rule.apply(state, moved_mean[15 - start : 15 - start + P]).theta
+    found = rule.apply(state, moved_mean[15 - start : 15 - start + P], 1).theta
     assert found.tobytes() == expected
     assert found.base is moved_mean  # its memory was handed over
 
@@ -247,9 +247,9 @@ def test_pieces_make_the_same_whole(size):
     mean = sum_of(*CASES[0]).opened()[: min(P, 200 * size)]
     theta = np.random.default_rng(0).normal(0, 0.1, len(mean)).astype(np.float32)
     rule = federated_averaging(0.3)
-    whole = rule.apply(ServerState(theta), mean.copy()).theta
+    whole = rule.apply(ServerState(theta), mean.copy(), 1).theta
     pieces = [
-        rule.apply(ServerState(theta[i : i + size]), mean[i : i + size].copy()).theta
+        rule.apply(ServerState(theta[i : i + size]), mean[i : i + size].copy(), 1).theta
         for i in range(0, len(mean), size)
     ]
     assert np.concatenate(pieces).tobytes() == whole.tobytes()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edge_agent.global_state import GlobalState, LastRound
 from fedloom.adapters import Theta, write_adapter
 from fedloom.plans import ADAPTER_FILE, Plan, PlanOrigin, TextClassification, TrainableTensor
-from fedloom.strategies import federated_averaging
+from fedloom.terms import LocalTraining
 
 LAYOUT = (TrainableTensor("weight", (3, 4), 0), TrainableTensor("bias", (5,), 12))
 SIZE = 17
@@ -32,7 +32,7 @@ def opened(folder: Path) -> GlobalState:
     plan_folder = folder / "plan"
     plan_folder.mkdir(exist_ok=True, parents=True)
     write_adapter(plan_folder / ADAPTER_FILE, LAYOUT, INITIAL)
-    return GlobalState(folder / "run", PLAN, plan_folder, federated_averaging())
+    return GlobalState(folder / "run", PLAN, plan_folder, LocalTraining())
 
 
 def updates(seed: int) -> Theta:
@@ -50,7 +50,7 @@ def test_what_was_applied_is_there_again_after_any_restart(
     state, theta, last = opened(folder), INITIAL, LastRound()
     for seed, (applied, gap, restart) in enumerate(steps):
         last = replace(applied, round=last.round + gap)
-        state.apply(updates(seed), last)
+        state.apply(updates(seed), 1, last)
         theta = theta + updates(seed)
         if restart:
             state = opened(folder)
@@ -62,7 +62,7 @@ def test_what_was_applied_is_there_again_after_any_restart(
 
 def test_a_round_that_was_cut_while_it_was_written_is_not_there(tmp_path: Path) -> None:
     state = opened(tmp_path)
-    state.apply(updates(1), LastRound(1, next_clip=0.5))
+    state.apply(updates(1), 1, LastRound(1, next_clip=0.5))
     (tmp_path / "run" / "after-round-2.safetensors.part").write_bytes(b"half")
     assert opened(tmp_path).last == LastRound(1, next_clip=0.5)
 
@@ -70,7 +70,7 @@ def test_a_round_that_was_cut_while_it_was_written_is_not_there(tmp_path: Path) 
 @pytest.mark.parametrize("content", [b"", b"half a file", bytes(500)])
 def test_a_file_that_is_not_whole_is_discarded(tmp_path: Path, content: bytes) -> None:
     state = opened(tmp_path)
-    state.apply(updates(1), LastRound(1, next_clip=0.5))
+    state.apply(updates(1), 1, LastRound(1, next_clip=0.5))
     broken = tmp_path / "run" / "after-round-2.safetensors"
     broken.write_bytes(content)
     again = opened(tmp_path)
@@ -80,7 +80,7 @@ def test_a_file_that_is_not_whole_is_discarded(tmp_path: Path, content: bytes) -
 
 def test_without_a_whole_file_the_state_is_the_plans(tmp_path: Path) -> None:
     state = opened(tmp_path)
-    state.apply(updates(1), LastRound(3))
+    state.apply(updates(1), 1, LastRound(3))
     [kept] = (tmp_path / "run").iterdir()
     kept.write_bytes(kept.read_bytes()[:-1])
     again = opened(tmp_path)
@@ -91,16 +91,16 @@ def test_without_a_whole_file_the_state_is_the_plans(tmp_path: Path) -> None:
 def test_the_newest_of_two_files_counts(tmp_path: Path) -> None:
     """A process that was killed after the rename has not deleted the older file."""
     state = opened(tmp_path)
-    state.apply(updates(1), LastRound(9))
+    state.apply(updates(1), 1, LastRound(9))
     older = (tmp_path / "run" / "after-round-9.safetensors").read_bytes()
-    state.apply(updates(2), LastRound(10))
+    state.apply(updates(2), 1, LastRound(10))
     (tmp_path / "run" / "after-round-9.safetensors").write_bytes(older)
     assert opened(tmp_path).last.round == 10
 
 
 def test_a_reset_state_is_the_plans_for_good(tmp_path: Path) -> None:
     state = opened(tmp_path)
-    state.apply(updates(1), LastRound(4, next_clip=0.25))
+    state.apply(updates(1), 1, LastRound(4, next_clip=0.25))
     state.reset()
     for found in (state, opened(tmp_path)):
         assert found.last == LastRound()

@@ -63,6 +63,7 @@ class FakeEngine:
         order_seed: int,
         progress: Progress,
         checkpoint: Checkpoint,
+        linear: Theta | None = None,
     ) -> LocalUpdate:
         """Draw an update; while `may_finish` is clear, behave like a training that goes on."""
         self.begun += 1
@@ -112,6 +113,7 @@ class KeepingEngine(FakeEngine):
         order_seed: int,
         progress: Progress,
         checkpoint: Checkpoint,
+        linear: Theta | None = None,
     ) -> LocalUpdate:
         """Go on from the kept state, wait halfway while `may_finish` is clear, draw an update."""
         subject = order_seed.to_bytes(32, "little")
@@ -129,4 +131,4 @@ class KeepingEngine(FakeEngine):
                 finally:
                     checkpoint.save(state)  # one was under way when the end came
             progress(state.step / self.steps)
-        return super().train(theta, terms, order_seed, progress, checkpoint)
+        return super().train(theta, terms, order_seed, progress, checkpoint, linear)
