@@ -1,4 +1,4 @@
-"""Write the table of strategies into this folder's README.md: `python -m coordinator.strategies`."""
+"""Write the table into this folder's README.md: `python -m coordinator.strategies`."""
 
 from pathlib import Path
 

@@ -1,14 +1,19 @@
 """The table of strategies, from the rules themselves and from what terms accept."""
 
 from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
 
-from fedloom.errors import Refused
+from coordinator.config import parse_run_config
+from fedloom.errors import ConfigError, Refused
 from fedloom.strategies import RULES, Rule
 from fedloom.terms import (
     STRATEGIES_WITH,
     STRATEGY_DEFAULTS,
     LocalTraining,
     Optimizer,
+    Protection,
+    Release,
     Weighting,
 )
 
@@ -88,18 +93,38 @@ def _goes_with(rule: Rule, choice: dict[str, Optimizer | Weighting]) -> bool:
     least: dict[str, object] = {"server_adaptivity": 1.0, "dynamic_alpha": 1.0}
     least |= {"population": 1, "auxiliary_scale": 1.0}
     needed = {name: value for name, value in least.items() if _is_of(rule, name)}
-    for optimizer in Optimizer:
-        for weighting in Weighting:
-            both = {"optimizer": optimizer, "weighting": weighting, **choice}
-            try:
-                LocalTraining(strategy=rule.strategy, **needed, **both)  # type: ignore[arg-type]
-            except Refused:
-                continue
-            return True
+    for optimizer, weighting in product(Optimizer, Weighting):
+        both = {"optimizer": optimizer, "weighting": weighting, **choice}
+        try:
+            LocalTraining(strategy=rule.strategy, **needed, **both)  # type: ignore[arg-type]
+        except Refused:
+            continue
+        return True
     return False
 
 
 def _exactness(rule: Rule) -> str:
-    """Every rule here is a function of one sum, which any protection and release delivers."""
-    del rule
-    return "every protection, either release"
+    """Ask the run file's checks under what such a run can go."""
+    taken = [kind.name.lower() for kind in Protection if _can_run(rule, kind, Release.AGENTS)]
+    both = all(_can_run(rule, Protection[kind.upper()], Release.COORDINATOR) for kind in taken)
+    protections = "every protection" if len(taken) == len(Protection) else ", ".join(taken)
+    return f"{protections}, {'either release' if both else 'release to agents'}"
+
+
+def _can_run(rule: Rule, protection: Protection, release: Release) -> bool:
+    names = [one.name.lower() for one in (rule.strategy, protection, release)]
+    for optimizer, weighting in product(Optimizer, Weighting):
+        choice = {"optimizer": optimizer.name.lower(), "weighting": weighting.name.lower()}
+        run = {
+            "plan": "plan",
+            "rounds": 1,
+            "cohort": {"size": 3} | ({"population": 3} if _is_of(rule, "population") else {}),
+            "training": {"strategy": names[0], "max_steps": 1} | choice,
+            "protection": {"kind": names[1], "release": names[2], "clip": 1.0},
+        }
+        try:
+            parse_run_config(run, Path("/run.toml"))
+        except ConfigError:
+            continue
+        return True
+    return False

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -80,9 +80,7 @@ class FakeEngine:
         levels = np.random.default_rng(order_seed).integers(-_STEPS, _STEPS + 1, len(theta))
         delta = levels.astype(np.float32) * np.float32(LARGEST_VALUE / _STEPS)
         update = self._spoil(LocalUpdate(delta, self.samples, mean_loss=0.25))
-        self.history.append(
-            Trained(theta.copy(), replace(update, delta=update.delta.copy()), linear)
-        )
+        self.history.append(Trained(theta.copy(), update, linear))
         return update
 
     def evaluate(self, theta: Theta) -> Evaluation | None:
