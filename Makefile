@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types protos bench clean
+.PHONY: help install demo arm64 test check lint types protos bench clean
 
 help: ## Say what can be made
 	@echo "make demo                 the whole thing on one machine: plan, 3 agents, 5 sealed rounds, ONNX answers"
@@ -17,6 +17,7 @@ help: ## Say what can be made
 	@echo "make test                 all tests"
 	@echo "make check                what CI runs: ruff, mypy, buf, import-linter, tests"
 	@echo "make protos LANG=cpp      stubs for another language in gen/ (LANG=list names them)"
+	@echo "make arm64                the demo with one agent on emulated 64-bit ARM (root, debootstrap, qemu-user-static)"
 	@echo "make bench                seconds, bytes and memory of a round, beside bare gRPC"
 	@echo "make install              the development environment in $(VENV)"
 	@echo "make clean                remove $(VENV), gen and demo-run"
@@ -32,6 +33,9 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(if $(DATA),--data $(DATA)) $(if $(TEXT),--text $(TEXT)) $(if $(LABEL),--label $(LABEL))
+
+arm64: $(STAMP)
+	deploy/arm64/prove.sh
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 4 --dist worksteal

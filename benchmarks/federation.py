@@ -16,15 +16,8 @@ from benchmarks.figures import Case, Rounds, Usage
 from benchmarks.processes import Children, Failed, free_port, run, usage
 from coordinator.store import Store
 from fedloom.adapters import write_adapter
-from fedloom.plans import (
-    ADAPTER_FILE,
-    PLAN_FILE,
-    Plan,
-    PlanMember,
-    PlanOrigin,
-    TextClassification,
-    TrainableTensor,
-)
+from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, PlanMember, PlanOrigin, TrainableTensor
+from fedloom.tasks import TextClassification
 
 START_SECONDS = 60.0
 ROUND_SECONDS = 120.0

@@ -81,7 +81,7 @@ def facts_of(plan: Plan) -> PlanSummary:
         plan.name,
         plan.origin.base_model,
         plan.parameter_count,
-        len(plan.task.labels),
-        plan.task.max_tokens,
+        len(getattr(plan.task, "labels", ())),
+        getattr(plan.task, "max_tokens", 0),
         tuple((member.name, member.size_bytes) for member in plan.members),
     )

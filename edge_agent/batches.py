@@ -1,4 +1,4 @@
-"""Token ids of a data set, compactly in memory, and how they are cut into batches."""
+"""A data set as a plan's graphs take it, and how it is cut into batches."""
 
 import functools
 import hashlib
@@ -6,11 +6,13 @@ import itertools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Indices = NDArray[np.int64]  # (B,) positions of texts in a data set
+Indices = NDArray[np.int64]  # (B,) positions of rows in a data set
+Feeds = dict[str, NDArray[Any]]  # inputs of a graph by name
 
 WINDOW_BATCHES = 8
 
@@ -49,24 +51,74 @@ class TokenisedTexts:
         return input_ids, present.astype(np.int64)
 
 
-@dataclass(frozen=True)
-class Samples:
-    """A labelled data set; `labels` (N,) int64 are indices of classes."""
+class Examples(Protocol):
+    """N rows of this device's data, as the graphs of a plan take them."""
 
-    texts: TokenisedTexts
-    labels: NDArray[np.int64]
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """What each row costs, in tokens, (N,)."""
+        ...
+
+    @property
+    def sha256(self) -> bytes:
+        """Digest of all rows in their order: equal data trains alike."""
+        ...
 
     def __len__(self) -> int:
-        return len(self.labels)
+        """N."""
+        ...
+
+    def inputs(self, rows: Indices) -> Feeds:
+        """Return the task's inputs of some rows, padded to the longest of them."""
+        ...
+
+    def labels(self, rows: Indices) -> NDArray[Any]:
+        """Return what these rows teach, as the task's `labels` input."""
+        ...
+
+
+def feeds(examples: Examples, rows: Indices) -> Feeds:
+    """Return all inputs of `train.onnx` and `eval.onnx` but theta; rows weigh the same."""
+    return {
+        **examples.inputs(rows),
+        "labels": examples.labels(rows),
+        "sample_weight": np.ones(len(rows), np.float32),
+    }
+
+
+@dataclass(frozen=True)
+class ClassifiedTexts:
+    """Examples of text classification; `classes` (N,) int64 are indices of labels."""
+
+    texts: TokenisedTexts
+    classes: NDArray[np.int64]
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """See Examples."""
+        return self.texts.lengths
 
     @functools.cached_property
     def sha256(self) -> bytes:
-        """Digest of all tokens and labels, in their order."""
+        """See Examples."""
         digest = hashlib.sha256(len(self).to_bytes(8, "little"))
-        for array_ in (self.texts.offsets, self.labels):
+        for array_ in (self.texts.offsets, self.classes):
             digest.update(np.ascontiguousarray(array_, "<i8").data)
         digest.update(np.ascontiguousarray(self.texts.tokens, "<i4").data)
         return digest.digest()
+
+    def inputs(self, rows: Indices) -> Feeds:
+        """See Examples."""
+        input_ids, attention_mask = self.texts.padded(rows, self.pad_token_id)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def labels(self, rows: Indices) -> NDArray[np.int64]:
+        """See Examples; (B,)."""
+        return self.classes[rows]
 
 
 def training_batches(

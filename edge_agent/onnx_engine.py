@@ -7,35 +7,31 @@ gradient (the strategy's terms, the optimiser) happens in `local_rules`, on flat
 import functools
 import itertools
 import math
-from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from edge_agent.batches import Indices, Samples, TokenisedTexts, micro_batches, training_batches
+from edge_agent.batches import Examples, Indices, feeds, micro_batches, training_batches
 from edge_agent.checkpoints import Checkpoint, TrainingState, training_subject
-from edge_agent.data import DataSource, Rows
+from edge_agent.data import DataSource
 from edge_agent.engine import Evaluation, LocalUpdate, Progress
-from edge_agent.graphs import (
-    INFER,
-    TRAIN,
-    GraphSession,
-    TextEncoder,
-    batched_logits,
-    log_softmax,
-)
+from edge_agent.examples import read_examples
+from edge_agent.graphs import GraphSession, inference_batches
 from edge_agent.local_rules import LocalSteps
 from edge_agent.optimisers import Gradient
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
+from fedloom.graph_contracts import GraphContract, eval_contract, train_contract
 from fedloom.plans import Plan
+from fedloom.tasks import Task
 from fedloom.terms import LocalTraining, steps_of
 
 # Padded tokens in one run of the training graph, which keeps every activation. With MiniLM and
 # texts of up to 64 tokens, 256 against 1024: peak 198 MB instead of 302 MB, and 15 % less CPU time.
 _MAX_TRAINING_TOKENS = 256
 _SUMS = ("loss_sum", "weight_sum", "grad_sum")
+_EVAL_SUMS = ("loss_sum", "weight_sum", "correct")
 
 
 class OnnxEngine:
@@ -106,13 +102,13 @@ class OnnxEngine:
             return
         # Dropped with its memory after the round: with MiniLM that gives back 100-200 MB, and
         # loading again takes 0.15 s. An agent waits for longer than it trains.
-        session = GraphSession(self._folder, TRAIN, self._plan, self._threads)
+        session = self._session(train_contract, Reason.TRAINING_FAILED)
         samples = self._training_samples
         trained, *vectors = state.vectors
         local.restore(state.step, tuple(vectors))
         epochs = math.ceil(state.steps / math.ceil(len(samples) / terms.batch_size))
         batches = training_batches(
-            samples.texts.lengths, terms.batch_size, epochs, order_seed, state.step
+            samples.lengths, terms.batch_size, epochs, order_seed, state.step
         )
         for rows in itertools.islice(batches, state.steps - state.step):
             loss, weight, gradient = self._sums(session, trained, samples, rows)
@@ -130,60 +126,46 @@ class OnnxEngine:
         samples = self._held_out_samples
         if samples is None:
             return None
-        session = GraphSession(self._folder, INFER, self._plan, self._threads)
-        correct, loss = 0, 0.0
-        pad_token_id = self._plan.task.pad_token_id
-        for rows, logits in batched_logits(session, theta, samples.texts, pad_token_id):
-            labels = samples.labels[rows]  # (B,)
-            correct += int((logits.argmax(axis=1) == labels).sum())
-            loss -= float(log_softmax(logits)[np.arange(len(rows)), labels].sum())
-        if not math.isfinite(loss):
+        session = self._session(eval_contract, Reason.PLAN_UNSUPPORTED)
+        sums = np.zeros(3)
+        for rows in inference_batches(samples):
+            sums += session.run(_EVAL_SUMS, {"theta": theta, **feeds(samples, rows)})
+        loss, weight, correct = sums.tolist()
+        if not (math.isfinite(loss) and weight > 0):
             raise Refused(
-                Reason.TRAINING_FAILED, f"expected a finite loss on held-out data, found {loss}"
+                Reason.TRAINING_FAILED,
+                f"expected a finite loss on held-out data, found {loss} over {weight:.0f} labels",
             )
-        return Evaluation(len(samples), correct, loss / len(samples))
+        return Evaluation(round(weight), round(correct), loss / weight)
 
     @functools.cached_property
-    def _training_samples(self) -> Samples:
+    def _training_samples(self) -> Examples:
         return self._read(self._train_data)
 
     @functools.cached_property
-    def _held_out_samples(self) -> Samples | None:
+    def _held_out_samples(self) -> Examples | None:
         return self._read(self._held_out) if self._held_out else None
 
-    def _read(self, source: DataSource) -> Samples:
-        """Read a file into token ids; only a block of the texts is in memory at a time."""
-        encoder = TextEncoder(self._folder, self._plan)
-        rows = Rows(source, self._plan.task.labels)
-        labels = array("q")
+    def _read(self, source: DataSource) -> Examples:
+        examples, broken = read_examples(self._folder, self._plan, source)
+        self.broken_rows += broken
+        return examples
 
-        def texts() -> Iterator[str]:
-            for row in rows:
-                labels.append(row.label)
-                yield row.text
-
-        tokenised = TokenisedTexts.from_ids(encoder.ids(texts()))
-        self.broken_rows += rows.broken
-        return Samples(tokenised, np.array(labels, np.int64))
+    def _session(
+        self, contract: Callable[[Task, int], GraphContract], failure: Reason
+    ) -> GraphSession:
+        graph = contract(self._plan.task, self._plan.parameter_count)
+        return GraphSession(self._folder, graph, self._threads, failure)
 
     def _sums(
-        self, session: GraphSession, theta: Theta, samples: Samples, rows: Indices
+        self, session: GraphSession, theta: Theta, samples: Examples, rows: Indices
     ) -> tuple[float, float, Gradient]:
         """Return (loss, weight, gradient) summed over a batch."""
         loss = weight = 0.0
         gradient = np.zeros(self._plan.parameter_count, np.float32)
-        lengths = samples.texts.lengths
-        for part in micro_batches(rows, lengths, self._micro_batch, _MAX_TRAINING_TOKENS):
-            input_ids, attention_mask = samples.texts.padded(part, self._plan.task.pad_token_id)
+        for part in micro_batches(rows, samples.lengths, self._micro_batch, _MAX_TRAINING_TOKENS):
             part_loss, part_weight, part_gradient = session.run(
-                _SUMS,
-                {
-                    "theta": theta,
-                    "input_ids": input_ids,
-                    "attention_mask": attention_mask,
-                    "labels": samples.labels[part],
-                    "sample_weight": np.ones(len(part), np.float32),
-                },
+                _SUMS, {"theta": theta, **feeds(samples, part)}
             )
             loss += float(part_loss)
             weight += float(part_weight)

@@ -52,10 +52,13 @@ training = 1800
 
 
 def main() -> None:
-    """Run the demo; status 1 when the run fails, 130 when interrupted."""
-    options = _parser().parse_args()
-    console = Console(highlight=False, soft_wrap=True)
-    demo = Demo(options, console)
+    """Run the demo."""
+    run(Demo(parser(__doc__).parse_args()))
+
+
+def run(demo: "Demo") -> None:
+    """Run a demo and end the process: status 1 when the run fails, 130 when interrupted."""
+    console = demo.console
     try:
         with contextlib.ExitStack() as children:
             demo.run(children)
@@ -70,9 +73,9 @@ def main() -> None:
 class Demo:
     """One demonstration in one folder."""
 
-    def __init__(self, options: argparse.Namespace, console: Console) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
         self._options = options
-        self._console = console
         self._out: Path = options.out.resolve()
         self._coordinator = self._out / "coordinator"
 
@@ -110,7 +113,7 @@ class Demo:
             f"Data: {len(train):,} rows to train, {len(held_out):,} held out, {labels} labels"
         )
         for part in files:
-            self._console.print(f"  {part.train.name}: {part.rows:,} rows, {part.labels} labels")
+            self.console.print(f"  {part.train.name}: {part.rows:,} rows, {part.labels} labels")
         chosen = random.Random(SEED).sample(held_out, SENTENCES)
         return files, [text for text, _ in chosen]
 
@@ -143,46 +146,51 @@ class Demo:
         invite = ("fedloom-coordinator", "invite", "--name", name, *self._home())
         with _private(token) as file:
             self._command(*invite, output=file.fileno())
+        agent = self._agent(number, home)
         self._command(
-            *("fedloom-agent", "--home", home, "join", f"@{token}"),
+            *(*agent, "join", f"@{token}"),
             *("--data", files.train, "--held-out", files.held_out, "--threads", "1"),
         )
         token.unlink()
-        self._child(children, name, "fedloom-agent", "--home", home, "run", "--once")
+        self._child(children, name, *agent, "run", "--once")
+
+    def _agent(self, number: int, home: Path) -> tuple[object, ...]:
+        """Return the words that begin every command of an agent."""
+        return "fedloom-agent", "--home", home
 
     def _answer(self, sentences: Sequence[str]) -> None:
-        self._command("fedloom-agent", "--home", self._out / "agent-1", "infer", *sentences)
+        self._command(*self._agent(1, self._out / "agent-1"), "infer", *sentences)
 
     def _say_where(self, seconds: float) -> None:
         model = self._out / "agent-1" / "models"
         self._title(f"Done in {seconds:.0f} s. What was made:")
-        self._console.print(f"  {model / (model / 'current').read_text().strip()}")
-        self._console.print("      infer.onnx + base.safetensors + adapter_model.safetensors: any")
-        self._console.print("      ONNX Runtime runs it, and torch users can load it with PEFT")
-        self._console.print(f"  {self._out / 'plan'}: the plan, {self._coordinator}: the store")
-        self._console.print(f"  {self._out}/*.log: what each process logged")
+        self.console.print(f"  {model / (model / 'current').read_text().strip()}")
+        self.console.print("      infer.onnx + base.safetensors + adapter_model.safetensors: any")
+        self.console.print("      ONNX Runtime runs it, and torch users can load it with PEFT")
+        self.console.print(f"  {self._out / 'plan'}: the plan, {self._coordinator}: the store")
+        self.console.print(f"  {self._out}/*.log: what each process logged")
 
     def _home(self) -> tuple[str, Path]:
         return ("--home", self._coordinator)
 
     def _title(self, text: str) -> None:
-        self._console.print(f"\n{text}", style="bold")
+        self.console.print(f"\n{text}", style="bold")
 
-    def _command(self, program: str, *arguments: object, output: int | None = None) -> None:
+    def _command(self, program: object, *arguments: object, output: int | None = None) -> None:
         """Run one of the product's commands as a person would, and show it."""
-        words = [str(argument) for argument in arguments]
-        self._console.print(f"$ {shlex.join([program, *words])}", style="cyan", markup=False)
-        subprocess.run([_installed(program), *words], check=True, stdout=output)
+        words = [str(word) for word in (program, *arguments)]
+        self.console.print(f"$ {shlex.join(words)}", style="cyan", markup=False)
+        subprocess.run(_installed(words), check=True, stdout=output)
 
     def _child(
-        self, children: contextlib.ExitStack, name: str, program: str, *arguments: object
+        self, children: contextlib.ExitStack, name: str, program: object, *arguments: object
     ) -> "subprocess.Popen[bytes]":
         """Start a process that lives until the demo ends; its log goes to a file."""
-        words = [str(argument) for argument in arguments]
-        self._console.print(f"$ {shlex.join([program, *words])} &", style="cyan", markup=False)
+        words = [str(word) for word in (program, *arguments)]
+        self.console.print(f"$ {shlex.join(words)} &", style="cyan", markup=False)
         log = children.enter_context((self._out / f"{name}.log").open("wb"))
         child = subprocess.Popen(
-            [_installed(program), *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            _installed(words), stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
         children.callback(_end, child)
         return child
@@ -198,9 +206,10 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
         child.wait()
 
 
-def _installed(program: str) -> str:
-    """Return the command of the environment that runs this script."""
-    return str(Path(sys.executable).parent / program)
+def _installed(words: list[str]) -> list[str]:
+    """Take the product's commands from the environment that runs this script."""
+    program = Path(sys.executable).parent / words[0]
+    return [str(program), *words[1:]] if program.is_file() else words
 
 
 @contextlib.contextmanager
@@ -226,8 +235,9 @@ def _wait_for_port(port: int, process: "subprocess.Popen[bytes]") -> None:
     raise subprocess.CalledProcessError(process.returncode, "fedloom-coordinator serve")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the options of every demo."""
+    parser = argparse.ArgumentParser(description=description)
     home_assistant = Path(__file__).parent / "home_assistant"
     parser.add_argument(
         "--data",

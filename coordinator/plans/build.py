@@ -14,7 +14,8 @@ from coordinator.plans.model import AdaptedModel, find_model, load_model
 from coordinator.plans.onnx_rewrite import attach_weights, used_weights
 from coordinator.plans.request import PlanRequest
 from fedloom.errors import ConfigError
-from fedloom.plans import PLAN_FILE, Plan, PlanOrigin, TextClassification
+from fedloom.plans import PLAN_FILE, Plan, PlanOrigin
+from fedloom.tasks import TextClassification
 
 Report = Callable[[str], None]
 
@@ -28,7 +29,8 @@ def build(request: PlanRequest, out: Path, report: Report, cache: Path | None) -
         tokenizer = files.load_tokenizer(source, adapted.config.vocab_size)
         count = f"{len(adapted.theta):,} trainable values in {len(adapted.layout)} tensors"
         report(f"adapted with rank {request.rank}: {count}")
-        graphs = cached_graphs(adapted, cache, report)
+        task = TextClassification(request.labels, request.max_tokens, tokenizer.pad_token_id)
+        graphs = cached_graphs(adapted, task, cache, report)
         _write_model(folder, adapted, graphs, source.name)
         files.write_tokenizer(folder, tokenizer)
         _compare(folder, adapted, report)
@@ -36,7 +38,7 @@ def build(request: PlanRequest, out: Path, report: Report, cache: Path | None) -
             name=request.name or source.name,
             members=tuple(files.member(folder, path.name) for path in sorted(folder.iterdir())),
             layout=adapted.layout,
-            task=TextClassification(request.labels, request.max_tokens, tokenizer.pad_token_id),
+            task=task,
             origin=PlanOrigin(source.name, request.rank, request.alpha, request.targets),
         )
         (folder / PLAN_FILE).write_bytes(plan.encode())

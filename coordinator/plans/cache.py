@@ -14,9 +14,9 @@ from pathlib import Path
 
 import onnx
 
-from coordinator.plans.export import export_graphs
+from coordinator.plans.export import export_graphs, graph_contracts
 from coordinator.plans.model import AdaptedModel
-from fedloom.plans import INFER_GRAPH, TRAIN_GRAPH
+from fedloom.tasks import Task
 
 _LIBRARIES = ("onnx", "onnxscript", "peft", "torch", "transformers")
 _SOURCES = ("export.py", "graphs.py", "model.py", "onnx_rewrite.py")
@@ -26,20 +26,21 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cached_graphs(
-    adapted: AdaptedModel, folder: Path | None, report: Callable[[str], None]
+    adapted: AdaptedModel, task: Task, folder: Path | None, report: Callable[[str], None]
 ) -> dict[str, onnx.ModelProto]:
     """Return the graphs by file name, exported now or by an earlier build; see `export_graphs`."""
     if folder is None:
         report("exporting the graphs")
-        return export_graphs(adapted)
+        return export_graphs(adapted, task)
     key = graph_key(adapted)
-    kept = {name: _read(folder / f"{key}.{name}") for name in (TRAIN_GRAPH, INFER_GRAPH)}
+    files = [contract.file for contract in graph_contracts(task, len(adapted.theta))]
+    kept = {name: _read(folder / f"{key}.{name}") for name in files}
     graphs = {name: model for name, model in kept.items() if model is not None}
     if len(graphs) == len(kept):
         report(f"graphs from the cache: {key[:16]}")
         return graphs
     report("exporting the graphs")
-    graphs = export_graphs(adapted)
+    graphs = export_graphs(adapted, task)
     folder.mkdir(parents=True, exist_ok=True)
     for name, model in graphs.items():
         _write(folder / f"{key}.{name}", model)

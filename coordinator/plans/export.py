@@ -17,11 +17,8 @@ from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from coordinator.plans.graphs import (
-    GraphSpec,
     example_batch,
     example_shape,
-    infer_graph,
-    train_graph,
     training_step,
 )
 from coordinator.plans.model import AdaptedModel
@@ -33,6 +30,14 @@ from coordinator.plans.onnx_rewrite import (
     read_batch_from_tokens,
 )
 from coordinator.plans.request import PlanExportError
+from fedloom.graph_contracts import (
+    Axis,
+    GraphContract,
+    eval_contract,
+    infer_contract,
+    train_contract,
+)
+from fedloom.tasks import Task
 
 OPSET = 18  # with IR 8, runtimes from 2023 on load the graph (ONNX Runtime >= 1.16)
 IR_VERSION = 8
@@ -61,18 +66,19 @@ _DECOMPOSED = (
 )
 
 
-def export_graphs(adapted: AdaptedModel) -> dict[str, onnx.ModelProto]:
-    """Return both graphs by file name; each frozen weight that one uses is an input `frozen::NAME`.
+def export_graphs(adapted: AdaptedModel, task: Task) -> dict[str, onnx.ModelProto]:
+    """Return all graphs by file name; each frozen weight that one uses is an input `frozen::NAME`.
 
-    One trace serves both: inference is what remains of a training step when only its logits are
+    One trace serves all: inference is what remains of a training step when only its logits are
     asked for. Raises PlanExportError that names the operator or module which cannot be exported.
     """
-    train, infer = train_graph(adapted), infer_graph(adapted)
+    contracts = graph_contracts(task, len(adapted.theta))
+    train, infer = contracts[0], contracts[-1]
     whole = _convert(adapted, train, [*train.outputs, *infer.outputs])
     fold_transposes(whole.graph)
     read_batch_from_tokens(whole.graph)
     graphs = {}
-    for spec in (train, infer):
+    for spec in contracts:
         model = onnx.ModelProto()
         model.CopyFrom(whole)
         keep_outputs(model.graph, spec)
@@ -82,13 +88,21 @@ def export_graphs(adapted: AdaptedModel) -> dict[str, onnx.ModelProto]:
     return graphs
 
 
-def _convert(adapted: AdaptedModel, spec: GraphSpec, outputs: list[str]) -> onnx.ModelProto:
+def graph_contracts(task: Task, parameter_count: int) -> tuple[GraphContract, ...]:
+    """Return the contracts of a plan's graphs: the whole training step first, inference last."""
+    return tuple(
+        contract(task, parameter_count)
+        for contract in (train_contract, eval_contract, infer_contract)
+    )
+
+
+def _convert(adapted: AdaptedModel, spec: GraphContract, outputs: list[str]) -> onnx.ModelProto:
     frozen = adapted.frozen_tensors()
     batch = example_batch(adapted, *example_shape(adapted), seed=0)
     arguments = (torch.from_numpy(adapted.theta), *batch.values(), *frozen)
     # make_fx tells its inputs apart by identity.
     assert len({id(tensor) for tensor in arguments}) == len(arguments)  # noqa: S101
-    dynamic = [_dynamic_axes(axes) for axes in spec.inputs.values()] + [None] * len(frozen)
+    dynamic = [_dynamic_axes(port.axes) for port in spec.inputs.values()] + [None] * len(frozen)
     with _errors_named(spec.file, "traced"):
         traced = make_fx(
             training_step(adapted),
@@ -114,7 +128,7 @@ def _convert(adapted: AdaptedModel, spec: GraphSpec, outputs: list[str]) -> onnx
     return model
 
 
-def _dynamic_axes(axes: tuple[int | str, ...]) -> dict[int, object] | None:
+def _dynamic_axes(axes: tuple[Axis, ...]) -> dict[int, object] | None:
     """Let torch find the relation between extents; parity at other shapes proves that it did."""
     varying = {i: torch.export.Dim.AUTO for i, axis in enumerate(axes) if isinstance(axis, str)}
     return dict(varying) or None

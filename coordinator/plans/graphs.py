@@ -1,61 +1,27 @@
-"""The function that becomes graphs: a training step with its gradient, and the contracts.
+"""The function that becomes graphs: a training step with its gradient.
 
 It is a pure function of `theta`, a batch and the frozen weights, so that a graph depends on the
-model's configuration and on nothing that was learned. Contracts: fedloom/v1/plan.proto.
+model's configuration and on nothing that was learned. Contracts: `fedloom.graph_contracts`.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.func import functional_call
 
 from coordinator.plans.model import AdaptedModel, counts_from_padding, position_limit
-from fedloom.plans import INFER_GRAPH, TRAIN_GRAPH
 
-BATCH = "batch"
-SEQUENCE = "sequence"
 _MASKED = torch.finfo(torch.float32).min  # added to the scores of padded positions
 _PRIMES = (19, 23, 29, 31, 37, 41, 17, 13, 11, 7)
 
-Axis = int | str  # a fixed extent, or the name of an extent that varies
 Step = Callable[..., tuple[torch.Tensor, ...]]
 
 
-@dataclass(frozen=True)
-class GraphSpec:
-    """A graph's contract: file name, inputs and outputs by name and shape."""
-
-    file: str
-    inputs: dict[str, tuple[Axis, ...]]
-    outputs: dict[str, tuple[Axis, ...]]
-
-
-def train_graph(adapted: AdaptedModel) -> GraphSpec:
-    """Describe `train.onnx`: sums over the batch, so that micro-batches add up exactly."""
-    count = len(adapted.theta)
-    return GraphSpec(
-        file=TRAIN_GRAPH,
-        inputs=infer_graph(adapted).inputs | {"labels": (BATCH,), "sample_weight": (BATCH,)},
-        outputs={"loss_sum": (), "weight_sum": (), "correct": (), "grad_sum": (count,)},
-    )
-
-
-def infer_graph(adapted: AdaptedModel) -> GraphSpec:
-    """Describe `infer.onnx`."""
-    tokens = (BATCH, SEQUENCE)
-    return GraphSpec(
-        file=INFER_GRAPH,
-        inputs={"theta": (len(adapted.theta),), "input_ids": tokens, "attention_mask": tokens},
-        outputs={"logits": (BATCH, adapted.config.num_labels)},
-    )
-
-
 def training_step(adapted: AdaptedModel) -> Step:
-    """Return the function that is traced; its results are those of both graphs.
+    """Return the function that is traced; its results are those of all graphs.
 
-    The last one, the logits, is what `infer.onnx` keeps of the trace.
+    `infer.onnx` keeps the last one of the trace, the logits; `eval.onnx` all but the gradient.
     """
 
     def step(

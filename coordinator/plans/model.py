@@ -16,7 +16,7 @@ import transformers
 from coordinator.plans.request import PlanRequest
 from fedloom.adapters import Theta
 from fedloom.errors import ConfigError
-from fedloom.plans import TrainableTensor
+from fedloom.plans import Role, TrainableTensor
 
 HEAD = "classifier"
 _PEFT_PREFIX = "base_model.model."
@@ -179,7 +179,8 @@ def _describe(network: torch.nn.Module, alpha: float) -> AdaptedModel:
     offset = 0
     for name in trainable:
         tensor = parameters[name]
-        layout.append(TrainableTensor(saved_names[tensor.data_ptr()], tuple(tensor.shape), offset))
+        saved_name = saved_names[tensor.data_ptr()]
+        layout.append(TrainableTensor(saved_name, tuple(tensor.shape), offset, _role(name)))
         offset += tensor.numel()
     return AdaptedModel(
         network=network,
@@ -192,6 +193,15 @@ def _describe(network: torch.nn.Module, alpha: float) -> AdaptedModel:
         theta=torch.cat([parameters[name].detach().reshape(-1) for name in trainable]).numpy(),
         alpha=alpha,
     )
+
+
+def _role(name: str) -> Role:
+    """Return what a trainable parameter of PEFT's model is."""
+    if ".lora_A." in name:
+        return Role.LORA_A
+    if ".lora_B." in name:
+        return Role.LORA_B
+    return Role.HEAD if f".{HEAD}." in name else Role.WEIGHT
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 import onnx
 from onnx import TensorProto, helper
 
-from coordinator.plans.graphs import GraphSpec
 from coordinator.plans.request import PlanExportError
 from fedloom.adapters import adapter_header
-from fedloom.plans import ADAPTER_FILE, BASE_FILE, INFER_GRAPH, TrainableTensor
+from fedloom.graph_contracts import INFER_GRAPH, GraphContract, Port
+from fedloom.plans import ADAPTER_FILE, BASE_FILE, TrainableTensor
 
 FROZEN = "frozen::"  # prefix of the inputs that become weights of base.safetensors
 MAX_CONSTANT_BYTES = 16_384  # a constant in a graph is a shape or a mask, never a weight
-_FLOATS = {"theta", "sample_weight"}  # every other input is int64
+_ELEMENTS = {"tensor(float)": TensorProto.FLOAT, "tensor(int64)": TensorProto.INT64}
 _PER_ROW = {"labels", "sample_weight"}  # (B,)
 _FIRST_AXIS_START = helper.make_attribute("start", 0)
 _FIRST_AXIS_END = helper.make_attribute("end", 1)
@@ -50,7 +50,7 @@ def read_batch_from_tokens(graph: onnx.GraphProto) -> None:
             _replace(node.attribute, [_FIRST_AXIS_START, _FIRST_AXIS_END])
 
 
-def keep_outputs(graph: onnx.GraphProto, spec: GraphSpec) -> None:
+def keep_outputs(graph: onnx.GraphProto, spec: GraphContract) -> None:
     """Reduce a graph to what the outputs of `spec` need.
 
     Raises PlanExportError when they need an input that `spec` does not have.
@@ -73,7 +73,7 @@ def keep_outputs(graph: onnx.GraphProto, spec: GraphSpec) -> None:
         raise PlanExportError(spec.file, f"expected the inputs {expected}, found {found}")
 
 
-def normalise(model: onnx.ModelProto, spec: GraphSpec) -> None:
+def normalise(model: onnx.ModelProto, spec: GraphContract) -> None:
     """Make equal graphs equal bytes: short names in order, stated shapes, no notes of any tool.
 
     Raises PlanExportError when the graph is not plain ONNX or carries a weight as a constant.
@@ -84,16 +84,8 @@ def normalise(model: onnx.ModelProto, spec: GraphSpec) -> None:
     names: dict[str, str] = {}
     for name in _value_names(model.graph):
         names[name] = name if name in kept else f"v{len(names)}"
-    inputs = [
-        helper.make_tensor_value_info(
-            name, TensorProto.FLOAT if name in _FLOATS else TensorProto.INT64, axes
-        )
-        for name, axes in spec.inputs.items()
-    ]
-    outputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
-        for name, axes in spec.outputs.items()
-    ]
+    inputs = [_declared(name, port) for name, port in spec.inputs.items()]
+    outputs = [_declared(name, port) for name, port in spec.outputs.items()]
     clean = helper.make_graph(
         [_plain_node(node, names) for node in model.graph.node],
         spec.file.removesuffix(".onnx"),
@@ -221,6 +213,10 @@ def _plain_tensor(tensor: TensorProto, names: dict[str, str]) -> TensorProto:
     plain = TensorProto(name=names[tensor.name], data_type=tensor.data_type, dims=tensor.dims)
     plain.raw_data = onnx.numpy_helper.to_array(tensor).tobytes()
     return plain
+
+
+def _declared(name: str, port: Port) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, _ELEMENTS[port.type], port.axes)
 
 
 def _plain_input(value: onnx.ValueInfoProto) -> onnx.ValueInfoProto:

@@ -19,7 +19,7 @@ from coordinator.plans.graphs import example_batch
 from coordinator.plans.model import AdaptedModel, position_limit
 from coordinator.plans.request import PlanExportError
 from fedloom.adapters import Theta
-from fedloom.plans import INFER_GRAPH, TRAIN_GRAPH
+from fedloom.graph_contracts import INFER_GRAPH, TRAIN_GRAPH
 
 TOLERANCE = 1e-4  # relative; float32 summed in another order stays below 3e-6
 _SHAPES = ((2, 8), (5, 24))  # (batch, sequence), neither of them the traced one

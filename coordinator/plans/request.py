@@ -8,7 +8,7 @@ FedloomError
 from dataclasses import dataclass
 
 from fedloom.errors import ConfigError, FedloomError
-from fedloom.plans import MAX_LABELS, MAX_TOKENS
+from fedloom.tasks import MAX_LABELS, MAX_TOKENS
 
 MAX_RANK = 4096
 MAX_NAME = 128  # characters; plan.proto, Plan.name

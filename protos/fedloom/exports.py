@@ -15,11 +15,11 @@ import numpy as np
 from fedloom.adapters import Theta, write_adapter
 from fedloom.artifacts import link_or_copy
 from fedloom.errors import ConfigError, Reason, Refused
+from fedloom.graph_contracts import INFER_GRAPH
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     BASE_FILE,
-    INFER_GRAPH,
     PLAN_FILE,
     TOKENIZER_FILE,
     Plan,

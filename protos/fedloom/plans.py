@@ -8,16 +8,16 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
 from fedloom.errors import Reason, Refused
+from fedloom.tasks import Task, read_task, write_task
 from fedloom.v1 import plan_pb2
 
 PLAN_FILE = "plan.binpb"
-TRAIN_GRAPH = "train.onnx"
-INFER_GRAPH = "infer.onnx"
 BASE_FILE = "base.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -28,8 +28,6 @@ MAX_PLAN_BYTES = 4 << 20
 MAX_MEMBERS = 64
 MAX_PARAMETERS = 2**31 - 1
 MAX_RANK = 32  # numpy 1 has no more; bounds the product of extents before it is taken
-MAX_LABELS = 65_536
-MAX_TOKENS = 131_072
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
@@ -42,6 +40,19 @@ class PlanMember:
     sha256: bytes
 
 
+class Role(IntEnum):
+    """What a trainable tensor is to the model; a role that this version does not know is WEIGHT."""
+
+    WEIGHT = 0
+    LORA_A = 1
+    LORA_B = 2
+    HEAD = 3
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Role":
+        return cls.WEIGHT
+
+
 @dataclass(frozen=True)
 class TrainableTensor:
     """A slice of theta: `prod(shape)` values from index `offset`."""
@@ -49,20 +60,12 @@ class TrainableTensor:
     name: str
     shape: tuple[int, ...]
     offset: int
+    role: Role = Role.WEIGHT
 
     @property
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class TextClassification:
-    """Text in, one of `labels` out; texts are cut to `max_tokens` tokens."""
-
-    labels: tuple[str, ...]
-    max_tokens: int
-    pad_token_id: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class PlanOrigin:
     lora_rank: int = 0
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
+    lora_a_frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,14 +86,13 @@ class Plan:
     name: str
     members: tuple[PlanMember, ...]
     layout: tuple[TrainableTensor, ...]
-    task: TextClassification
+    task: Task
     origin: PlanOrigin
 
     def __post_init__(self) -> None:
         _require(len(self.name) <= 128, "a name of at most 128 characters", len(self.name))
         _check_members(self.members)
         _check_layout(self.layout)
-        _check_task(self.task)
 
     @property
     def parameter_count(self) -> int:
@@ -115,21 +118,23 @@ class Plan:
             ],
             parameter_count=self.parameter_count,
             layout=[
-                plan_pb2.TrainableTensor(name=t.name, shape=t.shape, offset=t.offset)
+                plan_pb2.TrainableTensor(
+                    name=t.name,
+                    shape=t.shape,
+                    offset=t.offset,
+                    role=plan_pb2.Role.ValueType(t.role),
+                )
                 for t in self.layout
             ],
-            text_classification=plan_pb2.TextClassification(
-                labels=self.task.labels,
-                max_tokens=self.task.max_tokens,
-                pad_token_id=self.task.pad_token_id,
-            ),
             origin=plan_pb2.PlanOrigin(
                 base_model=self.origin.base_model,
                 lora_rank=self.origin.lora_rank,
                 lora_alpha=self.origin.lora_alpha,
                 lora_targets=self.origin.lora_targets,
+                lora_a_frozen=self.origin.lora_a_frozen,
             ),
         )
+        write_task(self.task, message)
         return message.SerializeToString(deterministic=True)
 
 
@@ -140,21 +145,24 @@ def parse_plan(data: bytes) -> Plan:
         message = plan_pb2.Plan.FromString(data)
     except DecodeError as error:
         raise Refused(Reason.MALFORMED, "expected a protobuf Plan, found other bytes") from error
-    if message.format != FORMAT or message.WhichOneof("task") != "text_classification":
+    if message.format != FORMAT:
         raise Refused(
-            Reason.PLAN_UNSUPPORTED,
-            f"expected format {FORMAT} and a text classification, found format {message.format} "
-            f"and {message.WhichOneof('task')}",
+            Reason.PLAN_UNSUPPORTED, f"expected format {FORMAT}, found format {message.format}"
         )
-    task = message.text_classification
     origin = message.origin
     plan = Plan(
         name=message.name,
         members=tuple(PlanMember(m.name, m.size_bytes, m.sha256) for m in message.members),
-        layout=tuple(TrainableTensor(t.name, tuple(t.shape), t.offset) for t in message.layout),
-        task=TextClassification(tuple(task.labels), task.max_tokens, task.pad_token_id),
+        layout=tuple(
+            TrainableTensor(t.name, tuple(t.shape), t.offset, Role(t.role)) for t in message.layout
+        ),
+        task=read_task(message),
         origin=PlanOrigin(
-            origin.base_model, origin.lora_rank, origin.lora_alpha, tuple(origin.lora_targets)
+            origin.base_model,
+            origin.lora_rank,
+            origin.lora_alpha,
+            tuple(origin.lora_targets),
+            origin.lora_a_frozen,
         ),
     )
     _require(
@@ -221,11 +229,3 @@ def _check_layout(layout: tuple[TrainableTensor, ...]) -> None:
     # safetensors keeps this name for itself: the adapter would be a file that nobody can load.
     _require("__metadata__" not in names, "a tensor's own name", "__metadata__")
     _require(len(names) == len(layout), "distinct tensor names", f"{len(names)} of {len(layout)}")
-
-
-def _check_task(task: TextClassification) -> None:
-    count = len(task.labels)
-    _require(2 <= count <= MAX_LABELS, f"2..{MAX_LABELS} labels", count)
-    _require(len(set(task.labels)) == count, "distinct labels", task.labels[:8])
-    _require(all(task.labels), "labels that are not empty", "an empty one")
-    _require(2 <= task.max_tokens <= MAX_TOKENS, f"max_tokens in 2..{MAX_TOKENS}", task.max_tokens)

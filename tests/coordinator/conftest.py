@@ -13,19 +13,18 @@ from coordinator.published import Published, PublishedFolder
 from coordinator.store import Store
 from fedloom.adapters import write_adapter
 from fedloom.artifacts import ArtifactReference
+from fedloom.graph_contracts import INFER_GRAPH, TRAIN_GRAPH
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     BASE_FILE,
-    INFER_GRAPH,
     PLAN_FILE,
     TOKENIZER_FILE,
-    TRAIN_GRAPH,
     Plan,
     PlanMember,
     PlanOrigin,
-    TextClassification,
 )
+from fedloom.tasks import TextClassification
 from tests.coordinator.object_server import ObjectServer, object_server
 from tests.coordinator.postgresql import PostgresServer, postgres_server
 from tests.coordinator.samples import LAYOUT, RUN_FILE, PlanFolder

@@ -9,11 +9,11 @@ import pytest
 from fedloom.adapters import read_adapter
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.exports import export_model
+from fedloom.graph_contracts import INFER_GRAPH
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     BASE_FILE,
-    INFER_GRAPH,
     PLAN_FILE,
     TOKENIZER_FILE,
     load_plan,

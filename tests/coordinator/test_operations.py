@@ -29,7 +29,8 @@ from coordinator.summaries import Page, page
 from fedloom.adapters import read_adapter
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import ConfigError, Reason, Refused
-from fedloom.plans import ADAPTER_FILE, INFER_GRAPH, PLAN_FILE, Plan, TrainableTensor
+from fedloom.graph_contracts import INFER_GRAPH
+from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, TrainableTensor
 from fedloom.terms import Protection, Release
 from tests.coordinator.samples import LAYOUT, POLICY, PlanFolder
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.batches import (
-    Samples,
+    ClassifiedTexts,
     TokenisedTexts,
     micro_batches,
     shuffled_batches,
@@ -61,8 +61,10 @@ def test_samples_have_one_digest_exactly_when_they_are_equal(
     one = [(ids, labels[i]) for i, ids in enumerate(first)]
     other = [(ids, labels[-1 - i]) for i, ids in enumerate(second)]
     digests = [
-        Samples(
-            TokenisedTexts.from_ids(ids for ids, _ in rows), np.array([label for _, label in rows])
+        ClassifiedTexts(
+            TokenisedTexts.from_ids(ids for ids, _ in rows),
+            np.array([label for _, label in rows]),
+            pad_token_id=0,
         ).sha256
         for rows in (one, other)
     ]

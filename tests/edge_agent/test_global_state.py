@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from edge_agent.global_state import GlobalState, LastRound
 from fedloom.adapters import Theta, write_adapter
-from fedloom.plans import ADAPTER_FILE, Plan, PlanOrigin, TextClassification, TrainableTensor
+from fedloom.plans import ADAPTER_FILE, Plan, PlanOrigin, TrainableTensor
 from fedloom.strategies import RULES, algorithm, update_length
+from fedloom.tasks import TextClassification
 from fedloom.terms import LocalTraining, Strategy
 from tests.strategies.samples import ALL_TERMS, terms_of
 

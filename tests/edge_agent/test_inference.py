@@ -15,7 +15,8 @@ from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import read_adapter, write_adapter
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.exports import export_model
-from fedloom.plans import ADAPTER_FILE, BASE_FILE, INFER_GRAPH, PLAN_FILE, TRAIN_GRAPH, load_plan
+from fedloom.graph_contracts import INFER_GRAPH, TRAIN_GRAPH
+from fedloom.plans import ADAPTER_FILE, BASE_FILE, PLAN_FILE, load_plan
 from fedloom.terms import LocalTraining
 from tests.edge_agent.toy import Unkept
 

@@ -11,7 +11,8 @@ from edge_agent.data import DataSource
 from edge_agent.engine import Engine
 from edge_agent.onnx_engine import OnnxEngine
 from fedloom.errors import Reason, Refused
-from fedloom.plans import TRAIN_GRAPH, TextClassification
+from fedloom.graph_contracts import TRAIN_GRAPH
+from fedloom.tasks import TextClassification
 from fedloom.terms import LocalTraining, Optimizer, Strategy
 from tests.edge_agent.toy import Unkept
 

@@ -18,7 +18,7 @@ from edge_agent.checkpoints import INTERVAL_SECONDS, Checkpoint
 from edge_agent.data import DataSource
 from edge_agent.engine import LocalUpdate
 from edge_agent.onnx_engine import OnnxEngine
-from fedloom.plans import TRAIN_GRAPH
+from fedloom.graph_contracts import TRAIN_GRAPH
 from fedloom.strategies import RULES
 from fedloom.terms import LocalTraining, Optimizer, Schedule, Strategy, steps_of
 from tests.edge_agent.test_checkpoints import FILE, HEADER, ROUND, RUN, Clock, failing

@@ -18,20 +18,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from edge_agent.checkpoints import Checkpoint, TrainingState
 from edge_agent.data import DataSource
 from fedloom.adapters import Theta, adapter_header, write_adapter
+from fedloom.graph_contracts import EVAL_GRAPH, INFER_GRAPH, TRAIN_GRAPH
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     BASE_FILE,
-    INFER_GRAPH,
     PLAN_FILE,
     TOKENIZER_FILE,
-    TRAIN_GRAPH,
     Plan,
     PlanMember,
     PlanOrigin,
-    TextClassification,
     TrainableTensor,
 )
+from fedloom.tasks import TextClassification
 
 LABELS = ("lights", "music", "weather")
 WORDS = {
@@ -106,6 +105,16 @@ train (float[{PARAMETERS}] theta, int64[B,S] input_ids, int64[B,S] attention_mas
   bias_gradient = ReduceSum<keepdims = 0>(weighted_error, zero)
   grad_sum = Concat<axis = 0>(flat_gradient, bias_gradient)
 }}"""
+EVAL_TEXT = f"""{TRAIN_TEXT.partition("log_sum = ")[0].replace("train (", "eval (")}
+  log_sum = ReduceSum<keepdims = 0>(weighted_log)
+  loss_sum = Neg(log_sum)
+  weight_sum = ReduceSum<keepdims = 0>(sample_weight)
+  best = ArgMax<axis = -1, keepdims = 0>(logits)
+  right = Equal(best, labels)
+  right_float = Cast<to = 1>(right)
+  right_weight = Mul(right_float, sample_weight)
+  correct = ReduceSum<keepdims = 0>(right_weight)
+}}""".replace(f"float[{PARAMETERS}] grad_sum", f"float[B,{CLASSES}] logits")
 INFER_TEXT = f"""{HEAD}
 infer (float[{PARAMETERS}] theta, int64[B,S] input_ids, int64[B,S] attention_mask)
   => (float[B,{CLASSES}] logits) {{ {LOGITS} }}"""
@@ -168,6 +177,7 @@ def save_toy(
     train_text: str = TRAIN_TEXT,
     infer_text: str = INFER_TEXT,
     max_tokens: int = 16,
+    eval_text: str = EVAL_TEXT,
 ) -> Toy:
     """Write the plan into a new folder."""
     folder.mkdir(parents=True)
@@ -179,6 +189,7 @@ def save_toy(
     write_adapter(folder / ADAPTER_FILE, LAYOUT, theta)
     _save_tokenizer(folder / TOKENIZER_FILE)
     _save_graph(folder / TRAIN_GRAPH, train_text, theta_has_default=False)
+    _save_graph(folder / EVAL_GRAPH, eval_text, theta_has_default=False)
     _save_graph(folder / INFER_GRAPH, infer_text, theta_has_default=True)
     members = tuple(
         PlanMember(path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).digest())

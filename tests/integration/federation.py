@@ -27,15 +27,8 @@ from edge_agent.participation import Device
 from edge_agent.session import Session
 from fedloom.adapters import Theta, adapter_header, read_adapter, write_adapter
 from fedloom.exports import export_model
-from fedloom.plans import (
-    ADAPTER_FILE,
-    PLAN_FILE,
-    Plan,
-    PlanMember,
-    PlanOrigin,
-    TextClassification,
-    TrainableTensor,
-)
+from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, PlanMember, PlanOrigin, TrainableTensor
+from fedloom.tasks import TextClassification
 from fedloom.terms import Protection, Release
 from fedloom.v1 import control_pb2
 from tests.integration.engines import FakeEngine

@@ -14,14 +14,13 @@ from tokenizers import Tokenizer
 
 from coordinator.plans import PlanExportError, PlanRequest, build_plan
 from fedloom.adapters import read_adapter
+from fedloom.graph_contracts import INFER_GRAPH, TRAIN_GRAPH
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     BASE_FILE,
-    INFER_GRAPH,
     PLAN_FILE,
     TOKENIZER_FILE,
-    TRAIN_GRAPH,
     load_plan,
     verify_members,
 )
@@ -42,7 +41,7 @@ def request_for(small):
 def no_export(monkeypatch):
     """Make an export fail the test: the graphs must come from the cache."""
 
-    def refuse(adapted):
+    def refuse(adapted, task):
         raise AssertionError("exported again")
 
     monkeypatch.setattr("coordinator.plans.cache.export_graphs", refuse)
@@ -192,8 +191,8 @@ def test_tokenizer_is_the_published_one(minilm):
 def test_a_plan_whose_graph_is_wrong_never_appears(request_for, graph_cache, monkeypatch, tmp_path):
     from coordinator.plans import cache
 
-    def negated(adapted, folder, report):
-        graphs = cache.cached_graphs(adapted, graph_cache, report)
+    def negated(adapted, task, folder, report):
+        graphs = cache.cached_graphs(adapted, task, graph_cache, report)
         (negation,) = [n for n in graphs[TRAIN_GRAPH].graph.node if n.op_type == "Neg"]
         negation.op_type = "Identity"
         return graphs

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from fedloom.adapters import write_adapter
-from fedloom.plans import ADAPTER_FILE, INFER_GRAPH
+from fedloom.graph_contracts import INFER_GRAPH
+from fedloom.plans import ADAPTER_FILE
 
 TOKENS = ("input_ids", "attention_mask")
 

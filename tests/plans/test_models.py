@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from coordinator.plans import PlanExportError, PlanRequest, build_plan
-from fedloom.plans import INFER_GRAPH
+from fedloom.graph_contracts import INFER_GRAPH
 
 TARGETS = {"distilbert": ("q_lin", "v_lin"), "roberta": ("query", "value")}
 

@@ -7,7 +7,7 @@ import pytest
 from onnx import helper
 
 from coordinator.plans import PlanExportError, PlanRequest
-from fedloom.plans import INFER_GRAPH, TRAIN_GRAPH
+from fedloom.graph_contracts import INFER_GRAPH, TRAIN_GRAPH
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import pytest
 
 from edge_agent.optimisers import AdamW
 from fedloom.adapters import read_adapter
-from fedloom.plans import ADAPTER_FILE, TRAIN_GRAPH
+from fedloom.graph_contracts import TRAIN_GRAPH
+from fedloom.plans import ADAPTER_FILE
 
 SHAPES = ((4, 9), (8, 16), (3, 21), (5, 12))  # (rows, tokens)
 STEPS = 20

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from fedloom.errors import Reason, Refused
 from fedloom.plans import (
     ADAPTER_FILE,
-    MAX_LABELS,
     MAX_MEMBERS,
     MAX_PARAMETERS,
     MAX_PLAN_BYTES,
@@ -22,12 +21,12 @@ from fedloom.plans import (
     Plan,
     PlanMember,
     PlanOrigin,
-    TextClassification,
     TrainableTensor,
     load_plan,
     parse_plan,
     verify_members,
 )
+from fedloom.tasks import MAX_LABELS, TextClassification
 from fedloom.v1 import plan_pb2
 
 DIGEST = hashlib.sha256(b"").digest()

@@ -1,0 +1,35 @@
+"""Texts to token ids, as a plan's tokenizer cuts them."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from fedloom.errors import Reason, Refused
+from fedloom.plans import TOKENIZER_FILE
+from fedloom.tasks import TextClassification
+
+_TOKENISED_AT_ONCE = 1024
+
+
+class TextEncoder:
+    """Texts to token ids, cut to the task's `max_tokens`."""
+
+    def __init__(self, folder: Path, task: TextClassification) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise Refused(
+                Reason.PLAN_UNSUPPORTED, f"expected {TOKENIZER_FILE} to load: {str(error)[:200]}"
+            ) from error
+        self._tokenizer.enable_truncation(task.max_tokens)
+        self._tokenizer.no_padding()
+        self._pad_token_id = task.pad_token_id
+
+    def ids(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Yield each text's ids; a text without any becomes one padding token that counts."""
+        remaining = iter(texts)
+        while block := list(itertools.islice(remaining, _TOKENISED_AT_ONCE)):
+            for encoding in self._tokenizer.encode_batch(block):
+                yield encoding.ids or [self._pad_token_id]
