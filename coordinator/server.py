@@ -17,6 +17,7 @@ from coordinator.conductor import Conductor
 from coordinator.faults import StorageFault
 from coordinator.garbage import collect_daily
 from coordinator.http_port import showing
+from coordinator.memory import keep_tidy
 from coordinator.metrics import Metrics
 from coordinator.premises import (
     CONFIG_FILE,
@@ -144,6 +145,7 @@ async def serve(home: Path, until_idle: bool) -> None:
     async with serving(home) as conductor:
         conducting = asyncio.create_task(keep_conducting(conductor, until_idle))
         watching = asyncio.create_task(supervisor.watch())
+        tidying = asyncio.create_task(keep_tidy())
         supervisor.tell("READY=1")
         await asyncio.wait({conducting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         supervisor.tell("STOPPING=1")
@@ -151,7 +153,7 @@ async def serve(home: Path, until_idle: bool) -> None:
             conducting.result()
         _log.info("stopping")
     # Runs are conducted to the last: an update that was being added still has a run to go to.
-    for task in (conducting, stopping, watching):
+    for task in (conducting, stopping, watching, tidying):
         task.cancel()
 
 
