@@ -40,6 +40,7 @@ from fedloom.v1 import control_pb2, control_pb2_grpc
 from fedloom.version import PROTOCOL_VERSION
 
 PER_PROCESS = 200
+MOST_PROCESSES = 10
 PROBE = "probe"
 PROBE_SECONDS = 0.1
 START_SECONDS = 600.0
@@ -113,9 +114,10 @@ class Fleet:
         run([_COORDINATOR, "init", f"--home={self._home}", *addresses, *ports])
         self._permit(agents)
         names = [f"agent-{number:05}" for number in range(agents)]
+        share = max(PER_PROCESS, -(-agents // MOST_PROCESSES))
         self._files = [
-            self._enrol(names[start : start + PER_PROCESS], f"fleet-{start}")
-            for start in range(0, agents, PER_PROCESS)
+            self._enrol(names[start : start + share], f"fleet-{start}")
+            for start in range(0, agents, share)
         ]
         self._probe = load_identities(self._enrol([PROBE], PROBE), self._address)[0]
 
