@@ -15,13 +15,14 @@ from fedloom.memory import give_back
 
 TIDY_SECONDS: Final = 60.0
 _WHOLE_EVERY: Final = 10  # times; others look at what is new since the last
-_YOUNG_OBJECTS: Final = 5_000  # more than there were before a look at them: a millisecond
+_YOUNG_OBJECTS: Final = 2_000  # more than there were before a look at them: a millisecond
+_YOUNG_LOOKS: Final = 5  # before one at what they left: ten milliseconds
 _NEVER: Final = 1_000_000_000
 
 
 def collect_by_the_clock() -> None:
     """Keep Python from looking through old objects by itself; somebody must `keep_tidy` then."""
-    gc.set_threshold(_YOUNG_OBJECTS, 10, _NEVER)
+    gc.set_threshold(_YOUNG_OBJECTS, _YOUNG_LOOKS, _NEVER)
 
 
 async def keep_tidy() -> None:
