@@ -201,6 +201,7 @@ class Fleet:
     def _connect(self) -> None:
         reports = [file.with_suffix(".report") for file in self._files]
         for file, report in zip(self._files, reports, strict=True):
+            report.unlink(missing_ok=True)  # of agents that were connected to something else
             command = [sys.executable, "-m", "benchmarks.virtual_agents", str(file), self._address]
             self._children.start([*command, "--report", str(report)], file.with_suffix(".log"))
         end = time.monotonic() + START_SECONDS
