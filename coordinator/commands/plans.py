@@ -67,7 +67,7 @@ def build(
     from coordinator.plans import PlanRequest, build_plan, require_taken
 
     given: dict[str, Any] = {
-        "labels": labels and _read_labels(labels),
+        "labels": labels,
         "rank": rank,
         "alpha": alpha,
         "targets": _names(targets),
@@ -79,6 +79,8 @@ def build(
     }
     given = {option: value for option, value in given.items() if value is not None}
     require_taken(task, given)
+    if labels is not None:
+        given["labels"] = _read_labels(labels)
     request = PlanRequest(model=model, task=task, name=name or out.name, seed=seed, **given)
     plan = build_plan(request, out, (lambda _: None) if as_json else say, cache)
     if as_json:

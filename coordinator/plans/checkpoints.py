@@ -93,8 +93,6 @@ def quiet_transformers() -> Iterator[None]:
         with warnings.catch_warnings():
             # peft still reads attributes that transformers has renamed.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            # peft says that it has chosen what it was left to choose: GPT-2's transposed weights.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             yield
     finally:
         logging.set_verbosity(verbosity)

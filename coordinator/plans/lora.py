@@ -28,6 +28,7 @@ class Adapted:
     network: Any
     request: PlanRequest
     source: ModelSource
+    targets: tuple[str, ...]
     head: str
 
     def model(self, family: Family, tokenizer: TextTokenizer) -> AdaptedModel:
@@ -50,7 +51,7 @@ class Adapted:
                 self.source.name,
                 self.request.rank,
                 self.request.alpha,
-                _targets(config),
+                self.targets,
                 self.request.freeze_a,
             ),
             structure=_structure(self.network, family, self.request.alpha),
@@ -80,13 +81,15 @@ def adapt(
             target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else list(targets),
             modules_to_save=whole or None,
             task_type=task_type,
+            # GPT-2 keeps its weights the other way round.
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         ),
     )
     if request.freeze_a:
         for name, parameter in network.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
-    return Adapted(network.eval(), request, source, head)
+    return Adapted(network.eval(), request, source, targets, head)
 
 
 def _usual_targets(model: Any) -> tuple[str, ...]:
@@ -170,11 +173,6 @@ def _base_name(name: str) -> str:
     if ".lora_A." in name:
         return name.replace(".default", "")
     return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
-
-
-def _targets(config: peft.LoraConfig) -> tuple[str, ...]:
-    found = config.target_modules
-    return (found,) if isinstance(found, str) else tuple(sorted(found or ()))
 
 
 def _description(config: peft.LoraConfig, base_model: str) -> dict[str, object]:

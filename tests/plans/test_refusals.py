@@ -51,6 +51,11 @@ def test_request(build, changes, where, expected):
     assert caught.value.where == where
 
 
+def test_offline_says_what_to_do(build):
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set: unset it to download, or give"):
+        build(model="no/such-model")
+
+
 def test_folder_without_a_model(build, tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json"):
         build(model=str(tmp_path))
