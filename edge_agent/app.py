@@ -18,6 +18,7 @@ from edge_agent.invitations import Terms, kept_invitation, read_terms, unfinishe
 from edge_agent.local_data import data_reports, on_this_device
 from edge_agent.participation import Device
 from edge_agent.reports import told_report
+from edge_agent.resources import MEGABYTE, Resources, training_tokens
 from edge_agent.session import Session
 from edge_agent.status import read_status, told
 from fedloom.errors import RULES, ConfigError, FedloomError, Reaction, Refused
@@ -77,6 +78,7 @@ def _join(options: argparse.Namespace) -> int:
             Release[options.permit_release.upper()],
             options.threads,
             held_out_share=held_out_share,
+            memory_mb=options.memory_mb,
         )
         write_agent_config(options.home, config)
     _print(
@@ -110,6 +112,7 @@ def _run(options: argparse.Namespace) -> int:
         export_model,
         config.permitted_release,
         config.crypto_processes,
+        Resources(config.memory_mb * MEGABYTE),
     )
     session = Session(device, _available_protections(config.minimum_protection))
     return asyncio.run(_run_session(session, options.once))
@@ -131,7 +134,14 @@ async def _run_session(session: Session, once: bool) -> int:
 def _onnx_engine(folder: Path, plan: Plan, config: AgentConfig) -> Engine:
     from edge_agent.onnx_engine import OnnxEngine
 
-    return OnnxEngine(folder, plan, config.data, config.held_out, threads=config.threads)
+    return OnnxEngine(
+        folder,
+        plan,
+        config.data,
+        config.held_out,
+        threads=config.threads,
+        micro_batch_tokens=training_tokens(plan, config.memory_mb * MEGABYTE),
+    )
 
 
 def _available_protections(minimum: Protection) -> frozenset[Protection]:
@@ -258,6 +268,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--threads", type=int, default=0, help="threads to train with; 0: one for each core"
+    )
+    command.add_argument(
+        "--memory-mb", type=int, default=0, help="memory to train in; 0: what the system has"
     )
     command.set_defaults(command=_join)
 

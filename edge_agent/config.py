@@ -29,6 +29,7 @@ release = "agents"                 # or "coordinator": who may get the opened su
 [engine]
 threads = 0                  # to train with; 0: as many as the device has cores
 crypto_processes = 1         # to encrypt in; 1: the agent's own, 0: one for each core
+memory_mb = 0                # to train in, the whole agent; 0: what the system has
 """
 
 import tomllib
@@ -52,11 +53,12 @@ from fedloom.errors import ConfigError
 from fedloom.terms import Protection, Release
 
 CONFIG_FILE = "agent.toml"
+_MAX_MEMORY_MB = 2**24
 _E = TypeVar("_E", bound=Enum)
 _KEYS = {
     **DATA_KEYS,
     "policy": {"minimum_protection", "release"},
-    "engine": {"threads", "crypto_processes"},
+    "engine": {"threads", "crypto_processes", "memory_mb"},
 }
 
 
@@ -71,6 +73,7 @@ class AgentConfig:
     threads: int = 0
     crypto_processes: int = 1
     held_out_share: float = 0.0  # of `data`, where `held_out` is None
+    memory_mb: int = 0  # 10^6 bytes
 
 
 def load_agent_config(home: Path) -> AgentConfig:
@@ -100,6 +103,7 @@ def load_agent_config(home: Path) -> AgentConfig:
         _named(path, policy, "release", Release.AGENTS),
         _count(path, table, "threads", 0, 1024),
         _count(path, table, "crypto_processes", 1, MAX_PROCESSES),
+        memory_mb=_count(path, table, "memory_mb", 0, _MAX_MEMORY_MB),
         held_out_share=read_held_out_share(path, table),
     )
 
@@ -119,6 +123,7 @@ def write_agent_config(home: Path, config: AgentConfig) -> None:
         "[engine]",
         f"threads = {config.threads}",
         f"crypto_processes = {config.crypto_processes}",
+        f"memory_mb = {config.memory_mb}",
         "",
     ]
     (home / CONFIG_FILE).write_text("\n".join(lines))

@@ -13,6 +13,7 @@ from edge_agent.batches import Examples, Indices, micro_batches
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.graph_contracts import GraphContract, check_session
+from fedloom.quantisation import BaseStorage
 
 _MAX_INFERENCE_ROWS = 64
 _MAX_INFERENCE_TOKENS = 512  # padded tokens in one run: bounds the memory of activations
@@ -29,6 +30,23 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
+
+
+# 4-bit types came with opset 21 (ONNX Runtime 1.18), their kernels in blocks with 1.20.
+_OLDEST_RUNTIME = {BaseStorage.INT4: (1, 20)}
+
+
+def require_runtime(storage: BaseStorage) -> None:
+    """Refuse a plan whose weights this device's ONNX Runtime is too old for: PLAN_UNSUPPORTED."""
+    oldest = _OLDEST_RUNTIME.get(storage, (0, 0))
+    found = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if found < oldest:
+        needed = ".".join(str(part) for part in oldest)
+        raise Refused(
+            Reason.PLAN_UNSUPPORTED,
+            f"expected ONNX Runtime {needed} or newer for {storage.name} weights, "
+            f"found {ort.__version__}: upgrade it, or use a plan built with --base int8",
+        )
 
 
 class GraphSession:

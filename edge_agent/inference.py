@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_agent.batches import ClassifiedTexts, TokenisedTexts
 from edge_agent.encoders import TextEncoder
-from edge_agent.graphs import GraphSession, batched_logits, log_softmax
+from edge_agent.graphs import GraphSession, batched_logits, log_softmax, require_runtime
 from fedloom.adapters import read_adapter
 from fedloom.errors import Reason, Refused
 from fedloom.graph_contracts import infer_contract
@@ -31,6 +31,7 @@ class Classifier:
     def __init__(self, folder: Path, threads: int = 0) -> None:
         """Load the folder; raises Refused(PLAN_MISMATCH, PLAN_UNSUPPORTED or MALFORMED)."""
         plan = load_plan(folder)
+        require_runtime(plan.base_storage)
         if not isinstance(plan.task, TextClassification):
             raise unsupported(plan.task, "text classification")
         self._task = plan.task

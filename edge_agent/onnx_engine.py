@@ -17,9 +17,10 @@ from edge_agent.checkpoints import Checkpoint, TrainingState, training_subject
 from edge_agent.data import DataSource
 from edge_agent.engine import Evaluation, LocalUpdate, Progress
 from edge_agent.examples import read_examples, read_held_out
-from edge_agent.graphs import GraphSession, inference_batches
+from edge_agent.graphs import GraphSession, inference_batches, require_runtime
 from edge_agent.local_rules import LocalSteps
 from edge_agent.optimisers import Gradient
+from edge_agent.resources import MAX_TRAINING_ROWS, MAX_TRAINING_TOKENS
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.graph_contracts import GraphContract, eval_contract, train_contract
@@ -27,9 +28,6 @@ from fedloom.plans import Plan
 from fedloom.tasks import Task
 from fedloom.terms import LocalTraining, steps_of
 
-# Padded tokens in one run of the training graph, which keeps every activation. With MiniLM and
-# texts of up to 64 tokens, 256 against 1024: peak 198 MB instead of 302 MB, and 15 % less CPU time.
-_MAX_TRAINING_TOKENS = 256
 _SUMS = ("loss_sum", "weight_sum", "grad_sum")
 _EVAL_SUMS = ("loss_sum", "weight_sum", "correct")
 
@@ -37,10 +35,10 @@ _EVAL_SUMS = ("loss_sum", "weight_sum", "correct")
 class OnnxEngine:
     """An Engine; reads and tokenises the data once, at its first use, and keeps the token ids.
 
-    `threads` 0 leaves the number to ONNX Runtime (one for each physical core). `micro_batch` is the
-    most rows that go through the graph at once; it bounds memory and never changes the result
-    beyond rounding. Equal updates to the last bit need the same number of threads. The caller has
-    compared the plan's members with their hashes.
+    `threads` 0 leaves the number to ONNX Runtime (one for each physical core). `micro_batch` and
+    `micro_batch_tokens` are the most rows and padded tokens that go through the graph at once; they
+    bound memory and never change the result beyond rounding. Equal updates to the last bit need the
+    same number of threads. The caller has compared the plan's members with their hashes.
     """
 
     def __init__(
@@ -50,7 +48,8 @@ class OnnxEngine:
         train_data: DataSource,
         held_out: DataSource | None,
         threads: int = 0,
-        micro_batch: int = 16,
+        micro_batch: int = MAX_TRAINING_ROWS,
+        micro_batch_tokens: int = MAX_TRAINING_TOKENS,
     ) -> None:
         self._folder = folder
         self._plan = plan
@@ -58,6 +57,8 @@ class OnnxEngine:
         self._held_out = held_out
         self._threads = threads
         self._micro_batch = micro_batch
+        self._micro_batch_tokens = micro_batch_tokens
+        require_runtime(plan.base_storage)
         self.broken_rows = 0  # in both files, as far as they have been read
 
     @np.errstate(over="ignore", invalid="ignore")  # divergence is found below and refused
@@ -165,7 +166,9 @@ class OnnxEngine:
         """Return (loss, weight, gradient) summed over a batch."""
         loss = weight = 0.0
         gradient = np.zeros(self._plan.parameter_count, np.float32)
-        for part in micro_batches(rows, samples.lengths, self._micro_batch, _MAX_TRAINING_TOKENS):
+        for part in micro_batches(
+            rows, samples.lengths, self._micro_batch, self._micro_batch_tokens
+        ):
             part_loss, part_weight, part_gradient = session.run(
                 _SUMS, {"theta": theta, **feeds(samples, part)}
             )

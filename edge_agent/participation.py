@@ -7,7 +7,7 @@ Steps raise Refused; the session tells the coordinator.
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -29,6 +29,7 @@ from edge_agent.invitations import (
 from edge_agent.local_memory import LocalMemory, forget_memory
 from edge_agent.masking import Masking
 from edge_agent.protection import UpdateProtection
+from edge_agent.resources import Resources
 from edge_agent.run_keys import RunKeys
 from edge_agent.status import StatusFile, Step
 from edge_agent.training import Training
@@ -57,6 +58,7 @@ class Device:
     export: Exporter
     permitted_release: Release = Release.AGENTS
     crypto_processes: int = 1  # to encode and open in; 0: one for each core
+    resources: Resources = field(default_factory=Resources)
 
 
 class Participation:
@@ -194,7 +196,9 @@ class Participation:
     async def _take_up_plan(self, terms: Terms) -> tuple[Plan, Engine, GlobalState]:
         if self._ground is None:
             folder = self._plan_folder(terms)
-            plan = await self._here.transfer.download_plan(terms.plan, folder)
+            plan = await self._here.transfer.download_plan(
+                terms.plan, folder, self._device.resources.require_room
+            )
             self._log.info("plan ready", plan=plan.name, parameters=plan.parameter_count)
             engine = await asyncio.to_thread(self._device.engine, folder, plan)
             state = GlobalState(self._folder, plan, folder, terms.training)

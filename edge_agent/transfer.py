@@ -42,12 +42,21 @@ class Transfer:
         partial = destination.with_name(f"{artifact.sha256.hex()}.part")
         await self._until_done(lambda: self._download_once(artifact, partial, destination))
 
-    async def download_plan(self, reference: ArtifactReference, folder: Path) -> Plan:
-        """Fetch a plan and the members that it names; raises Refused, PLAN_MISMATCH for others."""
+    async def download_plan(
+        self,
+        reference: ArtifactReference,
+        folder: Path,
+        require_room: Callable[[Plan, Path], None],
+    ) -> Plan:
+        """Fetch a plan, and the members that it names if `require_room` does not refuse them.
+
+        Raises Refused: PLAN_MISMATCH for other bytes than the plan's.
+        """
         path = folder / PLAN_FILE
         try:
             await self.download(reference, path)
             plan = parse_plan(await asyncio.to_thread(path.read_bytes))
+            await asyncio.to_thread(require_room, plan, folder)
             for member in plan.members:
                 wanted = ArtifactReference(member.sha256, member.size_bytes)
                 await self.download(wanted, folder / member.name)

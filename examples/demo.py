@@ -122,6 +122,7 @@ class Demo:
             *("fedloom-coordinator", "plan", "build", "--model", self._options.model),
             *("--labels", self._out / "labels.json", "--max-tokens", "32", "--rank", "8"),
             *("--targets", "query,value", "--out", self._out / "plan", "--cache", cache),
+            "--no-dp",  # the demo's agents train without it, and it takes as long as all the rest
         )
 
     def _start_coordinator(self, children: contextlib.ExitStack) -> None:

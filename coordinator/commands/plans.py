@@ -1,6 +1,7 @@
 """`fedloom-coordinator plan …`; building one happens here, on the machine that has torch."""
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,12 +18,22 @@ from coordinator.commands.connection import (
 )
 from coordinator.commands.output import say, say_json, say_table
 from fedloom.errors import ConfigError
+from fedloom.quantisation import BaseStorage
 
 if TYPE_CHECKING:
+    from coordinator.commands.training_needs import TrainingNeeds
     from coordinator.summaries import PlanSummary
 
 plan_app = typer.Typer(help="Plans: what devices train.", no_args_is_help=True)
 SHORT_ID = 12
+
+
+class StorageName(StrEnum):
+    """What is typed for a BaseStorage."""
+
+    FP32 = "fp32"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 @plan_app.command("build")
@@ -57,6 +68,15 @@ def build(
         str | None, typer.Option(help="What is learned, such as '{answer}'; {text}.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the initial adapter and head.")] = 0,
+    loss_pieces: Annotated[
+        int | None, typer.Option(help="Pieces of a language model's loss, to save memory; 1.")
+    ] = None,
+    base: Annotated[
+        StorageName, typer.Option(help="How the frozen matrices are stored and downloaded.")
+    ] = StorageName.FP32,
+    dp: Annotated[
+        bool, typer.Option(help="With train_dp.onnx, which clips each row's gradient.")
+    ] = True,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of graphs made before for the same model.")
     ] = None,
@@ -76,11 +96,13 @@ def build(
         "max_tokens": max_tokens,
         "prompt": prompt,
         "answer": answer,
+        "loss_pieces": loss_pieces,
     }
     given = {option: value for option, value in given.items() if value is not None}
     require_taken(task, given)
     if labels is not None:
         given["labels"] = _read_labels(labels)
+    given |= {"dp": dp, "base": BaseStorage[base.name]}
     request = PlanRequest(model=model, task=task, name=name or out.name, seed=seed, **given)
     plan = build_plan(request, out, (lambda _: None) if as_json else say, cache)
     if as_json:
@@ -140,12 +162,17 @@ def show(
     coordinator: Coordinator = "",
     operator: Operator = None,
     layout: Annotated[bool, typer.Option("--layout", help="List a folder's tensors.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run a training step of a folder's plan.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Verify a plan's files and say what is in it."""
+    """Verify a plan's files and say what is in it; of a folder, also what training takes."""
     if Path(plan).is_dir():
-        _show_folder(Path(plan), layout, as_json)
+        _show_folder(Path(plan), layout, measure, as_json)
         return
+    if measure:
+        raise ConfigError("--measure", f"expected a plan's folder, found {plan}")
     if layout:
         raise ConfigError("--layout", f"expected a plan's folder, found {plan}")
     with reached(Where(home, coordinator, operator)) as client:
@@ -172,8 +199,9 @@ def verify(
     say(f"ONNX Runtime loads {', '.join(verified.graphs)}: they keep their contracts")
 
 
-def _show_folder(folder: Path, layout: bool, as_json: bool) -> None:
+def _show_folder(folder: Path, layout: bool, measure: bool, as_json: bool) -> None:
     from coordinator.catalogue import facts_of
+    from coordinator.commands.training_needs import training_needs
     from coordinator.plans import verify_plan
 
     plan = verify_plan(folder).plan
@@ -188,12 +216,12 @@ def _show_folder(folder: Path, layout: bool, as_json: bool) -> None:
             ),
         )
     else:
-        _say_plan(facts_of(plan), as_json)
+        _say_plan(facts_of(plan), as_json, training_needs(folder, plan, measure))
 
 
-def _say_plan(found: "PlanSummary", as_json: bool) -> None:
+def _say_plan(found: "PlanSummary", as_json: bool, needs: "TrainingNeeds | None" = None) -> None:
     if as_json:
-        say_json(found.to_json())
+        say_json({**found.to_json(), **(needs.to_json() if needs else {})})
         return
     say_table(
         ("name", found.name),
@@ -206,6 +234,7 @@ def _say_plan(found: "PlanSummary", as_json: bool) -> None:
             *((("labels", found.labels),) if found.labels else ()),
             *((("max tokens", found.max_tokens),) if found.max_tokens else ()),
             *((name, f"{size:,} bytes") for name, size in found.files),
+            *(needs.lines() if needs else ()),
             *((("damage", found.damage),) if found.damage else ()),
         ),
     )

@@ -9,13 +9,18 @@ from pathlib import Path
 import onnx
 
 from coordinator.plans import files, parity
-from coordinator.plans.cache import cached_graphs
+from coordinator.plans.base_file import float_base
+from coordinator.plans.cache import cached_dp_graph, cached_graphs
 from coordinator.plans.families import load_model
+from coordinator.plans.memory import Feeds, training_memory
 from coordinator.plans.model import AdaptedModel
 from coordinator.plans.onnx_rewrite import attach_weights, used_weights
+from coordinator.plans.quantised import quantise
 from coordinator.plans.request import PlanRequest
 from fedloom.errors import ConfigError
-from fedloom.plans import PLAN_FILE, Plan
+from fedloom.plans import PLAN_FILE, Plan, TrainingMemory
+from fedloom.quantisation import BaseStorage
+from fedloom.tasks import ArrayLearning
 
 Report = Callable[[str], None]
 
@@ -27,7 +32,9 @@ def build(request: PlanRequest, out: Path, report: Report, cache: Path | None) -
         adapted = load_model(request)
         report(f"{len(adapted.theta):,} trainable values in {len(adapted.layout)} tensors")
         graphs = cached_graphs(adapted, cache, report)
-        _write_model(folder, adapted, graphs)
+        if request.dp:
+            graphs |= cached_dp_graph(adapted, cache, report)
+        _write_model(folder, adapted, graphs, request.base)
         report("comparing the graphs with torch")
         report(f"equal to torch within: {parity.check_graphs(folder, adapted)}")
         plan = Plan(
@@ -36,6 +43,8 @@ def build(request: PlanRequest, out: Path, report: Report, cache: Path | None) -
             layout=adapted.layout,
             task=adapted.task,
             origin=adapted.origin,
+            base_storage=request.base,
+            training_memory=_memory(folder, adapted),
         )
         (folder / PLAN_FILE).write_bytes(plan.encode())
     megabytes = sum(entry.size_bytes for entry in plan.members) / 1e6
@@ -43,15 +52,29 @@ def build(request: PlanRequest, out: Path, report: Report, cache: Path | None) -
     return plan
 
 
-def _write_model(folder: Path, adapted: AdaptedModel, graphs: dict[str, onnx.ModelProto]) -> None:
+def _write_model(
+    folder: Path, adapted: AdaptedModel, graphs: dict[str, onnx.ModelProto], storage: BaseStorage
+) -> None:
     used = set[str]().union(*(used_weights(graph) for graph in graphs.values()))
-    frozen = files.frozen_layout(adapted, used)
-    files.write_base(folder, adapted, frozen)
+    if storage is BaseStorage.FP32:
+        base = float_base(adapted, used)
+    else:
+        base = quantise(adapted, graphs, storage, used)
+    base.write(folder)
     files.write_adapter_files(folder, adapted)
     files.write_tokenizer(folder, adapted)
     for name, graph in graphs.items():
-        attach_weights(graph, frozen, adapted.layout)
+        attach_weights(graph, base, adapted.layout)
         (folder / name).write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def _memory(folder: Path, adapted: AdaptedModel) -> TrainingMemory:
+    def example(batch: int, sequence: int) -> Feeds:
+        tensors = adapted.family.example(batch, sequence, seed=0)
+        return {"theta": adapted.theta, **{name: t.numpy() for name, t in tensors.items()}}
+
+    longest = 1 if isinstance(adapted.task, ArrayLearning) else adapted.task.max_tokens
+    return training_memory(folder, example, longest)
 
 
 @contextmanager

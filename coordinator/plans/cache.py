@@ -14,9 +14,11 @@ from pathlib import Path
 
 import onnx
 
-from coordinator.plans.export import export_graphs
-from coordinator.plans.graphs import traces
+from coordinator.plans.dp import clipping_trace
+from coordinator.plans.export import export_graphs, export_trace
 from coordinator.plans.model import AdaptedModel
+from coordinator.plans.traces import traces
+from fedloom.graph_contracts import TRAIN_DP_GRAPH
 
 _LIBRARIES = ("onnx", "onnxscript", "peft", "torch", "transformers")
 # Of this package as it was when it was loaded: a file that changes later makes no graph here.
@@ -31,18 +33,40 @@ def cached_graphs(
     adapted: AdaptedModel, folder: Path | None, report: Callable[[str], None]
 ) -> dict[str, onnx.ModelProto]:
     """Return the graphs by file name, exported now or by an earlier build; see `export_graphs`."""
-    if folder is None or adapted.structure is None:
-        report("exporting the graphs")
-        return export_graphs(adapted)
-    key = graph_key(adapted, adapted.structure)
     files = [graph.file for trace in traces(adapted) for graph in trace.graphs]
+    return _cached(adapted, folder, files, lambda: export_graphs(adapted), report)
+
+
+def cached_dp_graph(
+    adapted: AdaptedModel, folder: Path | None, report: Callable[[str], None]
+) -> dict[str, onnx.ModelProto]:
+    """Return `train_dp.onnx` by its name, exported now or by an earlier build."""
+
+    def export() -> dict[str, onnx.ModelProto]:
+        return export_trace(adapted, clipping_trace(adapted))
+
+    return _cached(adapted, folder, [TRAIN_DP_GRAPH], export, report)
+
+
+def _cached(
+    adapted: AdaptedModel,
+    folder: Path | None,
+    files: list[str],
+    export: Callable[[], dict[str, onnx.ModelProto]],
+    report: Callable[[str], None],
+) -> dict[str, onnx.ModelProto]:
+    names = ", ".join(files)
+    if folder is None or adapted.structure is None:
+        report(f"exporting {names}")
+        return export()
+    key = graph_key(adapted, adapted.structure)
     kept = {name: _read(folder / f"{key}.{name}") for name in files}
     graphs = {name: model for name, model in kept.items() if model is not None}
     if len(graphs) == len(kept):
-        report(f"graphs from the cache: {key[:16]}")
+        report(f"from the cache: {names} ({key[:16]})")
         return graphs
-    report("exporting the graphs")
-    graphs = export_graphs(adapted)
+    report(f"exporting {names}")
+    graphs = export()
     folder.mkdir(parents=True, exist_ok=True)
     for name, model in graphs.items():
         _write(folder / f"{key}.{name}", model)

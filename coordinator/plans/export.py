@@ -16,7 +16,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from coordinator.plans.decompositions import decompositions
-from coordinator.plans.graphs import Trace, traces
+from coordinator.plans.graphs import Trace
 from coordinator.plans.model import AdaptedModel
 from coordinator.plans.onnx_rewrite import (
     FROZEN,
@@ -26,6 +26,7 @@ from coordinator.plans.onnx_rewrite import (
     read_extents_from_inputs,
 )
 from coordinator.plans.request import PlanExportError
+from coordinator.plans.traces import traces
 from fedloom.graph_contracts import Axis
 
 OPSET = 18  # with IR 8, runtimes from 2023 on load the graph (ONNX Runtime >= 1.16)
@@ -41,16 +42,23 @@ def export_graphs(adapted: AdaptedModel) -> dict[str, onnx.ModelProto]:
     """
     graphs = {}
     for trace in traces(adapted):
-        whole = _convert(adapted, trace)
-        fold_transposes(whole.graph)
-        read_extents_from_inputs(whole.graph)
-        for contract in trace.graphs:
-            model = onnx.ModelProto()
-            model.CopyFrom(whole)
-            keep_outputs(model.graph, contract)
-            normalise(model, contract)
-            model.ir_version = IR_VERSION
-            graphs[contract.file] = model
+        graphs.update(export_trace(adapted, trace))
+    return graphs
+
+
+def export_trace(adapted: AdaptedModel, trace: Trace) -> dict[str, onnx.ModelProto]:
+    """Return the graphs of one trace as `export_graphs` returns all."""
+    graphs = {}
+    whole = _convert(adapted, trace)
+    fold_transposes(whole.graph)
+    read_extents_from_inputs(whole.graph)
+    for contract in trace.graphs:
+        model = onnx.ModelProto()
+        model.CopyFrom(whole)
+        keep_outputs(model.graph, contract)
+        normalise(model, contract)
+        model.ir_version = IR_VERSION
+        graphs[contract.file] = model
     return graphs
 
 

@@ -5,37 +5,13 @@ import json
 from pathlib import Path
 
 from coordinator.plans.model import AdaptedModel
-from fedloom.adapters import adapter_header, write_adapter
+from fedloom.adapters import write_adapter
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
-    BASE_FILE,
     TOKENIZER_FILE,
     PlanMember,
-    TrainableTensor,
 )
-
-
-def frozen_layout(adapted: AdaptedModel, used: set[str]) -> tuple[TrainableTensor, ...]:
-    """Lay out the weights that some graph uses, in the model's order; offsets count values."""
-    layout: list[TrainableTensor] = []
-    offset = 0
-    for name, weight in zip(adapted.frozen_names, adapted.frozen_tensors(), strict=True):
-        if name in used:
-            layout.append(TrainableTensor(name, tuple(weight.shape), offset))
-            offset += weight.numel()
-    return tuple(layout)
-
-
-def write_base(folder: Path, adapted: AdaptedModel, layout: tuple[TrainableTensor, ...]) -> None:
-    """Write `base.safetensors`: float32, contiguous, one copy of each weight of `layout`."""
-    if not layout:
-        return  # everything is trained
-    weights = dict(zip(adapted.frozen_names, adapted.frozen_tensors(), strict=True))
-    with (folder / BASE_FILE).open("wb") as file:
-        file.write(adapter_header(layout))
-        for tensor in layout:
-            file.write(weights[tensor.name].contiguous().numpy().astype("<f4", copy=False).data)
 
 
 def write_adapter_files(folder: Path, adapted: AdaptedModel) -> None:

@@ -50,14 +50,8 @@ class Trace:
         return list(dict.fromkeys(name for graph in self.graphs for name in graph.outputs))
 
 
-def traces(adapted: AdaptedModel) -> tuple[Trace, ...]:
-    """Return what to trace for a plan."""
-    if isinstance(adapted.family, LanguageModel):
-        return _training(adapted), _generation(adapted, adapted.family)
-    return (_training(adapted),)
-
-
-def _training(adapted: AdaptedModel) -> Trace:
+def training_trace(adapted: AdaptedModel) -> Trace:
+    """Return one trace for training, evaluation and inference."""
     count = len(adapted.theta)
     contracts = (train_contract, eval_contract, infer_contract)
     return Trace(
@@ -67,7 +61,8 @@ def _training(adapted: AdaptedModel) -> Trace:
     )
 
 
-def _generation(adapted: AdaptedModel, family: LanguageModel) -> Trace:
+def generation_trace(adapted: AdaptedModel, family: LanguageModel) -> Trace:
+    """Return what to trace for the next token's logits."""
     batch, sequence = example_shape(adapted)
     past = free_extent(adapted, (11, 7, 13), but=(batch, sequence))
     while not is_free(adapted, sequence + past):

@@ -54,7 +54,7 @@ class Adapted:
                 self.targets,
                 self.request.freeze_a,
             ),
-            structure=_structure(self.network, family, self.request.alpha),
+            structure=_structure(self.network, family, self.request),
             tokenizer=tokenizer,
             adapter_config=_description(config, self.source.name),
         )
@@ -186,11 +186,12 @@ def _description(config: peft.LoraConfig, base_model: str) -> dict[str, object]:
     return described
 
 
-def _structure(network: Any, family: Family, alpha: float) -> dict[str, object]:
+def _structure(network: Any, family: Family, request: PlanRequest) -> dict[str, object]:
     config = network.config.to_dict()
     return {
         "config": {name: value for name, value in config.items() if name not in _NOT_STRUCTURE},
         "family": type(family).__name__,
         "labels": network.config.num_labels,
-        "alpha": alpha,
+        "alpha": request.alpha,
+        "loss_pieces": request.loss_pieces,
     }

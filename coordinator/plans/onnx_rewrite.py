@@ -2,18 +2,19 @@
 weights that lie in files beside it.
 """
 
-import math
 from collections.abc import Iterable
 
 import onnx
 from onnx import TensorProto, helper
 
+from coordinator.plans.base_file import Base
 from coordinator.plans.request import PlanExportError
 from fedloom.adapters import adapter_header
 from fedloom.graph_contracts import GEN_GRAPH, INFER_GRAPH, GraphContract, Port
 from fedloom.plans import ADAPTER_FILE, BASE_FILE, TrainableTensor
 
 FROZEN = "frozen::"  # prefix of the inputs that become weights of base.safetensors
+ALIAS = "#"  # what follows it tells several names of one weight apart
 MAX_CONSTANT_BYTES = 16_384  # a constant in a graph is a shape or a mask, never a weight
 _ELEMENTS = {"tensor(float)": TensorProto.FLOAT, "tensor(int64)": TensorProto.INT64}
 _LABELLING = {"labels", "sample_weight"}
@@ -111,40 +112,38 @@ def used_weights(model: onnx.ModelProto) -> set[str]:
     return {name.removeprefix(FROZEN) for name in names if name.startswith(FROZEN)}
 
 
-def attach_weights(
-    model: onnx.ModelProto,
-    frozen: tuple[TrainableTensor, ...],
-    layout: tuple[TrainableTensor, ...],
-) -> None:
+def attach_weights(model: onnx.ModelProto, base: Base, layout: tuple[TrainableTensor, ...]) -> None:
     """Point every frozen input at its bytes in `base.safetensors`.
 
     Inference graphs also get theta from `adapter_model.safetensors`: an initializer that is an
     input too is a default, which a caller may override (ONNX IR >= 4).
     """
     graph = model.graph
-    names = {tensor.name for tensor in frozen}
+    data_start = len(base.header)
+    stored = {tensor.name: tensor for tensor in base.tensors}
+    for value in graph.input:
+        if value.name.startswith(FROZEN):
+            name = value.name.removeprefix(FROZEN)
+            tensor = stored[name.partition(ALIAS)[0]]
+            shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            external = TensorProto(name=name, data_type=tensor.element, dims=shape)
+            _place(external, BASE_FILE, data_start + tensor.start, tensor.size_bytes)
+            graph.initializer.append(external)
     for node in graph.node:
         node.input[:] = [name.removeprefix(FROZEN) for name in node.input]
     _replace(graph.input, [i for i in graph.input if not i.name.startswith(FROZEN)])
-    start = len(adapter_header(frozen))
-    used = {name for node in graph.node for name in node.input} & names
-    for tensor in frozen:
-        if tensor.name in used:
-            where = (BASE_FILE, start + 4 * tensor.offset)
-            graph.initializer.append(_external(tensor.name, tensor.shape, *where))
     if f"{graph.name}.onnx" in (INFER_GRAPH, GEN_GRAPH):
         count = layout[-1].offset + layout[-1].size
-        where = (ADAPTER_FILE, len(adapter_header(layout)))
-        graph.initializer.append(_external("theta", (count,), *where))
+        theta = TensorProto(name="theta", data_type=TensorProto.FLOAT, dims=[count])
+        _place(theta, ADAPTER_FILE, len(adapter_header(layout)), 4 * count)
+        graph.initializer.append(theta)
 
 
-def _external(name: str, shape: tuple[int, ...], location: str, offset: int) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape)
+def _place(tensor: TensorProto, location: str, offset: int, length: int) -> None:
+    """Say where a tensor's bytes lie."""
     tensor.data_location = TensorProto.EXTERNAL
-    length = 4 * math.prod(shape)
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         tensor.external_data.add(key=key, value=str(value))
-    return tensor
 
 
 def _ranks(graph: onnx.GraphProto) -> dict[str, int]:

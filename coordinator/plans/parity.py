@@ -19,7 +19,14 @@ from coordinator.plans.families.causal_lm import LanguageModel
 from coordinator.plans.model import AdaptedModel, Batch
 from coordinator.plans.request import PlanExportError
 from fedloom.adapters import Theta
-from fedloom.graph_contracts import EVAL_GRAPH, GEN_GRAPH, INFER_GRAPH, TRAIN_GRAPH, infer_contract
+from fedloom.graph_contracts import (
+    EVAL_GRAPH,
+    GEN_GRAPH,
+    INFER_GRAPH,
+    TRAIN_DP_GRAPH,
+    TRAIN_GRAPH,
+    infer_contract,
+)
 
 TOLERANCE = 1e-4  # relative; float32 summed in another order stays below 3e-6
 _SHAPES = ((2, 8), (5, 24))  # (batch, sequence), neither of them the traced one
@@ -48,7 +55,11 @@ def check_graphs(folder: Path, adapted: AdaptedModel) -> str:
         logits = check_infer(folder, adapted)
         if isinstance(adapted.family, LanguageModel):
             logits = max(logits, check_generation(folder, adapted, adapted.family))
-    return f"loss {train.loss:.1e}, gradient {train.gradient:.1e}, logits {logits:.1e}"
+        clipping = ""
+        if (folder / TRAIN_DP_GRAPH).exists():
+            clipping = f", clipped rows {check_train_dp(folder, adapted):.1e}"
+    gradient = f"gradient {train.gradient:.1e}"
+    return f"loss {train.loss:.1e}, {gradient}, logits {logits:.1e}{clipping}"
 
 
 @contextmanager
@@ -136,6 +147,45 @@ def check_generation(folder: Path, adapted: AdaptedModel, family: LanguageModel)
         worst = max(worst, *_compare(GEN_GRAPH, ("logits",), [logits], [expected], (3, end)))
         start = end
     return worst
+
+
+def check_train_dp(folder: Path, adapted: AdaptedModel) -> float:
+    """Compare norms and clipped sum with torch's gradients of one row after the other.
+
+    Returns the worst relative difference; raises PlanExportError(TRAIN_DP_GRAPH) beyond TOLERANCE.
+    """
+    session = _open(folder / TRAIN_DP_GRAPH)
+    theta = _perturbed(adapted)
+    worst = 0.0
+    for shape in _shapes(adapted):
+        batch = adapted.family.example(*shape, seed=sum(shape))
+        expected, clip = torch_clipped_step(adapted, theta, batch)
+        found = _run(session, TRAIN_DP_GRAPH, {"theta": theta, "clip": clip, **_arrays(batch)})
+        names = (*_SUMS, "clipped sum", "norms")
+        worst = max(worst, *_compare(TRAIN_DP_GRAPH, names, found, expected, shape))
+    return worst
+
+
+def torch_clipped_step(
+    adapted: AdaptedModel, theta: Theta, batch: Batch
+) -> tuple[Outputs, NDArray[np.float32]]:
+    """Return what `train_dp.onnx` promises, from one backward pass for each row, and the clip.
+
+    The clip, (), lies among the rows' norms, so that some are scaled and some are not.
+    """
+    weights = batch["sample_weight"].numpy()
+    sums, gradients = np.zeros(3, np.float32), []
+    for i, weight in enumerate(weights):
+        row = {name: value[i : i + 1] for name, value in batch.items()}
+        row["sample_weight"] = torch.ones(1)
+        loss, labels, correct, gradient, _ = torch_step(adapted, theta, row)
+        share = weight / max(labels, 1)  # a row of many labels counts as their mean
+        sums += [share * value for value in (loss, labels, correct)]
+        gradients.append(share * gradient)
+    norms = np.linalg.norm(gradients, axis=1).astype(np.float32)  # (B,)
+    clip = np.float32(0.9 * np.median(norms[norms > 0]))
+    scale = clip / np.maximum(norms, clip)
+    return [*sums, scale @ np.stack(gradients), norms], np.array(clip)
 
 
 def torch_step(adapted: AdaptedModel, theta: Theta, batch: Batch) -> Outputs:

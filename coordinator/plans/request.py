@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedloom.errors import ConfigError, FedloomError
+from fedloom.quantisation import BaseStorage
 from fedloom.tasks import MAX_LABELS, MAX_TEMPLATE, MAX_TOKENS, template_fields
 
 MAX_RANK = 4096
+MAX_LOSS_PIECES = 64
 MAX_NAME = 128  # characters; plan.proto, Plan.name
 ALL_LINEAR = "all-linear"
 
@@ -25,7 +27,7 @@ _LORA = ("rank", "alpha", "targets", "modules_to_save", "freeze_a")
 _TAKEN = {
     CLASSIFICATION: ("labels", "max_tokens", *_LORA),
     NER: ("labels", "max_tokens", *_LORA),
-    CAUSAL_LM: ("prompt", "answer", "max_tokens", *_LORA),
+    CAUSAL_LM: ("prompt", "answer", "max_tokens", "loss_pieces", *_LORA),
     MODULE: (),
 }
 
@@ -40,8 +42,11 @@ class PlanRequest:
     their names, or `all-linear`; none are PEFT's choice for the architecture. The adapter's product
     is scaled by `alpha / rank`. `modules_to_save` are trained whole. `freeze_a` keeps LoRA's A at
     its random start (FFA-LoRA, arXiv:2403.12313). `prompt` and `answer` are the templates of
-    CausalLanguageModelling. `seed` decides the initial LoRA A and every value that the checkpoint
-    does not bring, the classification head first of all.
+    CausalLanguageModelling; `loss_pieces` cut its head and loss in training, where logits need most
+    of a step's memory. `seed` decides the initial LoRA A and every value that the checkpoint
+    does not bring, the classification head first of all. With `dp` the plan has `train_dp.onnx`, an
+    export of its own: it takes as long as the others together. `base` is how the frozen matrices
+    are stored.
     """
 
     model: str
@@ -56,7 +61,10 @@ class PlanRequest:
     max_tokens: int | None = None  # the task's default, or the model's limit where that is lower
     prompt: str = ""
     answer: str = "{text}"
+    loss_pieces: int = 1
     seed: int = 0
+    dp: bool = False
+    base: BaseStorage = BaseStorage.FP32
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", "a folder, an installed package or a hub id", "nothing")
@@ -66,6 +74,8 @@ class PlanRequest:
             self._check_labels()
         self._check_adapter()
         _require(len(self.name) <= MAX_NAME, "name", f"{MAX_NAME} characters", len(self.name))
+        pieces = self.loss_pieces
+        _require(1 <= pieces <= MAX_LOSS_PIECES, "loss_pieces", f"1..{MAX_LOSS_PIECES}", pieces)
         _require(0 <= self.seed < 2**63, "seed", "0..2^63-1", self.seed)
         tokens, limits = self.max_tokens, f"2..{MAX_TOKENS}"
         _require(tokens is None or 2 <= tokens <= MAX_TOKENS, "max_tokens", limits, tokens)

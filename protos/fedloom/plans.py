@@ -4,6 +4,7 @@ A plan folder holds `plan.binpb` and the members that it names; `verify_members`
 their SHA-256.
 """
 
+import dataclasses
 import hashlib
 import math
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from fedloom.errors import Reason, Refused
+from fedloom.quantisation import BaseStorage
 from fedloom.tasks import Task, read_task, write_task
 from fedloom.v1 import plan_pb2
 
@@ -27,6 +29,7 @@ FORMAT = 1
 MAX_PLAN_BYTES = 4 << 20
 MAX_MEMBERS = 64
 MAX_PARAMETERS = 2**31 - 1
+MAX_MEMORY = 2**48  # bytes of any kind in TrainingMemory: products with it stay exact anywhere
 MAX_RANK = 32  # numpy 1 has no more; bounds the product of extents before it is taken
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
@@ -80,6 +83,25 @@ class PlanOrigin:
 
 
 @dataclass(frozen=True)
+class TrainingMemory:
+    """What a training step holds at once beside theta and the base, in bytes: an estimate."""
+
+    fixed_bytes: int
+    row_bytes: int
+    token_bytes: int
+    token_pair_bytes: int
+
+    def __post_init__(self) -> None:
+        for found in (self.fixed_bytes, self.row_bytes, self.token_bytes, self.token_pair_bytes):
+            _require(0 <= found <= MAX_MEMORY, f"at most {MAX_MEMORY} bytes of memory", found)
+
+    def needed(self, rows: int, tokens: int) -> int:
+        """Return the bytes for so many rows of so many tokens each; 1 for arrays."""
+        row = self.row_bytes + tokens * (self.token_bytes + tokens * self.token_pair_bytes)
+        return self.fixed_bytes + rows * row
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a device trains. Made by `Plan(...)`, read by `parse_plan`; both validate."""
 
@@ -88,6 +110,8 @@ class Plan:
     layout: tuple[TrainableTensor, ...]
     task: Task
     origin: PlanOrigin
+    base_storage: BaseStorage = BaseStorage.FP32
+    training_memory: TrainingMemory | None = None
 
     def __post_init__(self) -> None:
         _require(len(self.name) <= 128, "a name of at most 128 characters", len(self.name))
@@ -133,7 +157,10 @@ class Plan:
                 lora_targets=self.origin.lora_targets,
                 lora_a_frozen=self.origin.lora_a_frozen,
             ),
+            base_storage=plan_pb2.BaseStorage.ValueType(self.base_storage),
         )
+        if (memory := self.training_memory) is not None:
+            message.training_memory.CopyFrom(plan_pb2.TrainingMemory(**dataclasses.asdict(memory)))
         write_task(self.task, message)
         return message.SerializeToString(deterministic=True)
 
@@ -164,6 +191,8 @@ def parse_plan(data: bytes) -> Plan:
             tuple(origin.lora_targets),
             origin.lora_a_frozen,
         ),
+        base_storage=_read_storage(message.base_storage),
+        training_memory=_read_memory(message),
     )
     _require(
         message.parameter_count == plan.parameter_count,
@@ -171,6 +200,25 @@ def parse_plan(data: bytes) -> Plan:
         message.parameter_count,
     )
     return plan
+
+
+def _read_memory(message: plan_pb2.Plan) -> TrainingMemory | None:
+    if not message.HasField("training_memory"):
+        return None
+    found = message.training_memory
+    return TrainingMemory(
+        found.fixed_bytes, found.row_bytes, found.token_bytes, found.token_pair_bytes
+    )
+
+
+def _read_storage(value: int) -> BaseStorage:
+    try:
+        return BaseStorage(value)
+    except ValueError as error:
+        raise Refused(
+            Reason.PLAN_UNSUPPORTED,
+            f"expected a base storage that this version knows, found {value}",
+        ) from error
 
 
 def load_plan(folder: Path) -> Plan:

@@ -28,6 +28,7 @@ _sources = st.builds(
     minimum=st.sampled_from(Protection),
     release=st.sampled_from(Release),
     threads=st.integers(0, 1024),
+    memory_mb=st.integers(0, 2**24),
 )
 def test_what_is_written_is_read_again(
     tmp_path_factory: pytest.TempPathFactory,
@@ -36,9 +37,10 @@ def test_what_is_written_is_read_again(
     minimum: Protection,
     release: Release,
     threads: int,
+    memory_mb: int,
 ) -> None:
     home = tmp_path_factory.mktemp("home")
-    config = AgentConfig(data, held_out, minimum, release, threads)
+    config = AgentConfig(data, held_out, minimum, release, threads, memory_mb=memory_mb)
     write_agent_config(home, config)
     assert load_agent_config(home) == config
 
@@ -59,6 +61,7 @@ def test_an_owner_who_says_nothing_permits_the_least(tmp_path: Path) -> None:
         ('[policy]\nminimum_protection = "none"', "policy.minimum_protection"),
         ('[policy]\nreleases = "agents"', "policy.releases"),
         ("[engine]\nthreads = -1", "engine.threads"),
+        ("[engine]\nmemory_mb = -1", "engine.memory_mb"),
         ("[unknown]", "[unknown]"),
     ],
 )
@@ -76,9 +79,11 @@ def write(home: Path, engine: str) -> Path:
 
 def test_the_numbers_of_the_engine_have_defaults_and_are_read(tmp_path: Path) -> None:
     config = load_agent_config(write(tmp_path, ""))
-    assert (config.threads, config.crypto_processes) == (0, 1)
-    config = load_agent_config(write(tmp_path, "threads = 1024\ncrypto_processes = 0"))
-    assert (config.threads, config.crypto_processes) == (1024, 0)
+    assert (config.threads, config.crypto_processes, config.memory_mb) == (0, 1, 0)
+    config = load_agent_config(
+        write(tmp_path, "threads = 1024\ncrypto_processes = 0\nmemory_mb = 200")
+    )
+    assert (config.threads, config.crypto_processes, config.memory_mb) == (1024, 0, 200)
 
 
 @pytest.mark.parametrize("key", ["threads", "crypto_processes"])

@@ -22,10 +22,12 @@ from fedloom.plans import (
     PlanMember,
     PlanOrigin,
     TrainableTensor,
+    TrainingMemory,
     load_plan,
     parse_plan,
     verify_members,
 )
+from fedloom.quantisation import BaseStorage
 from fedloom.tasks import MAX_LABELS, TextClassification
 from fedloom.v1 import plan_pb2
 
@@ -73,6 +75,8 @@ def plans(draw: st.DrawFn) -> Plan:
             draw(st.floats(0, 64)),
             tuple(draw(st.lists(_text, max_size=3))),
         ),
+        base_storage=draw(st.sampled_from(BaseStorage)),
+        training_memory=draw(st.none() | st.builds(TrainingMemory, *[st.integers(0, 2**48)] * 4)),
     )
 
 
@@ -102,6 +106,13 @@ def test_a_cut_or_altered_plan_is_read_or_refused_and_nothing_else(
     altered[position] ^= data.draw(st.integers(1, 255))
     for candidate in (bytes(altered), bytes(altered[:position])):
         assert refusal_of(candidate) in (None, Reason.MALFORMED, Reason.PLAN_UNSUPPORTED)
+
+
+@given(plans())
+def test_a_storage_of_a_later_version_is_refused(plan: Plan) -> None:
+    message = plan_pb2.Plan.FromString(plan.encode())
+    message.base_storage = 77  # type: ignore[assignment] # open enums take any number
+    assert refusal_of(message.SerializeToString()) is Reason.PLAN_UNSUPPORTED
 
 
 @given(st.binary(max_size=200))

@@ -53,7 +53,8 @@ def load_language_model(request: PlanRequest, source: ModelSource) -> AdaptedMod
         answer=request.answer,
         stop_token_ids=ends,
     )
-    return adapted.model(LanguageModel(adapted.network, task), tokenizer)
+    family = LanguageModel(adapted.network, task, request.loss_pieces)
+    return adapted.model(family, tokenizer)
 
 
 class LanguageModel(Family):
@@ -61,8 +62,12 @@ class LanguageModel(Family):
 
     task: CausalLanguageModelling
 
-    def __init__(self, network: Any, task: CausalLanguageModelling) -> None:
-        """`network` is PEFT's model; its head is made to see rows of hidden states."""
+    def __init__(self, network: Any, task: CausalLanguageModelling, loss_pieces: int = 1) -> None:
+        """`network` is PEFT's model; its head is made to see rows of hidden states.
+
+        In `train.onnx` head and loss take so many pieces of the rows one after the other.
+        """
+        self.loss_pieces = loss_pieces
         core = network.get_base_model()
         self.task = task
         self._config = core.config
