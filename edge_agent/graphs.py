@@ -9,13 +9,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from edge_agent.batches import Examples, Indices, micro_batches
+from edge_agent.batches import Examples, Indices, inference_batches
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.graph_contracts import GraphContract, check_session
-
-_MAX_INFERENCE_ROWS = 64
-_MAX_INFERENCE_TOKENS = 512  # padded tokens in one run: bounds the memory of activations
 
 # ONNX Runtime's exceptions have no common type of their own.
 _ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -85,13 +82,6 @@ def batched_logits(
     for rows in inference_batches(examples):
         (logits,) = session.run(["logits"], {"theta": theta, **examples.inputs(rows)})
         yield rows, logits.astype(np.float64)
-
-
-def inference_batches(examples: Examples) -> Iterator[Indices]:
-    """Cut all rows into runs that a device has memory for when it keeps no activations."""
-    return micro_batches(
-        np.arange(len(examples)), examples.lengths, _MAX_INFERENCE_ROWS, _MAX_INFERENCE_TOKENS
-    )
 
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
