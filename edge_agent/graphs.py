@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import structlog
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
@@ -13,6 +14,11 @@ from edge_agent.batches import Examples, Indices, inference_batches
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.graph_contracts import GraphContract, check_session
+
+CPU = "CPUExecutionProvider"
+# Products in float32, as on the CPU: the default of this provider has 10 bits of mantissa.
+_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+_log = structlog.get_logger()
 
 # ONNX Runtime's exceptions have no common type of their own.
 _ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -31,16 +37,27 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 class GraphSession:
     """One loaded graph; dropping the object gives its memory back."""
 
-    def __init__(self, folder: Path, graph: GraphContract, threads: int, failure: Reason) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        graph: GraphContract,
+        threads: int,
+        failure: Reason,
+        providers: tuple[str, ...] = (CPU,),
+    ) -> None:
         """Load the graph; Refused(PLAN_UNSUPPORTED) when it cannot be or breaks the contract.
 
-        `failure` is the reason of a refusal because the graph could be loaded but not run.
+        `failure` is the reason of a refusal because the graph could be loaded but not run. What no
+        provider of `providers` takes, or can be made for, the CPU computes.
         """
         self._graph = graph
         self._failure = failure
+        wanted = tuple(dict.fromkeys((*providers, CPU)))
         try:
             self._session = ort.InferenceSession(
-                str(folder / graph.file), _options(threads), providers=["CPUExecutionProvider"]
+                str(folder / graph.file),
+                _options(threads),
+                providers=[(name, _PROVIDER_OPTIONS.get(name, {})) for name in wanted],
             )
         except _ORT_ERRORS as error:
             problem = str(error).replace(str(folder), "")[:200]
@@ -48,6 +65,10 @@ class GraphSession:
                 Reason.PLAN_UNSUPPORTED,
                 f"expected ONNX Runtime {ort.__version__} to load {graph.file}, found: {problem}",
             ) from error
+        used = self._session.get_providers()
+        for name in wanted:
+            if name not in used:
+                _log.warning("execution provider not used", provider=name, used=used)
         check_session(self._session, graph)
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:

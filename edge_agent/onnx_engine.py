@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from edge_agent.batches import Feeds
 from edge_agent.data import DataSource
-from edge_agent.graphs import GraphSession
+from edge_agent.graphs import CPU, GraphSession
 from edge_agent.local_training import LocalEngine, Step
 from fedloom.adapters import Theta
 from fedloom.errors import Reason
@@ -25,8 +25,9 @@ _EVAL_SUMS = ("loss_sum", "weight_sum", "correct")
 class OnnxEngine(LocalEngine):
     """See LocalEngine.
 
-    `threads` 0 leaves the number to ONNX Runtime (one for each physical core). Equal updates to the
-    last bit need the same number of threads.
+    `threads` 0 leaves the number to ONNX Runtime (one for each physical core). `providers` are its
+    execution providers, the best first. Equal updates to the last bit need the same number of
+    threads, and the CPU's provider.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class OnnxEngine(LocalEngine):
         held_out: DataSource | None,
         threads: int = 0,
         micro_batch: int = 16,
+        providers: tuple[str, ...] = (CPU,),
     ) -> None:
         super().__init__(folder, plan, train_data, held_out, micro_batch, _MAX_TRAINING_TOKENS)
         self._threads = threads
+        self._providers = providers
 
     def _training_step(self) -> Step:
         contract = train_contract(self._plan.task, self._plan.parameter_count)
@@ -50,7 +53,8 @@ class OnnxEngine(LocalEngine):
         return self._step(contract, _EVAL_SUMS, Reason.PLAN_UNSUPPORTED)
 
     def _step(self, graph: GraphContract, outputs: Sequence[str], failure: Reason) -> Step:
-        return _SessionStep(GraphSession(self._folder, graph, self._threads, failure), outputs)
+        session = GraphSession(self._folder, graph, self._threads, failure, self._providers)
+        return _SessionStep(session, outputs)
 
 
 class _SessionStep:
