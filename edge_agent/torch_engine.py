@@ -56,6 +56,8 @@ class TorchEngine(LocalEngine):
         self._bfloat16 = bfloat16
         if threads:
             torch.set_num_threads(threads)
+        if not bfloat16:
+            torch.backends.cudnn.allow_tf32 = False  # or convolutions have 10 bits of mantissa
 
     def _training_step(self) -> Step:
         return _TrainingStep(self._graph, self._device, self._bfloat16)

@@ -64,7 +64,7 @@ class TorchGraph:
         self._device = device
         graph = _read(folder, contract.file)
         check_session(_Ports(graph), contract)
-        self._outputs = {port.name: port.type.tensor_type.elem_type for port in graph.output}
+        self._outputs = {port.name: port.type.tensor_type for port in graph.output}
         weights = _Weights(folder, plan, contract.file)
         self._values: dict[str, Tensor] = {}  # what is there before every run
         on_cpu: set[str] = set()
@@ -99,7 +99,14 @@ class TorchGraph:
             values.update(zip(node.outputs, results, strict=False))
             for name in node.dropped:
                 del values[name]
-        return [values[name].to(DTYPES[self._outputs[name]]) for name in outputs]
+        return [self._declared(name, values[name]) for name in outputs]
+
+    def _declared(self, name: str, found: Tensor) -> Tensor:
+        """Return an output in its declared type; torch has looked at no declaration so far."""
+        rank = len(self._outputs[name].shape.dim)
+        if found.dim() != rank:
+            raise _refused(f"{self._file} to give {name} of {rank} axes", found.dim())
+        return found.to(DTYPES[self._outputs[name].elem_type])
 
     def _placed(self, graph: onnx.GraphProto, on_cpu: set[str]) -> tuple[_Node, ...]:
         """Return the nodes; puts constants where they are used, into `_values`."""
@@ -107,7 +114,7 @@ class TorchGraph:
         kept = known | set(self._outputs)
         nodes = []
         for node, last_read in zip(graph.node, _last_reads(graph), strict=True):
-            operator, attributes = _operator(node, self._file)
+            operator, attributes = read_operator(node, self._file)
             given = [name for name in node.input if name]
             _require(known.issuperset(given), self._file, node, "an input that nothing gives")
             known.update(node.output)
@@ -239,7 +246,8 @@ def _port(port: onnx.ValueInfoProto) -> FoundPort:
     return _Port(port.name, name, extents)
 
 
-def _operator(node: onnx.NodeProto, file: str) -> tuple[Operator, dict[str, Any]]:
+def read_operator(node: onnx.NodeProto, file: str) -> tuple[Operator, dict[str, Any]]:
+    """Return what a node does; raises Refused(PLAN_UNSUPPORTED) for an unknown attribute."""
     attributes = {entry.name: _attribute(entry) for entry in node.attribute}
     if node.op_type == "Constant":
         (value,) = attributes.values() or (None,)
