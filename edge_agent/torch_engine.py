@@ -78,7 +78,7 @@ class _GraphStep:
         self._graph = graph
         self._device = device
         self._bfloat16 = bfloat16
-        self.ahead = device.type != "cpu"
+        self.ahead = works_ahead(device)
 
     def place(self, feeds: Feeds) -> Placed:
         """See Step."""
@@ -134,6 +134,11 @@ def _gradient(loss: Tensor, theta: Tensor) -> Tensor:
             f"expected a gradient of {EVAL_GRAPH}, found torch's {type(error).__name__}",
         ) from error
     return gradient
+
+
+def works_ahead(device: torch.device) -> bool:
+    """Tell whether batches shall be made while the device computes."""
+    return device.type != "cpu"
 
 
 def available_devices() -> list[str]:
