@@ -1,4 +1,4 @@
-"""`fedloom-agent`: what a person types on the device. Only this module names concrete classes."""
+"""`fedloom-agent`: what a person types on the device. It and `engines` name concrete classes."""
 
 import argparse
 import asyncio

@@ -143,6 +143,5 @@ def policy_lines(treatment: Treatment) -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """Return a text as TOML writes it."""
     """Return a TOML string: JSON's escapes are among TOML's, but for one character."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
