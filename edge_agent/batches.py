@@ -261,8 +261,16 @@ def micro_batches(
         start = end
 
 
-def inference_batches(examples: Examples) -> Iterator[Indices]:
-    """Cut all rows into runs that a device has memory for when it keeps no activations."""
+def inference_batches(
+    examples: Examples, training_rows: int = 0, training_tokens: int = 0
+) -> Iterator[Indices]:
+    """Cut all rows into runs that a device has memory for when it keeps no activations.
+
+    What it has memory for when it keeps them, it has here.
+    """
     return micro_batches(
-        np.arange(len(examples)), examples.lengths, _MAX_INFERENCE_ROWS, _MAX_INFERENCE_TOKENS
+        np.arange(len(examples)),
+        examples.lengths,
+        max(_MAX_INFERENCE_ROWS, training_rows),
+        max(_MAX_INFERENCE_TOKENS, training_tokens),
     )

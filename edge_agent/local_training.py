@@ -187,8 +187,8 @@ class LocalEngine(ABC):
             return None
         step = self._evaluation_step()
         sums = np.zeros(3)
-        all_parts = ((feeds(samples, rows), True) for rows in inference_batches(samples))
-        with closing(_stream(step, all_parts)) as parts:
+        batches = inference_batches(samples, self._micro_batch, self._micro_batch_tokens)
+        with closing(_stream(step, ((feeds(samples, rows), True) for rows in batches))) as parts:
             for placed, _ in parts:
                 sums += step.sums(theta, placed)
         loss, weight, correct = sums.tolist()
