@@ -336,7 +336,8 @@ def test_every_task_is_learned_as_onnx_runtime_learns_it(
     def given(*_: object) -> tuple[GivenExamples, int]:
         return made.examples, 0
 
-    monkeypatch.setattr("edge_agent.local_training.read_examples", given)
+    for reader in ("read_examples", "read_held_out"):
+        monkeypatch.setattr(f"edge_agent.local_training.{reader}", given)
     source = DataSource(tmp_path / "none")
     terms = replace(TERMS, epochs=5, learning_rate=0.05, batch_size=15, weight_decay=0.01)
     oracle, engine = (

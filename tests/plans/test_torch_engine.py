@@ -8,14 +8,17 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from coordinator.plans import PlanRequest, build_plan
 from edge_agent.data import DataSource
 from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import read_adapter
-from fedloom.graph_contracts import EVAL_GRAPH, TRAIN_GRAPH
+from fedloom.errors import Reason
+from fedloom.graph_contracts import EVAL_GRAPH, TRAIN_GRAPH, eval_contract
 from fedloom.plans import ADAPTER_FILE, BASE_FILE, Plan
+from fedloom.tasks import IGNORED_LABEL
 from fedloom.terms import LocalTraining, Optimizer
 from tests.edge_agent.toy import Unkept, write_rows
-from tests.plans.conftest import TEXT
+from tests.plans.conftest import TEXT, save_tokenizer
 
 STEPS = 20
 UPDATE_TOLERANCE = 1e-4  # relative L2 after 20 steps; 8e-7 was seen
@@ -66,6 +69,57 @@ def test_an_accelerator_gets_all_that_it_needs(small, random_batch) -> None:
     theta = read_adapter(small.folder / ADAPTER_FILE, small.plan.layout)
     feeds = {"theta": theta, **random_batch(small.plan, 3, 9, seed=1)}
     assert gradient_shape(small.folder, small.plan, feeds) == theta.shape
+
+
+@pytest.mark.slow
+def test_a_language_models_gradient_is_the_graphs(
+    tmp_path: Path, graph_cache: Path, open_graph, any_theta
+) -> None:
+    """Rotary positions, grouped heads, a causal mask: what no encoder has."""
+    import torch
+    import transformers
+
+    from edge_agent.torch_graph import TorchGraph
+    from tests.engines.one_device import gradient_shape
+
+    config = transformers.LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=48,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    request = PlanRequest(model=str(tmp_path / "model"), task="causal-lm", rank=4, max_tokens=32)
+    folder = tmp_path / "plan"
+    plan = build_plan(request, folder, lambda line: None, graph_cache)
+    mask = (np.arange(13) < np.array([13, 5, 3, 9, 12])[:, None]).astype(np.int64)
+    ids = np.random.default_rng(2).integers(1, 21, mask.shape) * mask
+    feeds = {
+        "theta": any_theta(plan, 1),
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": np.where(mask == 1, ids, IGNORED_LABEL),
+        "sample_weight": np.linspace(0.5, 2, 5, dtype=np.float32),
+    }
+    names = ("loss_sum", "weight_sum", "correct")
+    *sums, gradient = open_graph(folder / TRAIN_GRAPH).run([*names, "grad_sum"], feeds)
+    contract = eval_contract(plan.task, plan.parameter_count)
+    graph = TorchGraph(folder, plan, contract, torch.device("cpu"))
+    tensors = {name: torch.tensor(values) for name, values in feeds.items()}
+    theta = tensors["theta"].requires_grad_()
+    found = graph.run(names, tensors, Reason.TRAINING_FAILED)
+    np.testing.assert_allclose([value.item() for value in found], sums, rtol=1e-5)
+    (own,) = torch.autograd.grad(found[0], theta)
+    assert relative(own.numpy(), gradient) < 1e-5
+    assert gradient_shape(folder, plan, feeds) == gradient.shape
 
 
 def quantise(folder: Path) -> int:
