@@ -1,4 +1,4 @@
-"""`fedloom-agent`: what a person types on the device. Only this module names concrete classes."""
+"""`fedloom-agent`: what a person types on the device. It and `engines` name concrete classes."""
 
 import argparse
 import asyncio
@@ -11,21 +11,20 @@ from pathlib import Path
 from edge_agent.config import AgentConfig, load_agent_config, write_agent_config
 from edge_agent.data_check import add_data_command
 from edge_agent.data_options import add_data_options, chosen_sources
-from edge_agent.engine import Engine
+from edge_agent.engines import engine_maker
 from edge_agent.enrolment import join
 from edge_agent.identity import fingerprint, load_identity
 from edge_agent.invitations import Terms, kept_invitation, read_terms, unfinished_runs
 from edge_agent.local_data import data_reports, on_this_device
 from edge_agent.participation import Device
 from edge_agent.reports import told_report
-from edge_agent.resources import MEGABYTE, Resources, training_tokens
+from edge_agent.resources import MEGABYTE, Resources
 from edge_agent.session import Session
 from edge_agent.status import read_status, told
 from fedloom.errors import RULES, ConfigError, FedloomError, Reaction, Refused
 from fedloom.exports import export_model
 from fedloom.logs import LEVELS, configure_logs
 from fedloom.memory import limit_arenas
-from fedloom.plans import Plan
 from fedloom.privacy import privacy_statement
 from fedloom.terms import Protection, Release
 from fedloom.v1 import control_pb2
@@ -108,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
         options.home,
         load_identity(options.home),
         config.minimum_protection,
-        lambda folder, plan: _onnx_engine(folder, plan, config),
+        engine_maker(options.home, config),
         export_model,
         config.permitted_release,
         config.crypto_processes,
@@ -129,19 +128,6 @@ async def _run_session(session: Session, once: bool) -> int:
     running.cancel()
     completed = finished.result().outcome == control_pb2.RUN_OUTCOME_COMPLETED
     return 0 if completed else EXIT_FAILED
-
-
-def _onnx_engine(folder: Path, plan: Plan, config: AgentConfig) -> Engine:
-    from edge_agent.onnx_engine import OnnxEngine
-
-    return OnnxEngine(
-        folder,
-        plan,
-        config.data,
-        config.held_out,
-        threads=config.threads,
-        micro_batch_tokens=training_tokens(plan, config.memory_mb * MEGABYTE),
-    )
 
 
 def _available_protections(minimum: Protection) -> frozenset[Protection]:

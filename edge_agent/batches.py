@@ -17,6 +17,8 @@ Indices = NDArray[np.int64]  # (B,) positions of rows in a data set
 Feeds = dict[str, NDArray[Any]]  # inputs of a graph by name
 
 WINDOW_BATCHES = 8
+_MAX_INFERENCE_ROWS = 64
+_MAX_INFERENCE_TOKENS = 512  # padded tokens in one run: bounds the memory of activations
 
 
 @dataclass(frozen=True)
@@ -257,3 +259,18 @@ def micro_batches(
                 continue
         yield by_length[start:end]
         start = end
+
+
+def inference_batches(
+    examples: Examples, training_rows: int = 0, training_tokens: int = 0
+) -> Iterator[Indices]:
+    """Cut all rows into runs that a device has memory for when it keeps no activations.
+
+    What it has memory for when it keeps them, it has here.
+    """
+    return micro_batches(
+        np.arange(len(examples)),
+        examples.lengths,
+        max(_MAX_INFERENCE_ROWS, training_rows),
+        max(_MAX_INFERENCE_TOKENS, training_tokens),
+    )

@@ -27,6 +27,10 @@ minimum_protection = "sealed"      # runs with less are declined
 release = "agents"                 # or "coordinator": who may get the opened sums
 
 [engine]
+kind = "onnx"                # or "torch", of fedloom[torch]
+provider = "CPUExecutionProvider"  # with "onnx": of ONNX Runtime, or a list of them, the best first
+device = "auto"              # with "torch": its name, such as "cpu", "cuda", "cuda:1", "mps"
+precision = "float32"        # with "torch": or "bfloat16", faster where the device has it
 threads = 0                  # to train with; 0: as many as the device has cores
 crypto_processes = 1         # to encrypt in; 1: the agent's own, 0: one for each core
 memory_mb = 0                # to train in, the whole agent; 0: what the system has
@@ -44,6 +48,7 @@ from edge_agent.data import DataSource
 from edge_agent.data_config import (
     DATA_KEYS,
     policy_lines,
+    quoted,
     read_held_out_share,
     read_sources,
     source_lines,
@@ -58,8 +63,28 @@ _E = TypeVar("_E", bound=Enum)
 _KEYS = {
     **DATA_KEYS,
     "policy": {"minimum_protection", "release"},
-    "engine": {"threads", "crypto_processes", "memory_mb"},
+    "engine": {
+        *("kind", "provider", "device", "precision"),
+        *("threads", "crypto_processes", "memory_mb"),
+    },
 }
+_KEYS_OF_KIND = {"onnx": {"provider"}, "torch": {"device", "precision"}}
+_PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class OnnxSettings:
+    """Train with ONNX Runtime; `providers` are tried in order, the CPU is always the last."""
+
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+
+
+@dataclass(frozen=True)
+class TorchSettings:
+    """Train with torch on a device of that name; products are in bfloat16 or in float32."""
+
+    device: str = "auto"
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +99,7 @@ class AgentConfig:
     crypto_processes: int = 1
     held_out_share: float = 0.0  # of `data`, where `held_out` is None
     memory_mb: int = 0  # 10^6 bytes
+    engine: OnnxSettings | TorchSettings = OnnxSettings()
 
 
 def load_agent_config(home: Path) -> AgentConfig:
@@ -105,6 +131,7 @@ def load_agent_config(home: Path) -> AgentConfig:
         _count(path, table, "crypto_processes", 1, MAX_PROCESSES),
         memory_mb=_count(path, table, "memory_mb", 0, _MAX_MEMORY_MB),
         held_out_share=read_held_out_share(path, table),
+        engine=_engine(path, table.get("engine", {})),
     )
 
 
@@ -121,12 +148,26 @@ def write_agent_config(home: Path, config: AgentConfig) -> None:
         f'release = "{config.permitted_release.name.lower()}"',
         "",
         "[engine]",
+        *_engine_lines(config.engine),
         f"threads = {config.threads}",
         f"crypto_processes = {config.crypto_processes}",
         f"memory_mb = {config.memory_mb}",
         "",
     ]
     (home / CONFIG_FILE).write_text("\n".join(lines))
+
+
+def _engine_lines(settings: OnnxSettings | TorchSettings) -> list[str]:
+    match settings:
+        case OnnxSettings(providers):
+            return ['kind = "onnx"', f"provider = [{', '.join(map(quoted, providers))}]"]
+        case TorchSettings(device, bfloat16):
+            precision = _PRECISIONS[bfloat16]
+            return [
+                'kind = "torch"',
+                f"device = {quoted(device)}",
+                f"precision = {quoted(precision)}",
+            ]
 
 
 def _named(path: Path, policy: Mapping[str, Any], key: str, default: _E) -> _E:
@@ -138,6 +179,34 @@ def _named(path: Path, policy: Mapping[str, Any], key: str, default: _E) -> _E:
             str(path), f"policy.{key}: expected one of {sorted(names)}, found {name!r}"
         )
     return names[name]
+
+
+def _engine(path: Path, engine: Mapping[str, Any]) -> OnnxSettings | TorchSettings:
+    kind = engine.get("kind", "onnx")
+    if kind not in ("onnx", "torch"):
+        raise ConfigError(str(path), f"engine.kind: expected onnx or torch, found {kind!r}")
+    for other, keys in _KEYS_OF_KIND.items():
+        for key in sorted(keys & set(engine)):
+            if other != kind:
+                problem = f'engine.{key}: expected with kind = "{other}" alone'
+                raise ConfigError(str(path), problem)
+    if kind == "onnx":
+        return OnnxSettings(_providers(path, engine))
+    device, precision = engine.get("device", "auto"), engine.get("precision", "float32")
+    if not isinstance(device, str):
+        raise ConfigError(str(path), f"engine.device: expected a name, found {device!r}")
+    if precision not in _PRECISIONS:
+        problem = f"engine.precision: expected one of {list(_PRECISIONS)}, found {precision!r}"
+        raise ConfigError(str(path), problem)
+    return TorchSettings(device, precision == "bfloat16")
+
+
+def _providers(path: Path, engine: Mapping[str, Any]) -> tuple[str, ...]:
+    found = engine.get("provider", OnnxSettings().providers[0])
+    names = found if isinstance(found, list) else [found]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(str(path), f"engine.provider: expected names, found {found!r}")
+    return tuple(names)
 
 
 def _count(path: Path, table: Mapping[str, Any], key: str, default: int, most: int) -> int:

@@ -105,14 +105,14 @@ def _scrub(path: Path, table: _Table) -> Scrub:
 
 def source_lines(source: DataSource) -> list[str]:
     """Return the lines of a source's table."""
-    lines = [f"path = {_quoted(str(source.path))}"]
+    lines = [f"path = {quoted(str(source.path))}"]
     for key in (*_COLUMNS, "prompt", "answer"):
         value = getattr(source, key)
         if key in ("text", "label") or value != _DEFAULTS[key]:
-            lines.append(f"{key} = {_quoted(value)}")
+            lines.append(f"{key} = {quoted(value)}")
     if source.arrays:
         inputs = (
-            f"{_quoted(name)} = [{', '.join(map(_quoted, columns))}]"
+            f"{quoted(name)} = [{', '.join(map(quoted, columns))}]"
             for name, columns in source.arrays
         )
         lines.append(f"arrays = {{ {', '.join(inputs)} }}")
@@ -126,11 +126,11 @@ def treatment_lines(treatment: Treatment, share: float) -> list[str]:
         lines += ["[split]", f"held_out = {share}", ""]
     scrub = treatment.scrub
     if scrub != NO_SCRUB:
-        lines += ["[privacy]", f"scrub = [{', '.join(map(_quoted, scrub.kinds))}]"]
+        lines += ["[privacy]", f"scrub = [{', '.join(map(quoted, scrub.kinds))}]"]
         if scrub.phone_region is not None:
-            lines.append(f"phone_region = {_quoted(scrub.phone_region)}")
+            lines.append(f"phone_region = {quoted(scrub.phone_region)}")
         if scrub.names_model is not None:
-            lines.append(f"names_model = {_quoted(str(scrub.names_model))}")
+            lines.append(f"names_model = {quoted(str(scrub.names_model))}")
         lines.append("")
     return lines
 
@@ -142,6 +142,6 @@ def policy_lines(treatment: Treatment) -> list[str]:
     return [f'unknown_labels = "{treatment.unknown_labels}"']
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """Return a TOML string: JSON's escapes are among TOML's, but for one character."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")

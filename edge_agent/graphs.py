@@ -6,17 +6,20 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import structlog
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from edge_agent.batches import Examples, Indices, micro_batches
+from edge_agent.batches import Examples, Indices, inference_batches
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.graph_contracts import GraphContract, check_session
 from fedloom.quantisation import BaseStorage
 
-_MAX_INFERENCE_ROWS = 64
-_MAX_INFERENCE_TOKENS = 512  # padded tokens in one run: bounds the memory of activations
+CPU = "CPUExecutionProvider"
+# Products in float32, as on the CPU: the default of this provider has 10 bits of mantissa.
+_PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+_log = structlog.get_logger()
 
 # ONNX Runtime's exceptions have no common type of their own.
 _ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -52,16 +55,27 @@ def require_runtime(storage: BaseStorage) -> None:
 class GraphSession:
     """One loaded graph; dropping the object gives its memory back."""
 
-    def __init__(self, folder: Path, graph: GraphContract, threads: int, failure: Reason) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        graph: GraphContract,
+        threads: int,
+        failure: Reason,
+        providers: tuple[str, ...] = (CPU,),
+    ) -> None:
         """Load the graph; Refused(PLAN_UNSUPPORTED) when it cannot be or breaks the contract.
 
-        `failure` is the reason of a refusal because the graph could be loaded but not run.
+        `failure` is the reason of a refusal because the graph could be loaded but not run. What no
+        provider of `providers` takes, or can be made for, the CPU computes.
         """
         self._graph = graph
         self._failure = failure
+        wanted = tuple(dict.fromkeys((*providers, CPU)))
         try:
             self._session = ort.InferenceSession(
-                str(folder / graph.file), _options(threads), providers=["CPUExecutionProvider"]
+                str(folder / graph.file),
+                _options(threads),
+                providers=[(name, _PROVIDER_OPTIONS.get(name, {})) for name in wanted],
             )
         except _ORT_ERRORS as error:
             problem = str(error).replace(str(folder), "")[:200]
@@ -69,6 +83,10 @@ class GraphSession:
                 Reason.PLAN_UNSUPPORTED,
                 f"expected ONNX Runtime {ort.__version__} to load {graph.file}, found: {problem}",
             ) from error
+        used = self._session.get_providers()
+        for name in wanted:
+            if name not in used:
+                _log.warning("execution provider not used", provider=name, used=used)
         check_session(self._session, graph)
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
@@ -103,13 +121,6 @@ def batched_logits(
     for rows in inference_batches(examples):
         (logits,) = session.run(["logits"], {"theta": theta, **examples.inputs(rows)})
         yield rows, logits.astype(np.float64)
-
-
-def inference_batches(examples: Examples) -> Iterator[Indices]:
-    """Cut all rows into runs that a device has memory for when it keeps no activations."""
-    return micro_batches(
-        np.arange(len(examples)), examples.lengths, _MAX_INFERENCE_ROWS, _MAX_INFERENCE_TOKENS
-    )
 
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -39,7 +39,8 @@ def third_parties(prefix: str, without: str = " ") -> dict[str, set[str]]:
     [
         ("fedloom", " ", []),
         ("crypto", " ", ["he"]),
-        ("edge_agent", " ", ["agent", "parquet", "scrub"]),
+        ("edge_agent", "edge_agent.torch_", ["agent", "parquet", "scrub"]),
+        ("edge_agent.torch_", " ", ["torch"]),
         ("coordinator", "coordinator.plans", ["coordinator", "s3"]),
         ("coordinator.plans", " ", ["coordinator", "plan"]),
     ],

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.config import CONFIG_FILE, AgentConfig, load_agent_config, write_agent_config
+from edge_agent.config import (
+    CONFIG_FILE,
+    AgentConfig,
+    OnnxSettings,
+    TorchSettings,
+    load_agent_config,
+    write_agent_config,
+)
 from edge_agent.data import DataSource, Treatment, UnknownLabels
 from edge_agent.scrubbing import Kind, Scrub
 from fedloom.errors import ConfigError
@@ -20,6 +27,9 @@ _sources = st.builds(
     text=_names,
     label=_names,
 )
+_engines = st.builds(
+    OnnxSettings, providers=st.lists(_names, min_size=1, max_size=3).map(tuple)
+) | st.builds(TorchSettings, device=_names, bfloat16=st.booleans())
 
 
 @given(
@@ -29,6 +39,7 @@ _sources = st.builds(
     release=st.sampled_from(Release),
     threads=st.integers(0, 1024),
     memory_mb=st.integers(0, 2**24),
+    engine=_engines,
 )
 def test_what_is_written_is_read_again(
     tmp_path_factory: pytest.TempPathFactory,
@@ -38,9 +49,12 @@ def test_what_is_written_is_read_again(
     release: Release,
     threads: int,
     memory_mb: int,
+    engine: OnnxSettings | TorchSettings,
 ) -> None:
     home = tmp_path_factory.mktemp("home")
-    config = AgentConfig(data, held_out, minimum, release, threads, memory_mb=memory_mb)
+    config = AgentConfig(
+        data, held_out, minimum, release, threads, memory_mb=memory_mb, engine=engine
+    )
     write_agent_config(home, config)
     assert load_agent_config(home) == config
 
@@ -62,6 +76,15 @@ def test_an_owner_who_says_nothing_permits_the_least(tmp_path: Path) -> None:
         ('[policy]\nreleases = "agents"', "policy.releases"),
         ("[engine]\nthreads = -1", "engine.threads"),
         ("[engine]\nmemory_mb = -1", "engine.memory_mb"),
+        ('[engine]\nkind = "tensorflow"', "engine.kind"),
+        ("[engine]\nkind = 1", "engine.kind"),
+        ("[engine]\nprovider = []", "engine.provider"),
+        ("[engine]\nprovider = [1]", "engine.provider"),
+        ('[engine]\ndevice = "cuda"', "engine.device"),
+        ('[engine]\nprecision = "bfloat16"', "engine.precision"),
+        ('[engine]\nkind = "torch"\nprovider = "CPUExecutionProvider"', "engine.provider"),
+        ('[engine]\nkind = "torch"\nprecision = "float16"', "engine.precision"),
+        ('[engine]\nkind = "torch"\ndevice = 0', "engine.device"),
         ("[unknown]", "[unknown]"),
     ],
 )
@@ -84,6 +107,15 @@ def test_the_numbers_of_the_engine_have_defaults_and_are_read(tmp_path: Path) ->
         write(tmp_path, "threads = 1024\ncrypto_processes = 0\nmemory_mb = 200")
     )
     assert (config.threads, config.crypto_processes, config.memory_mb) == (1024, 0, 200)
+
+
+def test_the_engines_names_are_read(tmp_path: Path) -> None:
+    assert load_agent_config(write(tmp_path, "")).engine == OnnxSettings()
+    one = 'provider = "CUDAExecutionProvider"'
+    assert load_agent_config(write(tmp_path, one)).engine.providers == ("CUDAExecutionProvider",)
+    torch = 'kind = "torch"\ndevice = "cuda:1"\nprecision = "bfloat16"'
+    assert load_agent_config(write(tmp_path, torch)).engine == TorchSettings("cuda:1", True)
+    assert load_agent_config(write(tmp_path, 'kind = "torch"')).engine == TorchSettings()
 
 
 @pytest.mark.parametrize("key", ["threads", "crypto_processes"])

@@ -32,7 +32,7 @@ print(*sys.modules)
 LIGHT = """
 import sys
 import edge_agent.batches, edge_agent.checkpoints, edge_agent.data, edge_agent.engine
-import edge_agent.optimisers
+import edge_agent.optimisers, edge_agent.engines
 print(*sys.modules)
 """
 
