@@ -15,6 +15,9 @@ release = "agents"                 # or "coordinator": who may get the opened su
 [engine]
 threads = 0                  # to train with; 0: as many as the device has cores
 crypto_processes = 1         # to encrypt in; 1: the agent's own, 0: one for each core
+
+[models]
+keep = 5                     # newest versions of each adapter, and last ones of as many runs
 """
 
 import tomllib
@@ -26,6 +29,7 @@ from typing import Any, TypeVar
 
 from crypto import MAX_PROCESSES
 from edge_agent.data import DataSource
+from edge_agent.model_versions import DEFAULT_KEPT
 from fedloom.errors import ConfigError
 from fedloom.terms import Protection, Release
 
@@ -36,6 +40,7 @@ _KEYS = {
     "held_out": {"path", "text", "label"},
     "policy": {"minimum_protection", "release"},
     "engine": {"threads", "crypto_processes"},
+    "models": {"keep"},
 }
 
 
@@ -49,6 +54,7 @@ class AgentConfig:
     permitted_release: Release = Release.AGENTS
     threads: int = 0
     crypto_processes: int = 1
+    kept_models: int = DEFAULT_KEPT
 
 
 def load_agent_config(home: Path) -> AgentConfig:
@@ -78,8 +84,9 @@ def load_agent_config(home: Path) -> AgentConfig:
         _source(path, table, "held_out"),
         _named(path, policy, "minimum_protection", Protection.SEALED),
         _named(path, policy, "release", Release.AGENTS),
-        _count(path, table, "threads", 0, 1024),
-        _count(path, table, "crypto_processes", 1, MAX_PROCESSES),
+        _count(path, table, "engine.threads", 0, 0, 1024),
+        _count(path, table, "engine.crypto_processes", 1, 0, MAX_PROCESSES),
+        _count(path, table, "models.keep", DEFAULT_KEPT, 1, 1_000),
     )
 
 
@@ -96,6 +103,9 @@ def write_agent_config(home: Path, config: AgentConfig) -> None:
         "[engine]",
         f"threads = {config.threads}",
         f"crypto_processes = {config.crypto_processes}",
+        "",
+        "[models]",
+        f"keep = {config.kept_models}",
         "",
     ]
     (home / CONFIG_FILE).write_text("\n".join(lines))
@@ -138,8 +148,11 @@ def _named(path: Path, policy: Mapping[str, Any], key: str, default: _E) -> _E:
     return names[name]
 
 
-def _count(path: Path, table: Mapping[str, Any], key: str, default: int, most: int) -> int:
-    found = table.get("engine", {}).get(key, default)
-    if type(found) is not int or not 0 <= found <= most:
-        raise ConfigError(str(path), f"engine.{key}: expected 0..{most}, found {found!r}")
+def _count(
+    path: Path, table: Mapping[str, Any], name: str, default: int, least: int, most: int
+) -> int:
+    section, _, key = name.partition(".")
+    found = table.get(section, {}).get(key, default)
+    if type(found) is not int or not least <= found <= most:
+        raise ConfigError(str(path), f"{name}: expected {least}..{most}, found {found!r}")
     return found

@@ -13,16 +13,21 @@ from fedloom.tasks import TextClassification
 _TOKENISED_AT_ONCE = 1024
 
 
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read a plan's tokenizer; raises Refused(PLAN_UNSUPPORTED)."""
+    try:
+        return Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise Refused(
+            Reason.PLAN_UNSUPPORTED, f"expected {TOKENIZER_FILE} to load: {str(error)[:200]}"
+        ) from error
+
+
 class TextEncoder:
     """Texts to token ids, cut to the task's `max_tokens`."""
 
     def __init__(self, folder: Path, task: TextClassification) -> None:
-        try:
-            self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise Refused(
-                Reason.PLAN_UNSUPPORTED, f"expected {TOKENIZER_FILE} to load: {str(error)[:200]}"
-            ) from error
+        self._tokenizer = load_tokenizer(folder)
         self._tokenizer.enable_truncation(task.max_tokens)
         self._tokenizer.no_padding()
         self._pad_token_id = task.pad_token_id

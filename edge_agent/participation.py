@@ -13,9 +13,10 @@ from pathlib import Path
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
+from edge_agent.activation import keep_model
 from edge_agent.applied_rounds import apply_round, forget_opened, return_sum
 from edge_agent.contribution import Contribution
-from edge_agent.engine import Engine
+from edge_agent.engine import Engine, Evaluation
 from edge_agent.global_state import GlobalState
 from edge_agent.identity import Identity
 from edge_agent.invitations import (
@@ -27,13 +28,13 @@ from edge_agent.invitations import (
     read_terms,
 )
 from edge_agent.masking import Masking
+from edge_agent.model_versions import Candidate, ModelMaker
 from edge_agent.protection import UpdateProtection
 from edge_agent.run_keys import RunKeys
 from edge_agent.status import StatusFile, Step
 from edge_agent.training import Training
 from edge_agent.transfer import Transfer
 from edge_agent.undertaking import Send, Surroundings, Undertaking
-from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused, refused_from_details
 from fedloom.plans import Plan
 from fedloom.strategies import algorithm
@@ -41,7 +42,6 @@ from fedloom.terms import Protection, Release, weight_class
 from fedloom.v1 import control_pb2
 
 EngineFactory = Callable[[Path, Plan], Engine]  # (plan folder, plan)
-Exporter = Callable[[Path, Plan, Theta, Path], None]  # (plan folder, plan, theta, new folder)
 _log = structlog.get_logger()
 
 
@@ -53,7 +53,7 @@ class Device:
     identity: Identity
     minimum_protection: Protection
     engine: EngineFactory
-    export: Exporter
+    models: ModelMaker | None  # None: none are kept
     permitted_release: Release = Release.AGENTS
     crypto_processes: int = 1  # to encode and open in; 0: one for each core
 
@@ -241,14 +241,15 @@ class Participation:
             next_clip=last.next_clip,
             opened_sha256=last.opened_sha256,
         )
-        await self._evaluate(run, applied)
+        evaluation = await self._evaluate(run, applied)
         self._send(control_pb2.ConnectRequest(applied=applied))
+        await self._keep_model(run, evaluation)
         self._here.report(Step.WAITING, last.round, "the next round has not begun")
 
-    async def _evaluate(self, run: Undertaking, applied: control_pb2.Applied) -> None:
+    async def _evaluate(self, run: Undertaking, applied: control_pb2.Applied) -> Evaluation | None:
         evaluation = await asyncio.to_thread(run.engine.evaluate, run.state.theta)
         if evaluation is None:
-            return
+            return None
         applied.evaluation.count = evaluation.count
         applied.evaluation.correct = evaluation.correct
         applied.evaluation.loss = evaluation.mean_loss
@@ -257,15 +258,16 @@ class Participation:
             round=applied.round,
             accuracy=round(evaluation.correct / evaluation.count, 4),
         )
+        return evaluation
 
     async def return_sum(self, message: control_pb2.ReturnSum) -> None:
         """Upload the opened sum of a round that this device has applied."""
         await return_sum(self._here, await self._resume(), message.round)
 
     async def finished(self, message: control_pb2.Finished) -> None:
-        """Keep the run's model: versions in `models/`, the newest named in `models/current`."""
+        """Have the run's model among the versions, then forget what only an open run needs."""
         if message.outcome == control_pb2.RUN_OUTCOME_COMPLETED:
-            await self._export(message)
+            await self._complete(message)
         else:
             self._log.warning("run failed", reason=str(refused_from_details(message.reason)))
         forget_opened(self._folder)
@@ -273,7 +275,7 @@ class Participation:
         self._training.forget()
         self._here.report(Step.WAITING, 0, "the run is over")
 
-    async def _export(self, message: control_pb2.Finished) -> None:
+    async def _complete(self, message: control_pb2.Finished) -> None:
         if self._run is None and kept_invitation(self._folder) is None:
             self._log.warning("run completed without this device")
             return
@@ -282,8 +284,31 @@ class Participation:
             self._keys.take(message.envelopes)
         for outcome in message.history:
             await apply_round(self._here, run, read_outcome(outcome))
-        folder = self._device.home / "models" / self.run_id.hex()
-        source, theta = self._plan_folder(run.terms), run.state.theta
-        await asyncio.to_thread(self._device.export, source, run.plan, theta, folder)
-        (folder.parent / "current").write_text(folder.name + "\n")
-        self._log.info("model exported", folder=str(folder))
+        await self._keep_model(run, None)
+
+    async def _keep_model(self, run: Undertaking, evaluation: Evaluation | None) -> None:
+        """Keep the state as a version that answers on this device, if the run's gate lets it."""
+        models = self._device.models
+        if models is None:
+            return
+        candidate = Candidate(
+            self._plan_folder(run.terms),
+            run.plan,
+            run.state.theta,
+            self.run_id,
+            run.state.last.round,
+            evaluation,
+        )
+        gate = run.terms.gate
+        try:
+            said = await asyncio.to_thread(keep_model, models, run.engine, gate, candidate)
+        except (OSError, Refused) as error:  # the run does not depend on it
+            self._log.warning("model not kept", round=candidate.round, problem=str(error))
+            return
+        self._log.info(
+            "model refused" if said.refused else "model kept",
+            adapter=said.adapter,
+            version=said.version,
+            round=said.round,
+            reason=said.refused,
+        )
