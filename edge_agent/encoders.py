@@ -1,6 +1,7 @@
 """Texts to token ids, as a plan's tokenizer cuts them."""
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,16 @@ from fedloom.plans import TOKENIZER_FILE
 from fedloom.tasks import TextClassification
 
 _TOKENISED_AT_ONCE = 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def checked_text(given: object) -> str:
+    """Return a text as it came in JSON, if it is one; raises Refused(MALFORMED)."""
+    if not isinstance(given, str):
+        raise Refused(Reason.MALFORMED, f"expected a text, found {type(given).__name__}")
+    if _SURROGATE.search(given):  # JSON can spell half a pair, which no encoding has
+        raise Refused(Reason.MALFORMED, "expected a text, found half a character")
+    return given
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

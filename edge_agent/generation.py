@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.encoders import load_tokenizer
+from edge_agent.encoders import checked_text, load_tokenizer
 from edge_agent.graphs import GraphSession
 from edge_agent.sampling import Logits, Sampler, Sampling
 from edge_agent.token_stream import StopStrings, TextStream
@@ -89,6 +89,8 @@ class LanguageModel:
         Where the prompt has no columns, the text follows it. Raises Refused(MALFORMED).
         """
         columns = list(dict.fromkeys(template_fields(self.task.prompt)))
+        for text in [given] if isinstance(given, str) else given.values():
+            checked_text(text)
         if isinstance(given, str):
             if not columns:
                 return self.task.prompt + given

@@ -4,7 +4,6 @@ An adapter is theta, an input of the graph; the models hold what belongs to the 
 with every call. ONNX Runtime's sessions and these models may be used by several threads at once.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.batches import ClassifiedTexts, TokenisedTexts
-from edge_agent.encoders import TextEncoder, load_tokenizer
+from edge_agent.encoders import TextEncoder, checked_text, load_tokenizer
 from edge_agent.entities import Entity, Word, merge_tags, split_words
 from edge_agent.generation import LanguageModel
 from edge_agent.graphs import GraphSession, batched_logits, log_softmax
@@ -31,7 +30,6 @@ from fedloom.tasks import (
     TokenClassification,
 )
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_ROWS = 64  # arrays in one run of the graph
 
 
@@ -80,7 +78,7 @@ class TextClassifier:
 
     def answer(self, theta: Theta, texts: Sequence[object]) -> list[Prediction]:
         """Return one prediction for each text, in their order; raises Refused(MALFORMED)."""
-        given = [_text(text) for text in texts]
+        given = [checked_text(text) for text in texts]
         tokenised = TokenisedTexts.from_ids(self._encoder.ids(given))
         unknown = np.full(len(given), IGNORED_LABEL)
         examples = ClassifiedTexts(tokenised, unknown, self.task.pad_token_id)
@@ -212,20 +210,14 @@ def _predictions(labels: tuple[str, ...], logits: NDArray[np.float64]) -> list[P
     return found
 
 
-def _text(given: object) -> str:
-    if not isinstance(given, str) or _SURROGATE.search(given):  # JSON can spell half a pair
-        raise _expected("a text", given)
-    return given
-
-
 def _text_and_words(given: object) -> tuple[str, list[Word]]:
     """Words that were given stand in a text of their own, one blank between them."""
     if isinstance(given, str):
-        return given, split_words(_text(given))
+        return given, split_words(checked_text(given))
     if not isinstance(given, list):
         raise _expected("a text or a list of words", given)
     words, start = [], 0
-    for word in map(_text, given):
+    for word in map(checked_text, given):
         words.append(Word(word, start, start + len(word)))
         start += len(word) + 1
     return " ".join(word.text for word in words), words
@@ -245,7 +237,8 @@ def _arrays(task: ArrayLearning, row: object) -> dict[str, NDArray[np.float32]]:
 
 def _array(values: Any, shape: tuple[int, ...], name: str) -> NDArray[np.float32]:
     try:
-        array = np.asarray(values, np.float32)
+        with np.errstate(over="ignore"):  # is infinite then, and refused
+            array = np.asarray(values, np.float32)
     except (ValueError, TypeError, OverflowError) as error:
         raise _expected(f"{name}: numbers of shape {list(shape)}", values) from error
     if array.shape != shape or not np.isfinite(array).all():
