@@ -72,6 +72,8 @@ class Library:
                     raise
                 _log.warning("version not loaded", adapter=name, problem=str(error))
                 loaded = before[1]
+            if before is not None and loaded is not before[1]:
+                _log.info("adapter replaced", adapter=name, version=loaded.version)
             self._loaded[name] = (stamp, loaded)
             self._forget_plans()
             return loaded
@@ -83,9 +85,7 @@ class Library:
         said = self._versions.statement(name, active.version)
         folder = self._versions.path(name, active.version)
         plan, model = self._plan(folder, said)
-        theta = read_theta(folder, plan)
-        _log.info("adapter loaded", adapter=name, version=said.version)
-        return Adapter(name, said.version, plan, theta, model)
+        return Adapter(name, said.version, plan, read_theta(folder, plan), model)
 
     def _plan(self, folder: Path, said: Statement) -> tuple[Plan, Model]:
         """Return the plan's model, loaded once; every file has its hash compared before."""
