@@ -5,7 +5,6 @@ before. The cache goes back in as it came out: binding inputs and outputs, or ke
 own values, was measured and gains nothing (README).
 """
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -113,7 +112,6 @@ class LanguageModel:
         theta: Theta,
         prompt: str,
         request: Request,
-        cancelled: threading.Event | None = None,
     ) -> Iterator[str | Ended]:
         """Yield the text in pieces of whole characters as it is made, then how it ended."""
         ids = self.encode(prompt)
@@ -121,8 +119,6 @@ class LanguageModel:
         room = min(request.max_tokens, self.task.max_tokens - len(ids))
         count, ending = 0, Ending.LENGTH
         for token in self.tokens(theta, ids, request.sampling, room):
-            if cancelled is not None and cancelled.is_set():
-                break
             if token in self.task.stop_token_ids:
                 ending = Ending.STOP
                 break

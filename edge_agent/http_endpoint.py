@@ -23,7 +23,7 @@ from edge_agent.answer_json import DEFAULT_TOP, answer_json, ended_json, read_re
 from edge_agent.generation import Ended, LanguageModel, gathered
 from edge_agent.inference import Adapter
 from edge_agent.library import Library
-from fedloom.errors import ConfigError, Reason, Refused
+from fedloom.errors import ConfigError, FedloomError, Reason, Refused
 
 MAX_BODY_BYTES = 1 << 20
 MAX_INPUTS = 1024
@@ -181,8 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/adapters":
             raise Problem(HTTPStatus.NOT_FOUND, "expected /v1/adapters, /v1/infer or /v1/generate")
         library = self.server.library
-        adapters = [library.adapter(name) for name in library.names()]
-        self._send_json(HTTPStatus.OK, {"adapters": [_described(found) for found in adapters]})
+        found = [_described(library, name) for name in library.names()]
+        self._send_json(HTTPStatus.OK, {"adapters": found})
 
     def _post(self) -> None:
         if self.path not in ("/v1/infer", "/v1/generate"):
@@ -288,7 +288,11 @@ def _named(adapter: Adapter) -> dict[str, object]:
     return {"adapter": adapter.name, "version": adapter.version}
 
 
-def _described(adapter: Adapter) -> dict[str, object]:
+def _described(library: Library, name: str) -> dict[str, object]:
+    try:
+        adapter = library.adapter(name)
+    except FedloomError as error:  # of this adapter: the others answer
+        return {"adapter": name, "problem": str(error)}
     labels = getattr(adapter.plan.task, "labels", ())
     kind = type(adapter.plan.task).__name__
     return {**_named(adapter), "task": kind, "labels": list(labels)}

@@ -25,6 +25,7 @@ from fedloom.adapters import Theta
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.exports import export_model
 from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan
+from fedloom.secret_files import write_secret
 
 DEFAULT_KEPT = 5
 _POINTER = "active"
@@ -129,9 +130,8 @@ class ModelVersions:
                 Reason.NOT_PERMITTED,
                 f"expected a version that may answer, found {chosen.version}: {said.refused}",
             )
-        partial = self.pointer(adapter).with_name(f".{_POINTER}.{secrets.token_hex(4)}")
-        partial.write_text(json.dumps({"version": chosen.version, "held": chosen.held}))
-        partial.replace(self.pointer(adapter))
+        values = {"version": chosen.version, "held": chosen.held}
+        write_secret(self.pointer(adapter), json.dumps(values).encode())
         return said
 
     def usable(self, adapter: str) -> list[int]:
@@ -173,6 +173,8 @@ class ModelMaker(ModelVersions):
         number = max(self._numbers(name), default=0) + 1
         final = self.path(name, number)
         final.parent.mkdir(parents=True, exist_ok=True)
+        for rest in final.parent.glob(".*/"):  # of a process that was killed
+            shutil.rmtree(rest, ignore_errors=True)
         partial = final.with_name(f".{number}.{secrets.token_hex(4)}")
         try:
             adapter_sha256 = self._write_files(candidate, partial)
@@ -192,11 +194,18 @@ class ModelMaker(ModelVersions):
             partial.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        active = self.active(name)
+        active = self._standing(name)
         if not said.refused and not (active and active.held):
             self.activate(name, Active(number))
         self._prune(name)
         return said
+
+    def _standing(self, name: str) -> Active | None:
+        """Return the version that answers; a damaged pointer is replaced by the next version's."""
+        try:
+            return self.active(name)
+        except ConfigError:
+            return None
 
     @staticmethod
     def _write_files(candidate: Candidate, folder: Path) -> str:
@@ -217,7 +226,7 @@ class ModelMaker(ModelVersions):
             if isinstance(said, Statement) and not said.refused
         }
         kept = {*numbers[-self._kept :], *sorted(last_of_run.values())[-self._kept :]}
-        if active := self.active(name):
+        if active := self._standing(name):
             kept.add(active.version)
         for number in set(numbers) - kept:
             shutil.rmtree(self.path(name, number), ignore_errors=True)

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from edge_agent.engine import Evaluation
 from fedloom.errors import Reason, Refused
+from fedloom.secret_files import write_secret
 
 STATEMENT_FILE = "version.json"
 SIGNATURE_FILE = "version.sig"
@@ -41,8 +42,8 @@ class Statement:
 def write_statement(folder: Path, statement: Statement, key: Ed25519PrivateKey) -> None:
     """Put the statement and its signature into a version's folder."""
     text = json.dumps(asdict(statement), sort_keys=True, indent=1).encode()
-    (folder / STATEMENT_FILE).write_bytes(text)
-    (folder / SIGNATURE_FILE).write_bytes(key.sign(_LABEL + text))
+    write_secret(folder / STATEMENT_FILE, text)  # on the disk before the version has its name
+    write_secret(folder / SIGNATURE_FILE, key.sign(_LABEL + text))
 
 
 def read_statement(folder: Path, key: Ed25519PublicKey) -> Statement:

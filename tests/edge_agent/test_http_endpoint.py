@@ -323,4 +323,6 @@ def test_a_model_that_broke_is_a_failure_of_ours(maker: ModelMaker, toy: Toy) ->
     (maker.path("broken", 1) / "version.sig").write_bytes(bytes(64))
     with serving(maker) as endpoint:
         assert infer(endpoint, adapter="broken")[0] == 500
+        _, told = ask(endpoint, "GET", "/v1/adapters")
+        assert ["problem" in row for row in told["adapters"]] == [True, False, False]
         assert infer(endpoint)[0] == 200

@@ -141,6 +141,20 @@ def test_a_cut_addition_leaves_no_version(
     assert maker.active(NAME) == Active(1)
 
 
+def test_what_a_kill_left_behind_is_swept_and_a_damaged_pointer_replaced(
+    toy: Toy, maker: ModelMaker
+) -> None:
+    maker.add(candidate(toy, 1))
+    (maker.folder / NAME / "..2.0a1b2c3d.9f8e7d6c").mkdir()
+    (maker.folder / NAME / ".2.0a1b2c3d").mkdir()
+    maker.pointer(NAME).write_bytes(b"")
+    with pytest.raises(ConfigError, match="models rollback"):
+        Library(maker, threads=1).adapter(NAME)
+    maker.add(candidate(toy, 2, label=1))
+    assert answer(Library(maker, threads=1)) == (2, LABELS[1])
+    assert sorted(p.name for p in (maker.folder / NAME).iterdir()) == ["1", "2", "active"]
+
+
 def test_a_rollback_holds_until_a_person_follows_again(toy: Toy, maker: ModelMaker) -> None:
     for number in (1, 2):
         maker.add(candidate(toy, number, label=number - 1))
