@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from crypto import MAX_PROCESSES
 from edge_agent.data import DataSource
-from edge_agent.model_versions import DEFAULT_KEPT
+from edge_agent.model_versions import DEFAULT_KEPT, MAX_KEPT
 from fedloom.errors import ConfigError
 from fedloom.terms import Protection, Release
 
@@ -84,9 +84,9 @@ def load_agent_config(home: Path) -> AgentConfig:
         _source(path, table, "held_out"),
         _named(path, policy, "minimum_protection", Protection.SEALED),
         _named(path, policy, "release", Release.AGENTS),
-        _count(path, table, "engine.threads", 0, 0, 1024),
-        _count(path, table, "engine.crypto_processes", 1, 0, MAX_PROCESSES),
-        _count(path, table, "models.keep", DEFAULT_KEPT, 1, 1_000),
+        _count(path, table, "threads", 0, 1024),
+        _count(path, table, "crypto_processes", 1, MAX_PROCESSES),
+        kept_models=_kept_models(path, table),
     )
 
 
@@ -148,11 +148,15 @@ def _named(path: Path, policy: Mapping[str, Any], key: str, default: _E) -> _E:
     return names[name]
 
 
-def _count(
-    path: Path, table: Mapping[str, Any], name: str, default: int, least: int, most: int
-) -> int:
-    section, _, key = name.partition(".")
-    found = table.get(section, {}).get(key, default)
-    if type(found) is not int or not least <= found <= most:
-        raise ConfigError(str(path), f"{name}: expected {least}..{most}, found {found!r}")
+def _count(path: Path, table: Mapping[str, Any], key: str, default: int, most: int) -> int:
+    found = table.get("engine", {}).get(key, default)
+    if type(found) is not int or not 0 <= found <= most:
+        raise ConfigError(str(path), f"engine.{key}: expected 0..{most}, found {found!r}")
+    return found
+
+
+def _kept_models(path: Path, table: Mapping[str, Any]) -> int:
+    found = table.get("models", {}).get("keep", DEFAULT_KEPT)
+    if type(found) is not int or not 1 <= found <= MAX_KEPT:
+        raise ConfigError(str(path), f"models.keep: expected 1..{MAX_KEPT}, found {found!r}")
     return found

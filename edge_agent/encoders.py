@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from fedloom.errors import Reason, Refused
 from fedloom.plans import TOKENIZER_FILE
-from fedloom.tasks import TextClassification
+from fedloom.tasks import CausalLanguageModelling, TextClassification
 
 _TOKENISED_AT_ONCE = 1024
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -37,10 +37,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 class TextEncoder:
     """Texts to token ids, cut to the task's `max_tokens`."""
 
-    def __init__(self, folder: Path, task: TextClassification) -> None:
+    def __init__(self, folder: Path, task: TextClassification | CausalLanguageModelling) -> None:
         self._tokenizer = load_tokenizer(folder)
-        self._tokenizer.enable_truncation(task.max_tokens)
         self._tokenizer.no_padding()
+        # A prompt is never cut: it would be another one.
+        if isinstance(task, CausalLanguageModelling):
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(task.max_tokens)
         self._pad_token_id = task.pad_token_id
 
     def ids(self, texts: Iterable[str]) -> Iterator[list[int]]:
@@ -49,3 +53,19 @@ class TextEncoder:
         while block := list(itertools.islice(remaining, _TOKENISED_AT_ONCE)):
             for encoding in self._tokenizer.encode_batch(block):
                 yield encoding.ids or [self._pad_token_id]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the ids that an answer to this prompt follows, not cut."""
+        ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        return self._beginning() + ids
+
+    def decode(self, ids: list[int], /) -> str:
+        """Return the text of ids; special tokens are none."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _beginning(self) -> list[int]:
+        """Return the special tokens that the tokenizer puts before a text, and none after it."""
+        encoding = self._tokenizer.encode("a")
+        special = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        return [token for token, _ in itertools.takewhile(lambda pair: pair[1] == 1, special)]

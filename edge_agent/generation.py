@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.encoders import checked_text, load_tokenizer
+from edge_agent.encoders import TextEncoder, checked_text
 from edge_agent.graphs import GraphSession
 from edge_agent.sampling import Logits, Sampler, Sampling
 from edge_agent.token_stream import StopStrings, TextStream
@@ -76,7 +76,7 @@ class LanguageModel:
         self, folder: Path, task: CausalLanguageModelling, parameters: int, threads: int = 0
     ) -> None:
         self.task = task
-        self._tokenizer = load_tokenizer(folder)
+        self._encoder = TextEncoder(folder, task)
         graph = gen_contract(task, parameters)
         self._session = GraphSession(folder, graph, threads, Reason.PLAN_UNSUPPORTED, prepack=True)
         self._outputs = list(graph.outputs)
@@ -101,11 +101,8 @@ class LanguageModel:
         return fill_template(self.task.prompt, dict(given))
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the prompt's ids, without the end that a tokenizer puts behind a whole text."""
-        ids: list[int] = list(self._tokenizer.encode(prompt).ids)
-        while len(ids) > 1 and ids[-1] in self.task.stop_token_ids:
-            ids.pop()
-        return ids or [self.task.pad_token_id]
+        """Return the prompt's ids; an empty one is a padding token where nothing begins a text."""
+        return self._encoder.prompt_ids(prompt) or [self.task.pad_token_id]
 
     def generate(
         self,
@@ -115,7 +112,7 @@ class LanguageModel:
     ) -> Iterator[str | Ended]:
         """Yield the text in pieces of whole characters as it is made, then how it ended."""
         ids = self.encode(prompt)
-        text, stops = TextStream(self._decoder), StopStrings(request.stop)
+        text, stops = TextStream(self._encoder), StopStrings(request.stop)
         room = min(request.max_tokens, self.task.max_tokens - len(ids))
         count, ending = 0, Ending.LENGTH
         for token in self.tokens(theta, ids, request.sampling, room):
@@ -168,10 +165,6 @@ class LanguageModel:
         logits, *present = self._session.run(self._outputs, feeds)
         return logits[0], dict(zip(self._past, present, strict=True))
 
-    @property
-    def _decoder(self) -> "_WithoutSpecial":
-        return _WithoutSpecial(self._tokenizer)
-
 
 def gathered(pieces: Iterable[str | Ended]) -> tuple[str, Ended]:
     """Return a whole text, and how it ended."""
@@ -181,17 +174,6 @@ def gathered(pieces: Iterable[str | Ended]) -> tuple[str, Ended]:
             return "".join(text), piece
         text.append(piece)
     raise ValueError("expected pieces that end")
-
-
-class _WithoutSpecial:
-    """Decodes without special tokens, which are no text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def decode(self, ids: list[int], /) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
 
 
 def _expected(what: str, found: object) -> Refused:

@@ -28,6 +28,7 @@ from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan
 from fedloom.secret_files import write_secret
 
 DEFAULT_KEPT = 5
+MAX_KEPT = 1_000
 _POINTER = "active"
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _UNUSABLE = re.compile(r"[^A-Za-z0-9._-]+")

@@ -58,6 +58,8 @@ def test_an_owner_who_says_nothing_permits_the_least(tmp_path: Path) -> None:
         ('[policy]\nreleases = "agents"', "policy.releases"),
         ("[engine]\nthreads = -1", "engine.threads"),
         ("[unknown]", "[unknown]"),
+        ("[models]\nkeep = 0", "models.keep"),
+        ("[models]\nkeep = true", "models.keep"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, lines: str, where: str) -> None:

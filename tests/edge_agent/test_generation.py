@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from edge_agent.generation import Ended, Ending, LanguageModel, Request, gathered
 from edge_agent.sampling import Sampling
 from fedloom.errors import Reason, Refused
+from fedloom.plans import TOKENIZER_FILE
 from tests.edge_agent.toy_lm import (
     LAYOUT,
     MAX_TOKENS,
+    PAD,
     STOP,
     ToyLm,
     byte_tokenizer,
@@ -71,6 +74,24 @@ def test_a_prompt_in_parts_leads_to_the_same_logits(
     logits, cache = model.prefill(toy_lm.theta, ids)
     np.testing.assert_allclose(logits, logits_after(toy_lm.theta, ids), rtol=1e-4, atol=1e-4)
     assert {values.shape[2] for values in cache.values()} == {len(ids)}
+
+
+def test_what_a_tokenizer_puts_before_a_text_is_before_a_prompt_and_nothing_after_it(
+    tmp_path: Path,
+) -> None:
+    toy_lm = save_toy_lm(tmp_path / "plan")
+    bare = load(toy_lm).encode("ab")
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save(str(toy_lm.folder / TOKENIZER_FILE))
+    model = load(toy_lm)
+    assert model.encode("ab") == [1, *bare]
+    assert model.encode("") == [1]
+    tokenizer = byte_tokenizer()
+    tokenizer.save(str(toy_lm.folder / TOKENIZER_FILE))
+    assert load(toy_lm).encode("") == [PAD]
 
 
 def test_a_seed_repeats_a_text_and_another_one_does_not(
