@@ -1,14 +1,44 @@
 """From a round's state to a version that answers, or to the reason why it must not."""
 
+import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 from edge_agent.engine import Engine, Evaluation
 from edge_agent.model_versions import Candidate, ModelMaker, adapter_name
 from edge_agent.statements import Statement
+from edge_agent.undertaking import Surroundings, Undertaking
 from fedloom.adapters import read_adapter
 from fedloom.errors import Refused
 from fedloom.gates import ActivationGate
 from fedloom.plans import ADAPTER_FILE
+
+
+async def keep_state(
+    models: ModelMaker,
+    here: Surroundings,
+    run: Undertaking,
+    plan_folder: Path,
+    evaluation: Evaluation | None,
+) -> None:
+    """Keep the run's state as a version that answers on this device, if the run's gate lets it.
+
+    The run does not depend on it: what goes wrong is a line in the log.
+    """
+    last, theta = run.state.last.round, run.state.theta
+    candidate = Candidate(plan_folder, run.plan, theta, here.run_id, last, evaluation)
+    try:
+        said = await asyncio.to_thread(keep_model, models, run.engine, run.terms.gate, candidate)
+    except (OSError, Refused) as error:
+        here.log.warning("model not kept", round=last, problem=str(error))
+        return
+    here.log.info(
+        "model refused" if said.refused else "model kept",
+        adapter=said.adapter,
+        version=said.version,
+        round=said.round,
+        reason=said.refused,
+    )
 
 
 def keep_model(
@@ -71,6 +101,8 @@ def _active_evaluation(
     active = models.active_statement(adapter_name(candidate.plan))
     if active is None:
         return None
+    if active.plan != candidate.plan_sha256:
+        return active.evaluation
     folder = models.path(active.adapter, active.version)
     try:
         return engine.evaluate(read_adapter(folder / ADAPTER_FILE, candidate.plan.layout))

@@ -54,6 +54,11 @@ class Candidate:
     evaluation: Evaluation | None = None
     refused: str = ""  # why it must not answer
 
+    @property
+    def plan_sha256(self) -> str:
+        """The plan's id, hexadecimal."""
+        return sha256((self.plan_folder / PLAN_FILE).read_bytes()).hexdigest()
+
 
 def adapter_name(plan: Plan) -> str:
     """Return the name under which a plan's models are kept: the plan's, as a file name."""
@@ -185,7 +190,7 @@ class ModelMaker(ModelVersions):
                 self._agent_id,
                 candidate.run_id.hex(),
                 candidate.round,
-                sha256((candidate.plan_folder / PLAN_FILE).read_bytes()).hexdigest(),
+                candidate.plan_sha256,
                 adapter_sha256,
                 datetime.now(UTC).isoformat(timespec="seconds"),
                 candidate.evaluation,

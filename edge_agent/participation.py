@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
-from edge_agent.activation import keep_model
+from edge_agent.activation import keep_state
 from edge_agent.applied_rounds import apply_round, forget_opened, return_sum
 from edge_agent.contribution import Contribution
 from edge_agent.engine import Engine, Evaluation
@@ -28,7 +28,7 @@ from edge_agent.invitations import (
     read_terms,
 )
 from edge_agent.masking import Masking
-from edge_agent.model_versions import Candidate, ModelMaker
+from edge_agent.model_versions import ModelMaker
 from edge_agent.protection import UpdateProtection
 from edge_agent.run_keys import RunKeys
 from edge_agent.status import StatusFile, Step
@@ -287,28 +287,6 @@ class Participation:
         await self._keep_model(run, None)
 
     async def _keep_model(self, run: Undertaking, evaluation: Evaluation | None) -> None:
-        """Keep the state as a version that answers on this device, if the run's gate lets it."""
-        models = self._device.models
-        if models is None:
-            return
-        candidate = Candidate(
-            self._plan_folder(run.terms),
-            run.plan,
-            run.state.theta,
-            self.run_id,
-            run.state.last.round,
-            evaluation,
-        )
-        gate = run.terms.gate
-        try:
-            said = await asyncio.to_thread(keep_model, models, run.engine, gate, candidate)
-        except (OSError, Refused) as error:  # the run does not depend on it
-            self._log.warning("model not kept", round=candidate.round, problem=str(error))
-            return
-        self._log.info(
-            "model refused" if said.refused else "model kept",
-            adapter=said.adapter,
-            version=said.version,
-            round=said.round,
-            reason=said.refused,
-        )
+        if self._device.models is not None:
+            folder = self._plan_folder(run.terms)
+            await keep_state(self._device.models, self._here, run, folder, evaluation)

@@ -323,6 +323,22 @@ def test_a_bad_round_is_never_activated(toy: Toy, maker: ModelMaker) -> None:
     assert [one.evaluation for one in said] == [GOOD, BAD, FAIR]
 
 
+def test_the_model_in_use_is_measured_anew_unless_its_plan_was_another(
+    toy: Toy, maker: ModelMaker, make_toy
+) -> None:
+    gate = ActivationGate(maximum_accuracy_drop=0.0)
+    keep_model(maker, Judge({0: FAIR}), gate, candidate(toy, 1))
+    judge = Judge({0: BAD, 1: BAD})  # held-out data have become harder since
+    assert not keep_model(maker, judge, gate, candidate(toy, 2, label=1)).refused
+    assert judge.asked == [1, 0]
+    other = make_toy("other", max_tokens=8)
+    keep_model(maker, Judge({0: GOOD, 1: FAIR}), gate, candidate(toy, 3))
+    judge = Judge({2: FAIR})
+    said = keep_model(maker, judge, gate, candidate(other, 1, run=2, label=2))
+    assert "90.00% of the model in use" in said.refused  # what was measured when it was made
+    assert judge.asked == [2]
+
+
 def test_a_round_is_kept_once(toy: Toy, maker: ModelMaker) -> None:
     judge = Judge({0: GOOD})
     first, again = (keep_model(maker, judge, OPEN_GATE, candidate(toy, 1)) for _ in range(2))
