@@ -24,8 +24,9 @@ from benchmarks.figures import MEGABYTE
 from benchmarks.processes import usage
 from edge_agent import checkpoints
 from edge_agent.checkpoints import Checkpoint, TrainingState
-from edge_agent.data import DataSource, read_texts
+from edge_agent.data import DataSource
 from edge_agent.onnx_engine import OnnxEngine
+from edge_agent.row_readers import read_texts
 from fedloom.adapters import read_adapter
 from fedloom.plans import ADAPTER_FILE, load_plan
 from fedloom.terms import LocalTraining

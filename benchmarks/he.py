@@ -3,7 +3,8 @@
     python benchmarks/he.py [--quick] [--json] [--processes 2]
 
 Three tables. The first compares, one thread, the others measure the product's own steps over files
-(`sealed_steps.py`): what processes gain and cost, and how long an event loop has to wait.
+(`sealed_steps.py`): what processes gain and cost, and how long an event loop has to wait. How long
+it waits for a cohort that agrees on masks: `cohort_steps.py`.
 
 One process for each row; times are CPU time (process_time), the least of the repeats. The baseline
 is what NVFlare does by default (nvflare/lighter/impl/he.py): TenSEAL CKKS, N = 8192, [60, 40, 40],
@@ -207,16 +208,17 @@ def show_costs(rows: list[dict[str, Any]]) -> None:
 
 
 def show_gaps(rows: list[dict[str, Any]]) -> None:
-    heads = ("processes", "p50 ms", "p99 ms", "max ms", "worst max")
+    heads = ("processes", "p50 ms", "p99 ms", "max ms", "worst max", "of it CPU")
     print(f"\n{'N':>10} {'step':<10}" + "".join(f"{head:>12}" for head in heads))
     for r in rows:
         cells = [f"{r['processes']}", f"{r['p50_ms']:.2f}", f"{r['p99_ms']:.2f}"]
-        cells += [f"{r['max_ms']:.2f}", f"{r['worst_max_ms']:.2f}"]
+        cells += [f"{r['max_ms']:.2f}", f"{r['worst_max_ms']:.2f}", f"{r['cpu_ms']:.2f}"]
         print(f"{r['parameters']:>10} {r['step']:<10}" + "".join(f"{c:>12}" for c in cells))
     longest = max(rows, key=lambda r: r["max_ms"] * (r["step"] != "idle"))
     idle = max(r["max_ms"] for r in rows if r["step"] == "idle")
     print(
-        "milliseconds between two ticks of 1 ms; max: the median of the repeats' longest.\n"
+        "milliseconds between two ticks of 1 ms; max: the median of the repeats' longest; CPU: the "
+        "most that this process used between two ticks.\n"
         f"Longest: {longest['max_ms']:.1f} by {longest['step']} (target <= {LONGEST_GAP_MS:.0f}); "
         f"with nothing else in the process: {idle:.1f}."
     )

@@ -2,7 +2,8 @@
 
 `costs`: wall time, CPU time of all processes, memory of the workers. `gaps`: an event loop ticks
 every millisecond while a step runs in a thread; the time between two ticks is what the step, with
-which the loop shares the interpreter's lock, and the rest of the machine leave it.
+which the loop shares the interpreter's lock, and the rest of the machine leave it. The CPU time
+that this process used between two ticks says how much of that was the step.
 """
 
 import asyncio
@@ -132,29 +133,33 @@ def gaps(count: int, processes: int, repeats: int) -> list[dict[str, Any]]:
     found: dict[str, list[np.ndarray]] = {"idle": []}
     with tempfile.TemporaryDirectory(prefix="fedloom-benchmark-") as folder:
         for _ in range(repeats):
-            found["idle"].append(asyncio.run(_ticks(lambda: time.sleep(IDLE_SECONDS))))
+            found["idle"].append(asyncio.run(_beside(lambda: time.sleep(IDLE_SECONDS))))
         for name, step in Sum(count, processes, Path(folder)).rounds(repeats):
-            found.setdefault(name, []).append(asyncio.run(_ticks(step)))
+            found.setdefault(name, []).append(asyncio.run(_beside(step)))
     return [
         {
             "step": name,
             "parameters": count,
             "processes": processes,
-            "p50_ms": float(np.median(np.concatenate(ticks))),
-            "p99_ms": float(np.percentile(np.concatenate(ticks), 99)),
-            "max_ms": float(np.median([one.max() for one in ticks])),
-            "worst_max_ms": max(float(one.max()) for one in ticks),
+            "p50_ms": float(np.median(np.concatenate(ticks)[:, 0])),
+            "p99_ms": float(np.percentile(np.concatenate(ticks)[:, 0], 99)),
+            "max_ms": float(np.median([one[:, 0].max() for one in ticks])),
+            "worst_max_ms": max(float(one[:, 0].max()) for one in ticks),
+            "cpu_ms": max(float(one[:, 1].max()) for one in ticks),
         }
         for name, ticks in found.items()
     ]
 
 
-async def _ticks(step: Callable[[], None]) -> np.ndarray:
-    """Return the milliseconds between ticks of the loop while the step runs in a thread."""
-    running = asyncio.create_task(asyncio.to_thread(step))
-    ticks = [time.perf_counter()]
-    while not running.done():
+async def _beside(step: Callable[[], None]) -> np.ndarray:
+    return await waits(asyncio.ensure_future(asyncio.to_thread(step)))
+
+
+async def waits(doing: "asyncio.Future[Any]") -> np.ndarray:
+    """Return the milliseconds between ticks until it is done: (ticks, 2), wall and CPU."""
+    ticks = [(time.perf_counter(), time.process_time())]
+    while not doing.done():
         await asyncio.sleep(TICK_SECONDS)
-        ticks.append(time.perf_counter())
-    await running
-    return np.diff(ticks) * 1e3
+        ticks.append((time.perf_counter(), time.process_time()))
+    await doing
+    return np.diff(ticks, axis=0) * 1e3

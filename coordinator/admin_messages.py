@@ -17,6 +17,7 @@ from coordinator.run_state import Phase, Wish
 from coordinator.summaries import (
     AgentSummary,
     InvitationSummary,
+    PlanPart,
     PlanSummary,
     PrivacyReport,
     RunSummary,
@@ -157,6 +158,11 @@ def plan_message(plan: PlanSummary) -> admin_pb2.PlanSummary:
         files=[admin_pb2.PlanFile(name=name, size_bytes=size) for name, size in plan.files],
         runs=plan.runs,
         damage=utf8(plan.damage),
+        task=utf8(plan.task),
+        parts=[
+            admin_pb2.PlanPart(role=utf8(p.role), tensors=p.tensors, parameter_count=p.parameters)
+            for p in plan.parts
+        ],
     )
 
 
@@ -172,6 +178,8 @@ def read_plan(message: admin_pb2.PlanSummary) -> PlanSummary:
         tuple((file.name, file.size_bytes) for file in message.files),
         message.runs,
         message.damage,
+        message.task,
+        tuple(PlanPart(p.role, p.tensors, p.parameter_count) for p in message.parts),
     )
 
 

@@ -76,7 +76,7 @@ def cohort(
             members=state.cohort,
             weight_cap=state.weight_cap,
             deadline=_duration(seconds_left),
-            mask_cohort=b"" if masking is None else masking.cohort.encode(),
+            mask_cohort=b"" if masking is None else masking.encoded_cohort,
             identities=() if masking is None else masking.identities,
             clip=clip,
         )

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 from coordinator.published import Published
 from coordinator.store import Store
-from coordinator.summaries import Page, PlanSummary, page
+from coordinator.summaries import Page, PlanPart, PlanSummary, page
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
-from fedloom.plans import Plan
+from fedloom.plans import Plan, Role
+from fedloom.tasks import task_name
 
 SHORTEST_PREFIX = 4
 
@@ -84,4 +85,15 @@ def facts_of(plan: Plan) -> PlanSummary:
         len(getattr(plan.task, "labels", ())),
         getattr(plan.task, "max_tokens", 0),
         tuple((member.name, member.size_bytes) for member in plan.members),
+        task=task_name(plan.task),
+        parts=_parts(plan),
     )
+
+
+def _parts(plan: Plan) -> tuple[PlanPart, ...]:
+    found = []
+    for role in Role:
+        sizes = [tensor.size for tensor in plan.layout if tensor.role is role]
+        if sizes:
+            found.append(PlanPart(role.name.lower(), len(sizes), sum(sizes)))
+    return tuple(found)

@@ -18,6 +18,8 @@ from coordinator.published import Published
 from coordinator.round_sum import RoundSum, Upload
 from coordinator.run_state import RunState
 from coordinator.store import RoundRecord
+from crypto.masks import Correction
+from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
 from fedloom.terms import Protection
 
@@ -102,7 +104,7 @@ class Collection:
                 return None
         try:
             with self._metrics.crypto(CryptoStep.STORE):
-                reference = await asyncio.to_thread(published.put, self.sum.encoded(correction))
+                reference = await asyncio.to_thread(self._put, published, correction)
         except StorageFault:
             raise
         except (OSError, crypto.LocalFault) as error:
@@ -119,3 +121,16 @@ class Collection:
             previous_round=state.previous_round,
             clip=self.context.clip,
         )
+
+    def _put(self, published: Published, correction: Correction | None) -> ArtifactReference:
+        try:
+            return published.put(self.sum.encoded(correction))
+        except (crypto.SpoiledTotal, crypto.WorkerLost):
+            self.sum.rebuild()
+            return published.put(self.sum.encoded(correction))
+
+    def discard(self) -> None:
+        """Forget the sum and what is spooled of it."""
+        if self.masking is not None:
+            self.masking.close()
+        self.sum.discard()

@@ -6,7 +6,6 @@ import tomllib
 from pathlib import Path
 
 import structlog
-from cryptography import x509
 
 from coordinator import announcements
 from coordinator.config import parse_run_config
@@ -22,13 +21,12 @@ from coordinator.events import (
     Tick,
 )
 from coordinator.execution import Execution
+from coordinator.facilities import Facilities
 from coordinator.faults import StorageFault
-from coordinator.metrics import Metrics
-from coordinator.published import Published
 from coordinator.round_sum import Upload
 from coordinator.run_state import Phase, RunState
-from coordinator.sessions import Session, Sessions
-from coordinator.store import RunRecord, Store
+from coordinator.sessions import Session
+from coordinator.store import RunRecord
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.v1 import control_pb2
 
@@ -39,27 +37,14 @@ _log = structlog.get_logger()
 class Conductor:
     """What the services talk to."""
 
-    def __init__(
-        self,
-        store: Store,
-        sessions: Sessions,
-        published: Published,
-        spool: Path,
-        authority: x509.Certificate,
-        metrics: Metrics,
-        crypto_processes: int = 1,
-    ) -> None:
-        self._store = store
-        self._sessions = sessions
-        self._published = published
-        self._spool = spool
-        self._authority = authority
-        self._metrics = metrics
-        self._crypto_processes = crypto_processes
+    def __init__(self, facilities: Facilities) -> None:
+        self._facilities = facilities
+        self._store = facilities.store
+        self._sessions = facilities.sessions
         self._open: Execution | None = None
         self._settled = False  # whether it is known which run is open, after a start
-        sessions.on_open = self._agent_connected
-        sessions.on_close = self._agent_disconnected
+        facilities.sessions.on_open = self._agent_connected
+        facilities.sessions.on_close = self._agent_disconnected
 
     async def conduct(self, until_idle: bool = False) -> None:
         """Execute runs as they are queued, for ever or until none is left."""
@@ -117,19 +102,9 @@ class Conductor:
     async def _opened(self, record: RunRecord) -> Execution:
         """Open a stored run; raises ConfigError or Refused when its file or plan is not right."""
         config = parse_run_config(tomllib.loads(record.config), Path(record.name))
-        plan = await asyncio.to_thread(self._published.read_plan, record.plan)
-        return Execution(
-            record,
-            config,
-            plan,
-            self._store,
-            self._sessions,
-            self._published,
-            self._spool,
-            self._authority,
-            self._metrics,
-            self._crypto_processes,
-        )
+        read_plan = self._facilities.published.read_plan
+        plan = await asyncio.to_thread(read_plan, record.plan)
+        return Execution(record, config, plan, self._facilities)
 
     # sessions
 
@@ -179,17 +154,20 @@ class Conductor:
 
     # control
 
-    def heard(self, run_id: bytes, event: KeyShared | Ready | Applied | Declined) -> None:
-        """Hand an agent's step to its run; a step of another run changes nothing."""
+    async def heard(self, run_id: bytes, event: KeyShared | Ready | Applied | Declined) -> None:
+        """Hand an agent's step to its run; a step of another run changes nothing.
+
+        Returns when the step was followed: an agent's next one is heard after that.
+        """
         if (run := self._run(run_id)) is not None:
-            run.heard(event)
+            await run.heard(event)
         else:
             _log.info("step of no open run", agent=event.agent, step=type(event).__name__)
 
-    def heard_mask_step(self, agent: str, run_id: bytes, message: bytes) -> None:
+    async def heard_mask_step(self, agent: str, run_id: bytes, message: bytes) -> None:
         """Hand on a message of the cohort's protocol for masks."""
         if (run := self._run(run_id)) is not None:
-            run.heard_mask_step(agent, message)
+            await run.heard_mask_step(agent, message)
 
     def heard_progress(self, agent: str, run_id: bytes, round_number: int, share: float) -> None:
         """Hand on how far an agent is."""
@@ -200,11 +178,11 @@ class Conductor:
 
     def upload_path(self, upload: Upload) -> Path | None:
         """Return where to spool the update; None when it is counted; raises Refused."""
-        return self._run_of(upload).upload_path(upload)
+        return self._run_of(upload).uploads.path_for(upload)
 
     async def accept_upload(self, upload: Upload, path: Path) -> None:
         """Have the update validated and counted; raises Refused."""
-        await self._run_of(upload).accept_upload(upload, path)
+        await self._run_of(upload).uploads.accept(upload, path)
 
     def count_traffic(self, agent: str, *, sent: int = 0, received: int = 0) -> None:
         """Count payload bytes towards the open round."""

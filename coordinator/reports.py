@@ -3,17 +3,25 @@
 from collections import defaultdict
 from typing import Any
 
+import structlog
+
 from coordinator.events import Applied, Declined, Ready
+from coordinator.progress import SATURATION_WARNING
 from coordinator.run_state import Phase, RunState
-from coordinator.store import Store
+from coordinator.store import RoundRecord, Store
+from fedloom.plans import Plan
 
 
 class RoundReports:
     """Writes reports to the store; only of the state's round and of those invited to it."""
 
-    def __init__(self, store: Store, run_id: bytes) -> None:
+    def __init__(
+        self, store: Store, run_id: bytes, plan: Plan, log: structlog.stdlib.BoundLogger
+    ) -> None:
         self._store = store
         self._run_id = run_id
+        self._plan = plan
+        self._log = log
         self._traffic: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])  # sent, received
 
     def open_round(self) -> None:
@@ -42,12 +50,15 @@ class RoundReports:
             training_seconds=event.training_seconds,
         )
 
-    def applied(self, state: RunState, event: Applied, saturated_share: float) -> None:
-        """Remember the digest of the agent's state, its quality, and how much was clipped."""
+    def applied(self, state: RunState, event: Applied, last: RoundRecord | None) -> None:
+        """Remember the digest of the agent's state, its quality, and how much was clipped.
+
+        `last`: the round that the agent tells of, where it is the last one of the run's history.
+        """
         values: dict[str, Any] = {
             "state_sha256": event.state_sha256,
             "saturated": event.saturated,
-            "saturated_share": saturated_share,
+            "saturated_share": 0.0 if last is None else self._saturated_share(event, last),
         }
         if event.evaluation is not None:
             values |= {
@@ -56,6 +67,18 @@ class RoundReports:
                 "evaluation_loss": event.evaluation.mean_loss,
             }
         self._write(state, event.round, event.agent, **values)
+
+    def _saturated_share(self, event: Applied, record: RoundRecord) -> float:
+        """Return which part of the round's values lay beyond its clip."""
+        share = event.saturated / (self._plan.parameter_count * len(record.slots))
+        if share > SATURATION_WARNING:
+            self._log.warning(
+                "updates saturated: their values beyond the clip were cut",
+                round=event.round,
+                agent=event.agent,
+                share=round(share, 5),
+            )
+        return share
 
     def declined(self, state: RunState, event: Declined) -> None:
         """Remember why; what an excluded agent declines next follows from that."""

@@ -5,13 +5,18 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
+
+import structlog
 
 import crypto
 from crypto.masks import Correction
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
 from fedloom.terms import Protection
+
+_log = structlog.get_logger()
 
 
 class UploadKind(Enum):
@@ -57,7 +62,8 @@ def load_protection(protection: Protection) -> None:
 class RoundSum:
     """Spools, validates and adds updates; memory: one accumulator, however many agents.
 
-    What was added stays in the spool until `discard`: a coordinator that is killed adds it again.
+    What was added stays in the spool until `discard`: a coordinator that is killed adds it again,
+    and so does one that lost a worker process with its part of the sum.
     """
 
     def __init__(
@@ -71,7 +77,8 @@ class RoundSum:
         self.context = context
         self.adding: str | None = None  # the agent whose update is on its way into the sum
         self._members = members
-        self._accumulator = crypto.protection(_NAMES[protection]).accumulator(context, processes)
+        self._new_total = partial(crypto.protection(_NAMES[protection]).accumulator, context)
+        self._accumulator = self._new_total(processes)
         self._accepted: dict[str, bytes] = {}
         self._announced: dict[int, Path] = {}  # by slot
         self._spool = spool
@@ -137,13 +144,30 @@ class RoundSum:
         await self.add(Upload(agent, c.run_id, c.round, c.attempt, artifact), path)
 
     def _add(self, slot: int, path: Path) -> None:
+        try:
+            self._add_file(slot, path)
+        except crypto.SpoiledTotal:
+            self.rebuild()
+            self._add_file(slot, path)
+
+    def _add_file(self, slot: int, path: Path) -> None:
         with path.open("rb", buffering=0) as file:
             self._accumulator.add(slot, file)
+
+    def rebuild(self) -> None:
+        """Add everything again that is in the sum; raises OSError when the spool lacks some of it.
+
+        In this process: whatever ended a worker, the memory or somebody, would end the next one.
+        """
+        _log.warning("sum is built again from the spool", updates=len(self._accepted))
+        self._accumulator = self._new_total(1)
+        for slot in self.slots:
+            self._add_file(slot, self._path(slot, self._accepted[self._members[slot]]))
 
     @property
     def slots(self) -> tuple[int, ...]:
         """The members in the sum, ascending."""
-        return self._accumulator.members
+        return tuple(s for s, agent in enumerate(self._members) if agent in self._accepted)
 
     def encoded(self, correction: Correction | None = None) -> Iterator[bytes]:
         """Yield the encoded sum, without the masks left in it; nothing is added any more."""

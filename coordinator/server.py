@@ -14,6 +14,7 @@ from coordinator.admin_listener import listening
 from coordinator.audit import AuditLog
 from coordinator.authority import Authority, load_server_identity
 from coordinator.conductor import Conductor
+from coordinator.facilities import Facilities
 from coordinator.faults import StorageFault
 from coordinator.garbage import collect_daily
 from coordinator.http_port import showing
@@ -57,14 +58,9 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     limits = load_limits(home / CONFIG_FILE)
     allow_files(limits)
     admission = Admission(limits)
+    spool, certificate = home / "spool", authority.certificate
     conductor = Conductor(
-        store,
-        sessions,
-        published,
-        home / "spool",
-        authority.certificate,
-        metrics,
-        config.crypto_processes,
+        Facilities(store, sessions, published, spool, certificate, metrics, config.crypto_processes)
     )
     metrics.watch_sessions(sessions)
     metrics.watch_store(store.engine)
@@ -88,7 +84,7 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     for server in (control, enrolment):
         enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(enrolling, server)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    collecting = asyncio.create_task(collect_daily(store, published, home / "spool"))
+    collecting = asyncio.create_task(collect_daily(store, published, spool))
     lag = asyncio.create_task(metrics.watch_loop())
     served = Served(conductor, sessions, asyncio.get_running_loop())
     operations = open_operations(home, config, store, published, served)

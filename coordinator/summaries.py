@@ -114,6 +114,15 @@ class InvitationSummary:
 
 
 @dataclass(frozen=True)
+class PlanPart:
+    """The trainable tensors of one role."""
+
+    role: str
+    tensors: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class PlanSummary:
     """A plan; `damage` says what is wrong with its files."""
 
@@ -126,16 +135,20 @@ class PlanSummary:
     files: tuple[tuple[str, int], ...] = ()  # (name, bytes)
     runs: int = 0
     damage: str = ""
+    task: str = ""
+    parts: tuple[PlanPart, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {
             "name": self.name,
             "id": self.plan_id.hex(),
+            "task": self.task,
             "base_model": self.base_model,
             "parameters": self.parameters,
             "labels": self.labels,
             "max_tokens": self.max_tokens,
+            "layout": {part.role: part.parameters for part in self.parts},
             "members": dict(self.files),
             "runs": self.runs,
             "damage": self.damage or None,

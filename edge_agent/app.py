@@ -10,13 +10,16 @@ from pathlib import Path
 
 from edge_agent.commands import bench, infer, models
 from edge_agent.config import AgentConfig, load_agent_config, write_agent_config
-from edge_agent.data import DataSource
+from edge_agent.data_check import add_data_command
+from edge_agent.data_options import add_data_options, chosen_sources
 from edge_agent.engine import Engine
 from edge_agent.enrolment import join
 from edge_agent.identity import Identity, fingerprint, load_identity
 from edge_agent.invitations import Terms, kept_invitation, read_terms, unfinished_runs
+from edge_agent.local_data import data_reports, on_this_device
 from edge_agent.model_versions import ModelMaker, ModelVersions
 from edge_agent.participation import Device
+from edge_agent.reports import told_report
 from edge_agent.session import Session
 from edge_agent.status import read_status, told
 from fedloom.errors import RULES, ConfigError, FedloomError, Reaction, Refused
@@ -67,13 +70,14 @@ def _join(options: argparse.Namespace) -> int:
         token = Path(token[1:]).read_text()
     identity = asyncio.run(join(options.home, token, _wait_for_signature))
     if options.data is not None:
-        held_out = options.held_out and _source(options, options.held_out)
+        data, held_out, held_out_share = chosen_sources(options)
         config = AgentConfig(
-            _source(options, options.data),
+            data,
             held_out,
             Protection[options.minimum_protection.upper()],
             Release[options.permit_release.upper()],
             options.threads,
+            held_out_share=held_out_share,
         )
         write_agent_config(options.home, config)
     _print(
@@ -88,10 +92,6 @@ def _join(options: argparse.Namespace) -> int:
     return 0
 
 
-def _source(options: argparse.Namespace, path: Path) -> DataSource:
-    return DataSource(path.resolve(), options.text, options.label)
-
-
 def _wait_for_signature(fingerprint: str) -> None:
     print(
         f"SHA-256 of this device's key: {fingerprint}\n"
@@ -102,7 +102,7 @@ def _wait_for_signature(fingerprint: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    config = load_agent_config(options.home)
+    config = on_this_device(options.home, load_agent_config(options.home))
     identity = load_identity(options.home)
     made = ModelMaker(
         options.home / "models", identity.agent_id, identity.identity_key, config.kept_models
@@ -168,11 +168,17 @@ def _status(options: argparse.Namespace) -> int:
         "models": ", ".join(_answering(options.home, identity)) or None,
     }
     status, runs = read_status(options.home), _open_runs(options.home)
+    reports = data_reports(options.home)
     if options.json:
         activity = None if status is None else status.to_json()
-        print(json.dumps({**facts, "status": activity, "runs": [_told(terms) for terms in runs]}))
+        told_runs = [_told(terms) for terms in runs]
+        print(json.dumps({**facts, "status": activity, "runs": told_runs, "read": reports}))
         return 0
     _print(options, {**facts, **told(status)})
+    for name, report in reports.items():
+        print(f"\n{name}, as read for the last run")
+        for what, value in told_report(report):
+            print(f"  {what:24} {value}")
     for terms in runs:
         print(f"\nrun {terms.run_id.hex()[:8]}: {terms.encoding.protection.name.lower()}")
         for party, learns in privacy_statement(terms.privacy).lines():
@@ -227,10 +233,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("join", help="join a federation with a token")
     command.add_argument("token", help="the line that `invite` printed, or @FILE that holds it")
-    command.add_argument("--data", type=Path, help="CSV, JSONL or Parquet to train on")
-    command.add_argument("--held-out", type=Path, help="file to measure quality on")
-    command.add_argument("--text", default="text", help="column of the text")
-    command.add_argument("--label", default="label", help="column of the label")
+    add_data_options(command)
     command.add_argument(
         "--minimum-protection",
         choices=[protection.name.lower() for protection in Protection],
@@ -260,6 +263,8 @@ def _parser() -> argparse.ArgumentParser:
         "status", help="say what this device is doing and why, and who learns what"
     )
     command.set_defaults(command=_status)
+
+    add_data_command(commands)
     return parser
 
 

@@ -4,12 +4,14 @@ import functools
 import hashlib
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedloom.tasks import IGNORED_LABEL
 
 Indices = NDArray[np.int64]  # (B,) positions of rows in a data set
 Feeds = dict[str, NDArray[Any]]  # inputs of a graph by name
@@ -23,6 +25,7 @@ class TokenisedTexts:
 
     tokens: NDArray[np.int32]  # (T,) every text's ids, one text after the other
     offsets: NDArray[np.int64]  # (N + 1,)
+    lengths: NDArray[np.int64]  # (N,) differences of the offsets
 
     @classmethod
     def from_ids(cls, texts: Iterable[Sequence[int]]) -> "TokenisedTexts":
@@ -31,24 +34,32 @@ class TokenisedTexts:
         for ids in texts:
             tokens.extend(ids)
             offsets.append(len(tokens))
-        return cls(np.array(tokens, np.int32), np.array(offsets, np.int64))
-
-    @functools.cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of each text, (N,)."""
-        return np.diff(self.offsets)
+        offsets_of_all = np.array(offsets, np.int64)
+        return cls(np.array(tokens, np.int32), offsets_of_all, np.diff(offsets_of_all))
 
     def padded(
         self, rows: Indices, pad_token_id: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return input_ids and attention_mask, both (B, longest of these rows)."""
-        starts = self.offsets[rows]  # (B,)
-        lengths = self.offsets[rows + 1] - starts  # (B,)
-        position = np.arange(lengths.max())  # (S,)
-        present = position < lengths[:, None]  # (B, S) bool
-        input_ids = np.full(present.shape, pad_token_id, np.int64)
-        input_ids[present] = self.tokens[(starts[:, None] + position)[present]]
-        return input_ids, present.astype(np.int64)
+        present = self._present(rows)
+        return self._laid_out(self.tokens, rows, pad_token_id), present.astype(np.int64)
+
+    def padded_labels(self, labels: NDArray[np.int32], rows: Indices) -> NDArray[np.int64]:
+        """Return the labels (T,) of some rows' tokens, (B, longest of these rows)."""
+        return self._laid_out(labels, rows, IGNORED_LABEL)
+
+    def _present(self, rows: Indices) -> NDArray[np.bool_]:
+        lengths = self.lengths[rows]  # (B,)
+        return np.less(np.arange(lengths.max()), lengths[:, None])  # (B, S)
+
+    def _laid_out(
+        self, of_tokens: NDArray[np.int32], rows: Indices, padding: int
+    ) -> NDArray[np.int64]:
+        present = self._present(rows)
+        places = self.offsets[rows][:, None] + np.arange(present.shape[1])  # (B, S)
+        values = np.full(present.shape, padding, np.int64)
+        values[present] = of_tokens[places[present]]
+        return values
 
 
 class Examples(Protocol):
@@ -105,11 +116,7 @@ class ClassifiedTexts:
     @functools.cached_property
     def sha256(self) -> bytes:
         """See Examples."""
-        digest = hashlib.sha256(len(self).to_bytes(8, "little"))
-        for array_ in (self.texts.offsets, self.classes):
-            digest.update(np.ascontiguousarray(array_, "<i8").data)
-        digest.update(np.ascontiguousarray(self.texts.tokens, "<i4").data)
-        return digest.digest()
+        return _sha256(self.texts.offsets, self.classes, self.texts.tokens)
 
     def inputs(self, rows: Indices) -> Feeds:
         """See Examples."""
@@ -119,6 +126,83 @@ class ClassifiedTexts:
     def labels(self, rows: Indices) -> NDArray[np.int64]:
         """See Examples; (B,)."""
         return self.classes[rows]
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """Examples of token classification and of causal language modelling.
+
+    `token_labels` (T,) int32 has a label for each token: the index of a label, or the token itself;
+    IGNORED_LABEL where nothing is learned.
+    """
+
+    texts: TokenisedTexts
+    token_labels: NDArray[np.int32]
+    pad_token_id: int
+
+    def __len__(self) -> int:
+        return len(self.texts.lengths)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """See Examples."""
+        return self.texts.lengths
+
+    @functools.cached_property
+    def sha256(self) -> bytes:
+        """See Examples."""
+        return _sha256(self.texts.offsets, self.token_labels, self.texts.tokens)
+
+    def inputs(self, rows: Indices) -> Feeds:
+        """See Examples."""
+        input_ids, attention_mask = self.texts.padded(rows, self.pad_token_id)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def labels(self, rows: Indices) -> NDArray[np.int64]:
+        """See Examples; (B, longest of these rows)."""
+        return self.texts.padded_labels(self.token_labels, rows)
+
+
+@dataclass(frozen=True)
+class LabelledArrays:
+    """Examples of array learning: `arrays` float32 (N, ...) by the names of the task's inputs.
+
+    `learned` are classes, (N,) int64, or values, (N, C) float32.
+    """
+
+    arrays: Mapping[str, NDArray[np.float32]]
+    learned: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.learned)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """See Examples: every row costs the same."""
+        return np.broadcast_to(np.int64(1), len(self))
+
+    @functools.cached_property
+    def sha256(self) -> bytes:
+        """See Examples."""
+        return _sha256(self.learned, *(self.arrays[name] for name in sorted(self.arrays)))
+
+    def inputs(self, rows: Indices) -> Feeds:
+        """See Examples."""
+        return {name: array[rows] for name, array in self.arrays.items()}
+
+    def labels(self, rows: Indices) -> NDArray[Any]:
+        """See Examples; (B,) or (B, C)."""
+        return self.learned[rows]
+
+
+def _sha256(*arrays: NDArray[Any]) -> bytes:
+    """Digest arrays with their shapes."""
+    digest = hashlib.sha256()
+    for array_ in arrays:
+        little = np.ascontiguousarray(array_, array_.dtype.newbyteorder("<"))
+        digest.update(f"{little.dtype.str}{little.shape}".encode())
+        digest.update(little.reshape(-1).view(np.uint8).data)
+    return digest.digest()
 
 
 def training_batches(

@@ -1,12 +1,26 @@
 """`agent.toml`: the device's data and policy, as frozen values. Unknown keys are errors.
 
 [data]
-path = "train.csv"           # CSV, JSONL or Parquet; relative to this file
-text = "text"                # column names
+path = "train.csv"           # CSV, JSONL, Parquet, CoNLL text or .npz, or a folder; from this file
+text = "text"                # names of columns, each for the tasks that need it
 label = "label"
+words = "words"              # lists, or texts with blanks between words
+tags = "tags"
+prompt = "Q: {question}"     # in place of the plan's template; {COLUMN} stands for a row's value
+answer = "{reply}"
+arrays = { window = ["x0..x99"], age = ["age"] }   # columns, by the names of the plan's inputs
+unknown_labels = "refuse"    # or "skip": rows whose label the plan does not know
 
 [held_out]                   # optional: quality is measured on it after every round
-path = "test.csv"
+path = "test.csv"            # and columns as above
+
+[split]                      # optional, in place of [held_out]
+held_out = 0.1               # share of the rows of [data], chosen by their content
+
+[privacy]
+scrub = ["email", "phone", "card", "iban", "names"]   # replaced before texts are tokenised
+phone_region = "DE"          # where numbers without +49 or the like belong; else they stay
+names_model = "ner"          # folder of an exported model that tags names of persons
 
 [policy]
 minimum_protection = "sealed"      # runs with less are declined
@@ -29,6 +43,14 @@ from typing import Any, TypeVar
 
 from crypto import MAX_PROCESSES
 from edge_agent.data import DataSource
+from edge_agent.data_config import (
+    DATA_KEYS,
+    policy_lines,
+    read_held_out_share,
+    read_sources,
+    source_lines,
+    treatment_lines,
+)
 from edge_agent.model_versions import DEFAULT_KEPT, MAX_KEPT
 from fedloom.errors import ConfigError
 from fedloom.terms import Protection, Release
@@ -36,8 +58,7 @@ from fedloom.terms import Protection, Release
 CONFIG_FILE = "agent.toml"
 _E = TypeVar("_E", bound=Enum)
 _KEYS = {
-    "data": {"path", "text", "label"},
-    "held_out": {"path", "text", "label"},
+    **DATA_KEYS,
     "policy": {"minimum_protection", "release"},
     "engine": {"threads", "crypto_processes"},
     "models": {"keep"},
@@ -54,6 +75,7 @@ class AgentConfig:
     permitted_release: Release = Release.AGENTS
     threads: int = 0
     crypto_processes: int = 1
+    held_out_share: float = 0.0  # of `data`, where `held_out` is None
     kept_models: int = DEFAULT_KEPT
 
 
@@ -75,26 +97,27 @@ def load_agent_config(home: Path) -> AgentConfig:
             if key not in _KEYS[section]:
                 expected = sorted(_KEYS[section])
                 raise ConfigError(str(path), f"{section}.{key}: expected one of {expected}")
-    data = _source(path, table, "data")
-    if data is None:
-        raise ConfigError(str(path), "data.path: expected the file to train on")
+    data, held_out = read_sources(path, table)
     policy = table.get("policy", {})
     return AgentConfig(
         data,
-        _source(path, table, "held_out"),
+        held_out,
         _named(path, policy, "minimum_protection", Protection.SEALED),
         _named(path, policy, "release", Release.AGENTS),
         _count(path, table, "threads", 0, 1024),
         _count(path, table, "crypto_processes", 1, MAX_PROCESSES),
+        held_out_share=read_held_out_share(path, table),
         kept_models=_kept_models(path, table),
     )
 
 
 def write_agent_config(home: Path, config: AgentConfig) -> None:
     """Write a first `agent.toml`."""
-    lines = ["[data]", *_source_lines(config.data), ""]
+    treatment = config.data.treatment
+    lines = ["[data]", *source_lines(config.data), *policy_lines(treatment), ""]
     if config.held_out is not None:
-        lines += ["[held_out]", *_source_lines(config.held_out), ""]
+        lines += ["[held_out]", *source_lines(config.held_out), ""]
+    lines += treatment_lines(treatment, config.held_out_share)
     lines += [
         "[policy]",
         f'minimum_protection = "{config.minimum_protection.name.lower()}"',
@@ -109,32 +132,6 @@ def write_agent_config(home: Path, config: AgentConfig) -> None:
         "",
     ]
     (home / CONFIG_FILE).write_text("\n".join(lines))
-
-
-def _source_lines(source: DataSource) -> list[str]:
-    return [
-        f"path = {_quoted(str(source.path))}",
-        f"text = {_quoted(source.text)}",
-        f"label = {_quoted(source.label)}",
-    ]
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _source(path: Path, table: Mapping[str, Any], section: str) -> DataSource | None:
-    values = table.get(section, {})
-    if "path" not in values:
-        return None
-    for key, value in values.items():
-        if not isinstance(value, str):
-            raise ConfigError(str(path), f"{section}.{key}: expected text, found {value!r}")
-    return DataSource(
-        (path.parent / values["path"]).resolve(),
-        values.get("text", "text"),
-        values.get("label", "label"),
-    )
 
 
 def _named(path: Path, policy: Mapping[str, Any], key: str, default: _E) -> _E:

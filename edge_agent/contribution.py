@@ -38,7 +38,7 @@ class Contribution:
         cohort = read_cohort(message)
         self._check(run, cohort, update)
         if run.masking is not None:
-            boxes = run.masking.take_up(message)
+            boxes = await run.masking.take_up(message)
             self._cohort = cohort
             self._send_mask_step(cohort.round, boxes)
             return
@@ -64,7 +64,7 @@ class Contribution:
         """Follow a message of the cohort's protocol: shares, the accepted list, its certificate."""
         if (masking := run.masking) is None:
             raise Refused(Reason.WRONG_ROUND, "expected no mask step in a run without masks")
-        answer = masking.heard(message.message)
+        answer = await masking.heard(message.message)
         if answer is not None:
             self._here.report(Step.VOUCHING, run.terms.round)
             self._send_mask_step(run.terms.round, answer)
@@ -77,9 +77,9 @@ class Contribution:
         """Commit to one encoding under this attempt's masks; return it once, or again."""
         if not masking.upload_sha256:
             place = Place(masking.slot, masking.digest)
-            masked = replace(place, masks=masking.masks())
+            masked = replace(place, masks=await asyncio.to_thread(masking.masks))
             reference = await self._encode(run, cohort, masked, update)
-            masking.fix_upload(reference.sha256)
+            await masking.fix_upload(reference.sha256)
             return reference
         kept = None if self._encoded is None else self._encoded[2]
         if kept is None:  # fixed by a former process: those very bytes, or none

@@ -12,7 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from edge_agent.batches import Examples, Indices, micro_batches
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
-from fedloom.graph_contracts import GraphContract, Port
+from fedloom.graph_contracts import GraphContract, check_session
 
 _MAX_INFERENCE_ROWS = 64
 _MAX_INFERENCE_TOKENS = 512  # padded tokens in one run: bounds the memory of activations
@@ -61,7 +61,7 @@ class GraphSession:
                 Reason.PLAN_UNSUPPORTED,
                 f"expected ONNX Runtime {ort.__version__} to load {graph.file}, found: {problem}",
             ) from error
-        _check_contract(self._session, graph)
+        check_session(self._session, graph)
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Return the named outputs, or refuse with the graph's reason of failure."""
@@ -86,39 +86,6 @@ def _options(threads: int, prepack: bool) -> ort.SessionOptions:
     # Threads that wait must not keep a core busy: the device has other work, and agents share it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
-
-
-def _check_contract(session: ort.InferenceSession, graph: GraphContract) -> None:
-    required = {port.name: port for port in session.get_inputs()}
-    # An input with a default value, such as theta in infer.onnx, is listed apart.
-    inputs = required | {port.name: port for port in session.get_overridable_initializers()}
-    outputs = {port.name: port for port in session.get_outputs()}
-    for name in required:
-        _require(name in graph.inputs, f"{graph.file} without an input {name[:64]!r}", "one")
-    for kind, expected, found in (
-        ("input", graph.inputs, inputs),
-        ("output", graph.outputs, outputs),
-    ):
-        for name, port in expected.items():
-            what = f"{graph.file} with {kind} {name}: {port.type} {list(port.axes)}"
-            _require(name in found, what, "none")
-            fits = _port_fits(port, found[name].type, found[name].shape)
-            _require(fits, what, f"{found[name].type} {found[name].shape}")
-
-
-def _port_fits(port: Port, found_type: str, shape: list[int | str | None]) -> bool:
-    """Compare a declared shape, in which a name or None stands for a free extent."""
-    if found_type != port.type or len(shape) != len(port.axes):
-        return False
-    return all(
-        extent == axis if isinstance(axis, int) else not isinstance(extent, int)
-        for axis, extent in zip(port.axes, shape, strict=True)
-    )
-
-
-def _require(condition: bool, what: str, found: object) -> None:
-    if not condition:
-        raise Refused(Reason.PLAN_UNSUPPORTED, f"expected {what}, found {found}")
 
 
 def batched_logits(

@@ -2,11 +2,17 @@
 
 What it promised is on disk, mode 0600, before the answer that promises it is sent: a device that is
 started again neither releases twice nor vouches for a second list. Keep the file out of backups.
+
+Signatures, shares and boxes take tens of milliseconds in large cohorts, and a disk may take longer
+to store what follows from them: both are done in threads. A step that is given up while it is
+computed has changed nothing; one that is being stored is stored to its end before that is noticed.
 """
 
+import asyncio
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from crypto import CryptoError, LocalFault, cohort
@@ -22,23 +28,32 @@ _STATE_FILE = "masks.state"
 _COHORT_FILE = "masks.cohort"
 
 
+@dataclass(frozen=True)
+class _Moved:
+    """Where an event leads."""
+
+    state: cohort.MemberState
+    stored: bytes | None  # the state, where it is another one
+    answer: bytes | None
+
+
 class Masking:
-    """Advertises, deals, vouches and releases; raises Refused for what must not be followed."""
+    """Advertises, deals, vouches and releases; raises Refused for what must not be followed.
+
+    One step at a time. To make one may take as long as a step: each member's key is verified.
+    """
 
     def __init__(self, folder: Path, identity: Identity, run_id: bytes, minimum: int) -> None:
         """`minimum`: fewest updates in a sum, as the run states it to this device's owner."""
         self._folder = folder
         self._identity = identity
-        self._keys: dict[str, bytes] = {}  # agent -> Ed25519 public key, of the open cohort
-        self._tools = cohort.MemberTools(
-            cohort.ed25519_signer(identity.identity_key),
-            self._signed_by,
-            cohort.MemberPolicy(max(MINIMUM_SUM, minimum)),
-        )
+        self._sign = cohort.ed25519_signer(identity.identity_key)
+        self._policy = cohort.MemberPolicy(max(MINIMUM_SUM, minimum))
+        self._keys: Mapping[str, bytes] = {}  # agent -> Ed25519 public key, of the open cohort
         path = folder / _STATE_FILE
         if path.exists():
             self._state = cohort.MemberState.decode(path.read_bytes())
-            self._restore_keys()
+            self._keys = self._kept_keys()
         else:
             self._state = cohort.new_member(identity.agent_id, run_id)
 
@@ -69,59 +84,97 @@ class Masking:
         """Return what this attempt's update is masked with."""
         return cohort.masks(self._state)
 
-    def advertise(self, round_number: int, attempt: int) -> bytes:
+    async def advertise(self, round_number: int, attempt: int) -> bytes:
         """Join an attempt and return the advertisement; the same one when asked again."""
         attempt_id = cohort.AttemptId(self._state.attempt.run_id, round_number, attempt)
-        return _required(self._handle(cohort.Join(attempt_id, os.urandom(cohort.SECRET_SIZE))))
+        event = cohort.Join(attempt_id, os.urandom(cohort.SECRET_SIZE))
+        return _required(await self._follow(event))
 
-    def take_up(self, message: control_pb2.Cohort) -> bytes:
+    async def take_up(self, message: control_pb2.Cohort) -> bytes:
         """Verify every member of the cohort and return this device's boxes for them."""
+        keys, moved = await asyncio.to_thread(self._taken_up, message)
+        await self._keep(moved, message)
+        self._keys = keys
+        return _required(moved.answer)
+
+    def _taken_up(self, message: control_pb2.Cohort) -> tuple[Mapping[str, bytes], _Moved]:
         stated = _decoded(message.mask_cohort)
         if not isinstance(stated, cohort.Cohort):
             raise Refused(Reason.MALFORMED, "expected a cohort with its members' advertisements")
-        self._learn_keys((member.agent_id for member in stated.members), message)
-        boxes = self._handle(stated)
-        kept = self._folder / _COHORT_FILE
-        kept.write_bytes(message.SerializeToString())
-        return _required(boxes)
+        keys = self._verified_keys(stated, message)
+        return keys, self._moved(stated, keys)
 
-    def fix_upload(self, sha256: bytes) -> None:
+    async def fix_upload(self, sha256: bytes) -> None:
         """Commit to the encoded update, before its first byte is sent."""
-        self._handle(cohort.UploadReady(self._state.attempt, sha256))
+        await self._follow(cohort.UploadReady(self._state.attempt, sha256))
 
-    def heard(self, message: bytes) -> bytes | None:
+    async def heard(self, message: bytes) -> bytes | None:
         """Follow a message of the coordinator's; return the answer, if it has one."""
+        moved = await asyncio.to_thread(self._heard, message)
+        await self._keep(moved)
+        return moved.answer
+
+    def _heard(self, message: bytes) -> _Moved:
         stated = _decoded(message)
         if isinstance(stated, cohort.Boxes | cohort.Acceptance | cohort.Certificate):
-            return self._handle(stated)
+            return self._moved(stated, self._keys)
         raise Refused(Reason.MALFORMED, f"expected no {type(stated).__name__} from a coordinator")
 
-    def _handle(self, event: cohort.MemberEvent) -> bytes | None:
+    async def _follow(self, event: cohort.MemberEvent) -> bytes | None:
+        moved = await asyncio.to_thread(self._moved, event, self._keys)
+        await self._keep(moved)
+        return moved.answer
+
+    def _moved(self, event: cohort.MemberEvent, keys: Mapping[str, bytes]) -> _Moved:
+        """Return where the event leads; nothing changes by that."""
+
+        def signed_by(agent_id: str, statement: bytes, signature: bytes) -> bool:
+            key = keys.get(agent_id)
+            return key is not None and cohort.ed25519_valid(key, statement, signature)
+
+        before = self._state
         with _refusing_steps():
-            state, answer = cohort.handle_member(self._state, event, self._tools)
-        if state != self._state:
-            write_secret(self._folder / _STATE_FILE, state.encode())
-            self._state = state
-        return None if answer is None else answer.encode()
+            tools = cohort.MemberTools(self._sign, signed_by, self._policy)
+            after, answer = cohort.handle_member(before, event, tools)
+        stored = None if after == before else after.encode()
+        return _Moved(after, stored, None if answer is None else answer.encode())
 
-    def _signed_by(self, agent_id: str, statement: bytes, signature: bytes) -> bool:
-        key = self._keys.get(agent_id)
-        return key is not None and cohort.ed25519_valid(key, statement, signature)
+    async def _keep(self, moved: _Moved, message: control_pb2.Cohort | None = None) -> None:
+        """Take the state for ours once it is stored, to the end even when the step is given up."""
+        keeping = asyncio.create_task(self._stored(moved, message))
+        try:
+            await asyncio.shield(keeping)
+        except asyncio.CancelledError:
+            await asyncio.wait({keeping})
+            raise
 
-    def _learn_keys(self, agents: Iterable[str], message: control_pb2.Cohort) -> None:
-        names, identities = list(agents), list(message.identities)
+    async def _stored(self, moved: _Moved, message: control_pb2.Cohort | None) -> None:
+        await asyncio.to_thread(self._write, moved, message)
+        self._state = moved.state
+
+    def _write(self, moved: _Moved, message: control_pb2.Cohort | None) -> None:
+        if message is not None:  # first: whoever knows the cohort also knows its identities
+            (self._folder / _COHORT_FILE).write_bytes(message.SerializeToString())
+        if moved.stored is not None:
+            write_secret(self._folder / _STATE_FILE, moved.stored)
+
+    def _verified_keys(
+        self, stated: cohort.Cohort, message: control_pb2.Cohort
+    ) -> Mapping[str, bytes]:
+        names, identities = [member.agent_id for member in stated.members], message.identities
         if len(names) != len(identities):
             raise Refused(Reason.MALFORMED, f"expected {len(names)} identities of the members")
-        self._keys = {
+        return {
             name: self._identity.verified_identity_key(name, identity)
             for name, identity in zip(names, identities, strict=True)
         }
 
-    def _restore_keys(self) -> None:
+    def _kept_keys(self) -> Mapping[str, bytes]:
         path = self._folder / _COHORT_FILE
-        if self._state.cohort is not None and path.exists():
-            message = control_pb2.Cohort.FromString(path.read_bytes())
-            self._learn_keys((m.agent_id for m in self._state.cohort.members), message)
+        if self._state.cohort is None or not path.exists():
+            return {}
+        message = control_pb2.Cohort.FromString(path.read_bytes())
+        return self._verified_keys(self._state.cohort, message)
 
 
 @contextmanager

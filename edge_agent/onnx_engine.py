@@ -15,7 +15,7 @@ from edge_agent.batches import Examples, Indices, feeds, micro_batches, training
 from edge_agent.checkpoints import Checkpoint, TrainingState, training_subject
 from edge_agent.data import DataSource
 from edge_agent.engine import Evaluation, LocalUpdate, Progress
-from edge_agent.examples import read_examples
+from edge_agent.examples import read_examples, read_held_out
 from edge_agent.graphs import GraphSession, inference_batches
 from edge_agent.optimisers import Gradient, Optimizer, optimizer_for
 from fedloom.adapters import Theta
@@ -142,7 +142,9 @@ class OnnxEngine:
 
     @functools.cached_property
     def _held_out_samples(self) -> Examples | None:
-        return self._read(self._held_out) if self._held_out else None
+        examples, broken = read_held_out(self._folder, self._plan, self._held_out)
+        self.broken_rows += broken
+        return examples
 
     def _read(self, source: DataSource) -> Examples:
         examples, broken = read_examples(self._folder, self._plan, source)

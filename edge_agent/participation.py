@@ -125,7 +125,7 @@ class Participation:
             training_time=Duration(seconds=int(trained.seconds)),
         )
         if run.masking is not None:
-            ready.advertisement = run.masking.advertise(terms.round, terms.attempt)
+            ready.advertisement = await run.masking.advertise(terms.round, terms.attempt)
             ready.identity.CopyFrom(self._device.identity.advertised_identity_key())
         self._send(control_pb2.ConnectRequest(ready=ready))
         self._here.report(Step.WAITING, terms.round, "the round's cohort is not complete")
@@ -139,10 +139,11 @@ class Participation:
         if self._run is not None and self._run.terms.plan != terms.plan:
             raise Refused(Reason.PLAN_MISMATCH, "expected one plan for the whole run")
         if terms.encoding.protection.has_run_key:
-            self._keys.take(message.envelopes)
+            await self._keys.take(message.envelopes)
         if terms.encoding.protection.has_masks and self._masking is None:
-            identity = self._device.identity
-            self._masking = Masking(self._folder, identity, terms.run_id, terms.minimum)
+            self._masking = await asyncio.to_thread(
+                Masking, self._folder, self._device.identity, terms.run_id, terms.minimum
+            )
         plan, engine, state = await self._take_up_plan(terms)
         # In a thread: the first one imports TenSEAL, for which the event loop has no time.
         protection = await asyncio.to_thread(
@@ -281,7 +282,7 @@ class Participation:
             return
         run = await self._resume()
         if message.envelopes:  # of keys, perhaps, that were made after our last invitation
-            self._keys.take(message.envelopes)
+            await self._keys.take(message.envelopes)
         for outcome in message.history:
             await apply_round(self._here, run, read_outcome(outcome))
         await self._keep_model(run, None)

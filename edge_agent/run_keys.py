@@ -5,6 +5,7 @@ and when one is spent. The device remembers, by number, the newest that it was g
 sums each has refused: nothing is encoded under an older key again, which a removed agent may hold.
 """
 
+import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,12 @@ from pathlib import Path
 import structlog
 
 from crypto import CryptoError, RunKey, WrapContext, generate_run_key, unwrap, wrap
-from crypto.cohort import MAX_REFUSED_SUMS
 from edge_agent.identity import Identity
 from fedloom.errors import Reason, Refused
 from fedloom.secret_files import write_secret
 from fedloom.v1 import control_pb2
 
+MAX_REFUSED_SUMS = 8  # a refused sum tells its maker up to one bit of the key
 _FILE = "run-keys.json"  # numbers, no keys
 _log = structlog.get_logger()
 
@@ -36,7 +37,7 @@ class RunKeys:
             int(key_id): count for key_id, count in kept.get("refused_sums", {}).items()
         }
 
-    def take(self, envelopes: Sequence[control_pb2.KeyEnvelope]) -> None:
+    async def take(self, envelopes: Sequence[control_pb2.KeyEnvelope]) -> None:
         """Open the envelopes of a message, which replace those before; raises Refused."""
         numbers = [envelope.key_id for envelope in envelopes]
         if not numbers:
@@ -45,13 +46,16 @@ class RunKeys:
             raise Refused(
                 Reason.MALFORMED, f"expected run keys in ascending order from 1, found {numbers}"
             )
-        self._keys = {
-            envelope.key_id: open_envelope(self._identity, self._run_id, envelope)
-            for envelope in envelopes
-        }
+        self._keys = await asyncio.to_thread(self._opened, envelopes)
         if numbers[-1] > self._newest_given:
             self._newest_given = numbers[-1]
             self._keep()
+
+    def _opened(self, envelopes: Sequence[control_pb2.KeyEnvelope]) -> dict[int, RunKey]:
+        return {
+            envelope.key_id: open_envelope(self._identity, self._run_id, envelope)
+            for envelope in envelopes
+        }
 
     def to_encode(self) -> RunKey:
         """Return the key of the round in hand.

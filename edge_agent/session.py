@@ -106,6 +106,7 @@ class Session:
                 worker.cancel()
                 if self._run is not None:
                     self._run.interrupt()
+                await asyncio.wait({worker})  # a later one finds on the disk what this one promised
 
     async def _converse(self, channel: grpc.aio.Channel, worker: asyncio.Task[None]) -> None:
         """Hold one control stream until it ends; a dead worker ends it with its error."""
@@ -242,7 +243,8 @@ class Session:
         match message.WhichOneof("step"):
             case "wrap_key":
                 read_run_id(message.wrap_key.run_id)
-                answer = share_run_key(self._device.identity, message.wrap_key)
+                identity, request = self._device.identity, message.wrap_key
+                answer = await asyncio.to_thread(share_run_key, identity, request)
                 self._send(control_pb2.ConnectRequest(wrapped_key=answer))
             case "invitation":
                 await self._invited(transfer, message.invitation)

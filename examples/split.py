@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_agent.data import DataSource, read_texts
+from edge_agent.data import DataSource
+from edge_agent.row_readers import read_texts
 from fedloom.errors import ConfigError
 
 _SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")

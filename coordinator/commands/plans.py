@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,14 +27,35 @@ SHORT_ID = 12
 
 @plan_app.command("build")
 def build(
-    model: Annotated[str, typer.Option(help="Folder or hub id of the base model.")],
-    labels: Annotated[Path, typer.Option(help="JSON list of the labels.")],
+    model: Annotated[
+        str,
+        typer.Option(help="Folder, installed package or hub id; package.name:factory of a module."),
+    ],
     out: Annotated[Path, typer.Option(help="New folder for the plan.")],
+    task: Annotated[
+        str, typer.Option(help="classification, ner, causal-lm or module.")
+    ] = "classification",
+    labels: Annotated[Path | None, typer.Option(help="JSON list of the labels.")] = None,
     name: Annotated[str, typer.Option(help="Name, for people.")] = "",
-    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
-    alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 16.0,
-    targets: Annotated[str, typer.Option(help="Adapted modules.")] = "query,value",
-    max_tokens: Annotated[int, typer.Option(help="Longer texts are cut.")] = 64,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank; 8.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha; 16.")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Adapted modules, or all-linear; the usual ones of the architecture."),
+    ] = None,
+    modules_to_save: Annotated[
+        str | None, typer.Option(help="Modules that are trained whole, besides a new head.")
+    ] = None,
+    freeze_a: Annotated[
+        bool | None, typer.Option("--freeze-a", help="Train LoRA's B alone (FFA-LoRA).")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longer texts are cut.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What a row begins with, such as 'Q: {question} A: '.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="What is learned, such as '{answer}'; {text}.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the initial adapter and head.")] = 0,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of graphs made before for the same model.")
@@ -43,23 +64,31 @@ def build(
 ) -> None:
     """Make a plan: what devices without torch train. Needs the extra `plan`."""
     from coordinator.catalogue import facts_of
-    from coordinator.plans import PlanRequest, build_plan
+    from coordinator.plans import PlanRequest, build_plan, require_taken
 
-    request = PlanRequest(
-        model=model,
-        labels=_read_labels(labels),
-        name=name or out.name,
-        rank=rank,
-        alpha=alpha,
-        targets=tuple(targets.split(",")),
-        max_tokens=max_tokens,
-        seed=seed,
-    )
+    given: dict[str, Any] = {
+        "labels": labels and _read_labels(labels),
+        "rank": rank,
+        "alpha": alpha,
+        "targets": _names(targets),
+        "modules_to_save": _names(modules_to_save),
+        "freeze_a": freeze_a,
+        "max_tokens": max_tokens,
+        "prompt": prompt,
+        "answer": answer,
+    }
+    given = {option: value for option, value in given.items() if value is not None}
+    require_taken(task, given)
+    request = PlanRequest(model=model, task=task, name=name or out.name, seed=seed, **given)
     plan = build_plan(request, out, (lambda _: None) if as_json else say, cache)
     if as_json:
         say_json({"folder": str(out), **facts_of(plan).to_json()})
     else:
         say(f"{out}: {plan.parameter_count:,} trainable parameters")
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(text.split(","))
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:
@@ -86,11 +115,12 @@ def list_plans(
         say_json([plan.to_json() for plan in found])
         return
     say_table(
-        ("plan", "name", "base model", "parameters", "runs", "damage"),
+        ("plan", "name", "task", "base model", "parameters", "runs", "damage"),
         (
             (
                 plan.plan_id.hex()[:SHORT_ID],
                 plan.name,
+                plan.task.replace("_", " "),
                 plan.base_model,
                 f"{plan.parameters:,}",
                 plan.runs,
@@ -107,37 +137,73 @@ def show(
     home: Home = DEFAULT_HOME,
     coordinator: Coordinator = "",
     operator: Operator = None,
+    layout: Annotated[bool, typer.Option("--layout", help="List a folder's tensors.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Verify a plan's files and say what is in it."""
     if Path(plan).is_dir():
-        found = _verified(Path(plan))
-    else:
-        with reached(Where(home, coordinator, operator)) as client:
-            found = client.plan(plan.lower())
-    if as_json:
-        say_json(found.to_json())
-    else:
-        say_table(
-            ("name", found.name),
-            (
-                ("id", found.plan_id.hex()),
-                ("base model", found.base_model),
-                ("parameters", f"{found.parameters:,}"),
-                ("labels", found.labels),
-                ("max tokens", found.max_tokens),
-                *((name, f"{size:,} bytes") for name, size in found.files),
-                *((("damage", found.damage),) if found.damage else ()),
-            ),
-        )
+        _show_folder(Path(plan), layout, as_json)
+        return
+    if layout:
+        raise ConfigError("--layout", f"expected a plan's folder, found {plan}")
+    with reached(Where(home, coordinator, operator)) as client:
+        found = client.plan(plan.lower())
+    _say_plan(found, as_json)
     if found.damage:
         raise typer.Exit(1)
 
 
-def _verified(folder: Path) -> "PlanSummary":
-    from coordinator.catalogue import facts_of
-    from fedloom.plans import load_plan, verify_members
+@plan_app.command("verify")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A plan's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a plan as an agent would: hashes, the adapter's layout, the graphs' contracts."""
+    from coordinator.plans import verify_plan
 
-    plan = load_plan(folder)
-    verify_members(plan, folder)
-    return facts_of(plan)
+    verified = verify_plan(folder)
+    if as_json:
+        say_json({"folder": str(folder), "graphs": verified.graphs})
+        return
+    say(f"{len(verified.plan.members)} members are what their SHA-256 says")
+    say(f"the adapter has the layout's {len(verified.plan.layout)} tensors")
+    say(f"ONNX Runtime loads {', '.join(verified.graphs)}: they keep their contracts")
+
+
+def _show_folder(folder: Path, layout: bool, as_json: bool) -> None:
+    from coordinator.catalogue import facts_of
+    from coordinator.plans import verify_plan
+
+    plan = verify_plan(folder).plan
+    if as_json and layout:
+        say_json([[t.name, list(t.shape), t.offset, t.role.name.lower()] for t in plan.layout])
+    elif layout:
+        say_table(
+            ("tensor", "shape", "offset", "role"),
+            (
+                (t.name, " x ".join(map(str, t.shape)), f"{t.offset:,}", t.role.name.lower())
+                for t in plan.layout
+            ),
+        )
+    else:
+        _say_plan(facts_of(plan), as_json)
+
+
+def _say_plan(found: "PlanSummary", as_json: bool) -> None:
+    if as_json:
+        say_json(found.to_json())
+        return
+    say_table(
+        ("name", found.name),
+        (
+            ("id", found.plan_id.hex()),
+            ("task", found.task.replace("_", " ")),
+            ("base model", found.base_model),
+            ("parameters", f"{found.parameters:,}"),
+            *((f"  {p.role}", f"{p.parameters:,} in {p.tensors}") for p in found.parts),
+            *((("labels", found.labels),) if found.labels else ()),
+            *((("max tokens", found.max_tokens),) if found.max_tokens else ()),
+            *((name, f"{size:,} bytes") for name, size in found.files),
+            *((("damage", found.damage),) if found.damage else ()),
+        ),
+    )

@@ -7,11 +7,21 @@ inside `build_plan`: importing the package loads none of them.
 from collections.abc import Callable
 from pathlib import Path
 
-from coordinator.plans.request import PlanExportError, PlanRequest
+from coordinator.plans.modules import TrainableModule
+from coordinator.plans.request import PlanExportError, PlanRequest, require_taken
+from coordinator.plans.verification import VerifiedPlan, verify_plan
 from fedloom.errors import ConfigError
 from fedloom.plans import Plan
 
-__all__ = ["PlanExportError", "PlanRequest", "build_plan"]
+__all__ = [
+    "PlanExportError",
+    "PlanRequest",
+    "TrainableModule",
+    "VerifiedPlan",
+    "build_plan",
+    "require_taken",
+    "verify_plan",
+]
 
 _EXTRA = {"onnx", "onnxruntime", "onnxscript", "peft", "safetensors", "tokenizers", "torch"}
 _EXTRA |= {"transformers"}

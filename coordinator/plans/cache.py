@@ -9,57 +9,55 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
 
-from coordinator.plans.export import export_graphs, graph_contracts
+from coordinator.plans.export import export_graphs
+from coordinator.plans.graphs import traces
 from coordinator.plans.model import AdaptedModel
-from fedloom.tasks import Task
 
 _LIBRARIES = ("onnx", "onnxscript", "peft", "torch", "transformers")
-_SOURCES = ("export.py", "graphs.py", "model.py", "onnx_rewrite.py")
-# Names, not structure: two models that differ in these alone have the same graphs.
-_NOT_STRUCTURE = {"_name_or_path", "id2label", "label2id", "transformers_version"}
+# Of this package as it was when it was loaded: a file that changes later makes no graph here.
+_SOURCE = [
+    [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
+    for path in sorted(Path(__file__).parent.rglob("*.py"))
+]
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cached_graphs(
-    adapted: AdaptedModel, task: Task, folder: Path | None, report: Callable[[str], None]
+    adapted: AdaptedModel, folder: Path | None, report: Callable[[str], None]
 ) -> dict[str, onnx.ModelProto]:
     """Return the graphs by file name, exported now or by an earlier build; see `export_graphs`."""
-    if folder is None:
+    if folder is None or adapted.structure is None:
         report("exporting the graphs")
-        return export_graphs(adapted, task)
-    key = graph_key(adapted)
-    files = [contract.file for contract in graph_contracts(task, len(adapted.theta))]
+        return export_graphs(adapted)
+    key = graph_key(adapted, adapted.structure)
+    files = [graph.file for trace in traces(adapted) for graph in trace.graphs]
     kept = {name: _read(folder / f"{key}.{name}") for name in files}
     graphs = {name: model for name, model in kept.items() if model is not None}
     if len(graphs) == len(kept):
         report(f"graphs from the cache: {key[:16]}")
         return graphs
     report("exporting the graphs")
-    graphs = export_graphs(adapted, task)
+    graphs = export_graphs(adapted)
     folder.mkdir(parents=True, exist_ok=True)
     for name, model in graphs.items():
         _write(folder / f"{key}.{name}", model)
     return graphs
 
 
-def graph_key(adapted: AdaptedModel) -> str:
+def graph_key(adapted: AdaptedModel, structure: Mapping[str, object]) -> str:
     """Return a SHA-256 in hexadecimal of all that the graphs depend on."""
-    config = adapted.config.to_dict()
-    parameters = dict(adapted.network.named_parameters())
-    here = Path(__file__).parent
+    frozen = zip(adapted.frozen, adapted.frozen_tensors(), strict=True)
     facts = {
-        "config": {name: v for name, v in config.items() if name not in _NOT_STRUCTURE},
-        "alpha": adapted.alpha,
-        "labels": adapted.config.num_labels,
+        "structure": structure,
         "trainable": [[tensor.name, tensor.shape] for tensor in adapted.layout],
-        "frozen": [[name, list(parameters[name].shape)] for name in adapted.frozen],
+        "frozen": [[name, list(tensor.shape)] for name, tensor in frozen],
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "source": [hashlib.sha256((here / name).read_bytes()).hexdigest() for name in _SOURCES],
+        "source": _SOURCE,
     }
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()

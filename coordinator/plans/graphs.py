@@ -1,80 +1,129 @@
-"""The function that becomes graphs: a training step with its gradient.
+"""The functions that become graphs: pure in theta, a batch and the frozen weights.
 
-It is a pure function of `theta`, a batch and the frozen weights, so that a graph depends on the
-model's configuration and on nothing that was learned. Contracts: `fedloom.graph_contracts`.
+So a graph depends on the model's configuration and on nothing that was learned. Contracts:
+`fedloom.graph_contracts`.
 """
 
-import inspect
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch.func import functional_call
 
-from coordinator.plans.model import AdaptedModel, counts_from_padding, position_limit
+from coordinator.plans.families.causal_lm import LanguageModel
+from coordinator.plans.model import AdaptedModel
+from fedloom.graph_contracts import (
+    GraphContract,
+    Port,
+    eval_contract,
+    gen_contract,
+    infer_contract,
+    train_contract,
+)
 
-_MASKED = torch.finfo(torch.float32).min  # added to the scores of padded positions
 _PRIMES = (19, 23, 29, 31, 37, 41, 17, 13, 11, 7)
 
 Step = Callable[..., tuple[torch.Tensor, ...]]
 
 
-def training_step(adapted: AdaptedModel) -> Step:
-    """Return the function that is traced; its results are those of all graphs.
+@dataclass(frozen=True)
+class Trace:
+    """One function to be traced, and the graphs that remain of it when less is asked for.
 
-    `infer.onnx` keeps the last one of the trace, the logits; `eval.onnx` all but the gradient.
+    `example` are its arguments before the frozen weights, by name. Its results are the outputs of
+    all `graphs`, each once, in order of their first appearance.
     """
 
+    step: Step
+    example: dict[str, torch.Tensor]
+    graphs: tuple[GraphContract, ...]
+
+    @property
+    def inputs(self) -> dict[str, Port]:
+        """Ports of the arguments."""
+        ports = {n: port for graph in self.graphs for n, port in graph.inputs.items()}
+        return {name: ports[name] for name in self.example}
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the results."""
+        return list(dict.fromkeys(name for graph in self.graphs for name in graph.outputs))
+
+
+def traces(adapted: AdaptedModel) -> tuple[Trace, ...]:
+    """Return what to trace for a plan."""
+    if isinstance(adapted.family, LanguageModel):
+        return _training(adapted), _generation(adapted, adapted.family)
+    return (_training(adapted),)
+
+
+def _training(adapted: AdaptedModel) -> Trace:
+    count = len(adapted.theta)
+    contracts = (train_contract, eval_contract, infer_contract)
+    return Trace(
+        training_step(adapted),
+        {"theta": torch.from_numpy(adapted.theta), **example_batch(adapted)},
+        tuple(contract(adapted.task, count) for contract in contracts),
+    )
+
+
+def _generation(adapted: AdaptedModel, family: LanguageModel) -> Trace:
+    batch, sequence = example_shape(adapted)
+    past = free_extent(adapted, (11, 7, 13), but=(batch, sequence))
+    while not is_free(adapted, sequence + past):
+        past = free_extent(adapted, (), but=(*range(past + 1), batch, sequence))
+    generator = torch.Generator().manual_seed(0)
+    example = {"theta": torch.from_numpy(adapted.theta)}
+    vocabulary = family.task.vocabulary_size
+    example["input_ids"] = torch.randint(0, vocabulary, (batch, sequence), generator=generator)
+    example["attention_mask"] = torch.ones(batch, past + sequence, dtype=torch.int64)
+    contract = gen_contract(family.task, len(adapted.theta))
+    cache_shape = (batch, family.task.heads, past, family.task.head_size)
+    for name in contract.inputs:
+        if name not in example:
+            example[name] = torch.randn(cache_shape, generator=generator)
+    return Trace(generation_step(adapted, family), example, (contract,))
+
+
+def generation_step(adapted: AdaptedModel, family: LanguageModel) -> Step:
+    """Return a step: (theta, ids (B, S), mask (B, T + S), past, frozen) -> (logits, present)."""
+    past_count = 2 * family.task.layers
+
     def step(
-        theta: torch.Tensor,  # (P,) float32
-        input_ids: torch.Tensor,  # (B, S) int64
-        attention_mask: torch.Tensor,  # (B, S) int64, 0 or 1
-        labels: torch.Tensor,  # (B,) int64
-        sample_weight: torch.Tensor,  # (B,) float32
-        *frozen: torch.Tensor,
+        theta: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *rest: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        with torch.enable_grad():
-            pieces = [piece.detach().requires_grad_() for piece in _cut(adapted, theta)]
-            logits = _logits(adapted, pieces, frozen, input_ids, attention_mask)
-            loss_sum = weighted_loss(logits, labels, sample_weight)
-            gradients = torch.autograd.grad(loss_sum, pieces)
-        logits = logits.detach()
-        correct = ((logits.argmax(-1) == labels) * sample_weight).sum()
-        grad_sum = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        return loss_sum.detach(), sample_weight.sum(), correct, grad_sum, logits
+        run = adapted.bound(cut(adapted, theta), rest[past_count:])
+        tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return family.next_logits(run, tokens, rest[:past_count])
 
     return step
 
 
-def weighted_loss(
-    logits: torch.Tensor, labels: torch.Tensor, sample_weight: torch.Tensor
-) -> torch.Tensor:
-    """Return the weighted sum of cross-entropies, written out.
+def training_step(adapted: AdaptedModel) -> Step:
+    """Return a step with its gradient: (theta (P,), inputs, labels, weight (B,), frozen)."""
+    names = list(adapted.family.example(2, 2, seed=0))
 
-    Not `F.cross_entropy`: torch.onnx gives `nll_loss_forward` a wrong total weight, and the
-    gradient comes out exactly negated.
-    """
-    log_probabilities = torch.log_softmax(logits, -1)  # (B, C)
-    chosen = log_probabilities.gather(-1, labels[:, None])[:, 0]  # (B,)
-    return -(chosen * sample_weight).sum()
+    def step(theta: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        batch, frozen = dict(zip(names, rest, strict=False)), rest[len(names) :]
+        labels, weight = batch.pop("labels"), batch.pop("sample_weight")
+        with torch.enable_grad():
+            pieces = [piece.detach().requires_grad_() for piece in cut(adapted, theta)]
+            logits = adapted.family.logits(adapted.bound(pieces, frozen), batch)
+            sums = adapted.family.sums(logits, labels, weight)
+            gradients = torch.autograd.grad(sums.loss, pieces)
+        grad_sum = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        found = (sums.loss, sums.weight, sums.correct, grad_sum, logits)
+        return tuple(value.detach() for value in found)
+
+    return step
 
 
-def example_batch(
-    adapted: AdaptedModel, batch: int, sequence: int, seed: int
-) -> dict[str, torch.Tensor]:
-    """Make a batch with holes in its mask, unequal weights and one empty row of weight 0."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, sequence)
-    mask = (torch.rand(shape, generator=generator) < 0.8).long()
-    mask[:, 0] = 1
-    mask[-1] = 0
-    weight = 0.5 + torch.rand(batch, generator=generator)
-    weight[-1] = 0.0
-    return {
-        "input_ids": torch.randint(0, adapted.config.vocab_size, shape, generator=generator),
-        "attention_mask": mask,
-        "labels": torch.randint(0, adapted.config.num_labels, (batch,), generator=generator),
-        "sample_weight": weight,
-    }
+def example_batch(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
+    """Make the batch that is traced with."""
+    return adapted.family.example(*example_shape(adapted), seed=0)
 
 
 def example_shape(adapted: AdaptedModel) -> tuple[int, int]:
@@ -82,44 +131,30 @@ def example_shape(adapted: AdaptedModel) -> tuple[int, int]:
 
     Neither may equal an extent of the model: the tracer tells extents apart by their size.
     """
-    taken = {extent for p in adapted.network.parameters() for extent in p.shape}
-    taken |= {value for value in adapted.config.to_dict().values() if isinstance(value, int)}
-    taken.add(adapted.config.num_labels)
-    heads = getattr(adapted.config, "num_attention_heads", 1)
-    taken.add(adapted.config.hidden_size // heads)
-    limit = position_limit(adapted.network) or max(_PRIMES)
-    sequence = next(n for n in _PRIMES if n not in taken and n <= limit)
-    batch = next(n for n in (3, 5, *_PRIMES) if n not in taken and n != sequence)
-    return batch, sequence
+    limit = adapted.family.longest or max(_PRIMES)
+    sequence = free_extent(adapted, _PRIMES, most=limit)
+    return free_extent(adapted, (3, 5, *_PRIMES), but=(sequence,)), sequence
 
 
-def _cut(adapted: AdaptedModel, theta: torch.Tensor) -> list[torch.Tensor]:
+def free_extent(
+    adapted: AdaptedModel,
+    choices: tuple[int, ...],
+    but: tuple[int, ...] = (),
+    most: int = max(_PRIMES),
+) -> int:
+    """Return the first of `choices`, or any number up to `most`, that is no extent of the model."""
+    candidates = itertools.chain(choices, range(3, most + 1))
+    free = (n for n in candidates if n <= most and n not in but and is_free(adapted, n))
+    return next(free, most)  # parity tells whether that does
+
+
+def is_free(adapted: AdaptedModel, extent: int) -> bool:
+    """Tell whether no part of the model has such an extent."""
+    taken = {size for tensor in adapted.network.parameters() for size in tensor.shape}
+    return extent not in taken | adapted.family.extents()
+
+
+def cut(adapted: AdaptedModel, theta: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that theta (P,) consists of."""
     pieces = torch.split(theta, [tensor.size for tensor in adapted.layout])
     return [p.view(t.shape) for p, t in zip(pieces, adapted.layout, strict=True)]
-
-
-def _logits(
-    adapted: AdaptedModel,
-    pieces: list[torch.Tensor],
-    frozen: tuple[torch.Tensor, ...],
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-) -> torch.Tensor:
-    """Run the network with the given weights; (B, C) float32.
-
-    The mask is given in its final additive form and positions are explicit: transformers' own
-    helpers look at the mask's values, which no graph can follow.
-    """
-    parameters = dict(zip(adapted.trainable, pieces, strict=True))
-    parameters |= dict(zip(adapted.frozen, frozen, strict=True))
-    additive = (1.0 - attention_mask[:, None, None, :].to(torch.float32)) * _MASKED  # (B, 1, 1, S)
-    arguments = {"input_ids": input_ids, "attention_mask": additive}
-    core = adapted.network.get_base_model()  # type: ignore[operator] # PEFT's
-    accepted = inspect.signature(core.forward).parameters
-    if "token_type_ids" in accepted:
-        arguments["token_type_ids"] = torch.zeros_like(input_ids)
-    if "position_ids" in accepted and not counts_from_padding(core):
-        arguments["position_ids"] = torch.arange(input_ids.shape[1])[None]
-    output = functional_call(adapted.network, parameters, (), arguments)
-    logits: torch.Tensor = output.logits
-    return logits

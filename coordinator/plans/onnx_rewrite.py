@@ -10,13 +10,14 @@ from onnx import TensorProto, helper
 
 from coordinator.plans.request import PlanExportError
 from fedloom.adapters import adapter_header
-from fedloom.graph_contracts import INFER_GRAPH, GraphContract, Port
+from fedloom.graph_contracts import GEN_GRAPH, INFER_GRAPH, GraphContract, Port
 from fedloom.plans import ADAPTER_FILE, BASE_FILE, TrainableTensor
 
 FROZEN = "frozen::"  # prefix of the inputs that become weights of base.safetensors
 MAX_CONSTANT_BYTES = 16_384  # a constant in a graph is a shape or a mask, never a weight
 _ELEMENTS = {"tensor(float)": TensorProto.FLOAT, "tensor(int64)": TensorProto.INT64}
-_PER_ROW = {"labels", "sample_weight"}  # (B,)
+_LABELLING = {"labels", "sample_weight"}
+_WITHOUT_EXTENTS = {"theta", *_LABELLING}
 _FIRST_AXIS_START = helper.make_attribute("start", 0)
 _FIRST_AXIS_END = helper.make_attribute("end", 1)
 
@@ -39,15 +40,21 @@ def fold_transposes(graph: onnx.GraphProto) -> None:
             _set_transposes(node, _take_transposes(node, producers))
 
 
-def read_batch_from_tokens(graph: onnx.GraphProto) -> None:
-    """Make every node that asks for the batch size ask `input_ids`.
+def read_extents_from_inputs(graph: onnx.GraphProto) -> None:
+    """Make every node that asks labels or weights for an extent ask the first input for it.
 
-    The tracer takes it from any input, also from those that inference does not have.
+    The tracer takes extents from any input, also from those that inference does not have.
     """
+    inputs = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.input}
+    source = next(name for name in inputs if name not in _WITHOUT_EXTENTS)
     for node in graph.node:
-        if node.op_type == "Shape" and node.input[0] in _PER_ROW:
-            node.input[0] = "input_ids"
+        if node.op_type != "Shape" or node.input[0] not in _LABELLING:
+            continue
+        if inputs[node.input[0]] == 1:  # (B,)
             _replace(node.attribute, [_FIRST_AXIS_START, _FIRST_AXIS_END])
+            node.input[0] = source
+        elif inputs[node.input[0]] == inputs[source]:  # (B, S), as the tokens
+            node.input[0] = source
 
 
 def keep_outputs(graph: onnx.GraphProto, spec: GraphContract) -> None:
@@ -111,8 +118,8 @@ def attach_weights(
 ) -> None:
     """Point every frozen input at its bytes in `base.safetensors`.
 
-    `infer.onnx` also gets theta from `adapter_model.safetensors`: an initializer that is an input
-    too is a default, which a caller may override (ONNX IR >= 4).
+    Inference graphs also get theta from `adapter_model.safetensors`: an initializer that is an
+    input too is a default, which a caller may override (ONNX IR >= 4).
     """
     graph = model.graph
     names = {tensor.name for tensor in frozen}
@@ -125,7 +132,7 @@ def attach_weights(
         if tensor.name in used:
             where = (BASE_FILE, start + 4 * tensor.offset)
             graph.initializer.append(_external(tensor.name, tensor.shape, *where))
-    if graph.name == INFER_GRAPH.removesuffix(".onnx"):
+    if f"{graph.name}.onnx" in (INFER_GRAPH, GEN_GRAPH):
         count = layout[-1].offset + layout[-1].size
         where = (ADAPTER_FILE, len(adapter_header(layout)))
         graph.initializer.append(_external("theta", (count,), *where))

@@ -1,8 +1,8 @@
-"""The mandatory check: a plan's graphs against torch + peft, as ONNX Runtime runs them.
+"""The mandatory check: a plan's graphs against torch, as ONNX Runtime runs them.
 
 Every silent error met so far was found here: an exactly negated gradient, a gradient off by 2e-3,
-an extent that the tracer took for a constant. torch gets the plain two-dimensional mask and its
-own loss; nothing of `graphs` is reused.
+an extent that the tracer took for a constant. What is expected comes from the family's `expected`,
+which shares nothing with what was traced.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,16 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from coordinator.plans.graphs import example_batch
-from coordinator.plans.model import AdaptedModel, position_limit
+from coordinator.plans.families.causal_lm import LanguageModel
+from coordinator.plans.model import AdaptedModel, Batch
 from coordinator.plans.request import PlanExportError
 from fedloom.adapters import Theta
-from fedloom.graph_contracts import INFER_GRAPH, TRAIN_GRAPH
+from fedloom.graph_contracts import EVAL_GRAPH, GEN_GRAPH, INFER_GRAPH, TRAIN_GRAPH, infer_contract
 
 TOLERANCE = 1e-4  # relative; float32 summed in another order stays below 3e-6
 _SHAPES = ((2, 8), (5, 24))  # (batch, sequence), neither of them the traced one
 _THETA_NOISE = 0.02  # so that LoRA B is not zero and A has a gradient
+_SUMS = ("loss", "weight", "correct")
 
 Outputs = list[NDArray[np.float32]]
 
@@ -34,6 +35,20 @@ class TrainParity:
 
     loss: float
     gradient: float  # L2 norm of the difference over the L2 norm of torch's gradient
+
+
+def check_graphs(folder: Path, adapted: AdaptedModel) -> str:
+    """Compare all graphs of a plan's folder with torch; return the differences, for people.
+
+    Raises PlanExportError for the first graph beyond TOLERANCE.
+    """
+    with one_thread():
+        train = check_train(folder, adapted)
+        check_eval(folder, adapted)
+        logits = check_infer(folder, adapted)
+        if isinstance(adapted.family, LanguageModel):
+            logits = max(logits, check_generation(folder, adapted, adapted.family))
+    return f"loss {train.loss:.1e}, gradient {train.gradient:.1e}, logits {logits:.1e}"
 
 
 @contextmanager
@@ -53,20 +68,25 @@ def check_train(folder: Path, adapted: AdaptedModel) -> TrainParity:
     theta = _perturbed(adapted)
     loss, gradient = 0.0, 0.0
     for shape in _shapes(adapted):
-        batch = example_batch(adapted, *shape, seed=sum(shape))
+        batch = adapted.family.example(*shape, seed=sum(shape))
         found = _run(session, TRAIN_GRAPH, {"theta": theta, **_arrays(batch)})
-        expected = torch_step(adapted, theta, batch)
-        worst = [_relative(f, e) for f, e in zip(found, expected, strict=True)]
-        if not max(worst) <= TOLERANCE:  # also true of NaN
-            figures = ", ".join(
-                f"{name} {value:.1e}"
-                for name, value in zip(
-                    ("loss", "weight", "correct", "gradient"), worst, strict=True
-                )
-            )
-            raise PlanExportError(TRAIN_GRAPH, _difference(figures, shape))
+        worst = _compare(
+            TRAIN_GRAPH, (*_SUMS, "gradient"), found, torch_step(adapted, theta, batch)[:4], shape
+        )
         loss, gradient = max(loss, worst[0]), max(gradient, worst[3])
     return TrainParity(loss, gradient)
+
+
+def check_eval(folder: Path, adapted: AdaptedModel) -> None:
+    """Compare sums and logits; raises PlanExportError(EVAL_GRAPH) beyond TOLERANCE."""
+    session = _open(folder / EVAL_GRAPH)
+    theta = _perturbed(adapted)
+    for shape in _shapes(adapted):
+        batch = adapted.family.example(*shape, seed=sum(shape))
+        found = _run(session, EVAL_GRAPH, {"theta": theta, **_arrays(batch)})
+        *sums, _, logits = torch_step(adapted, theta, batch)
+        found[3], logits = _seen(found[3], batch), _seen(logits, batch)
+        _compare(EVAL_GRAPH, (*_SUMS, "logits"), found, [*sums, logits], shape)
 
 
 def check_infer(folder: Path, adapted: AdaptedModel) -> float:
@@ -75,52 +95,69 @@ def check_infer(folder: Path, adapted: AdaptedModel) -> float:
     Raises PlanExportError(INFER_GRAPH) beyond TOLERANCE.
     """
     session = _open(folder / INFER_GRAPH)
+    names = [name for name in infer_contract(adapted.task, 1).inputs if name != "theta"]
     worst = 0.0
     for shape in _shapes(adapted):
-        batch = example_batch(adapted, *shape, seed=sum(shape))
-        tokens = {name: batch[name].numpy() for name in ("input_ids", "attention_mask")}
-        for theta, feed in (
-            (_perturbed(adapted), {"theta": _perturbed(adapted)}),
-            (adapted.theta, {}),
-        ):
-            found = _run(session, INFER_GRAPH, {**feed, **tokens})[0]
-            difference = _relative(found, torch_logits(adapted, theta, batch))
-            if not difference <= TOLERANCE:
-                raise PlanExportError(INFER_GRAPH, _difference(f"logits {difference:.1e}", shape))
-            worst = max(worst, difference)
+        batch = adapted.family.example(*shape, seed=sum(shape))
+        inputs = {name: batch[name].numpy() for name in names}
+        perturbed = _perturbed(adapted)
+        for theta, given in ((perturbed, {"theta": perturbed}), (adapted.theta, {})):
+            found = _seen(_run(session, INFER_GRAPH, {**given, **inputs})[0], batch)
+            expected = _seen(torch_logits(adapted, theta, batch), batch)
+            worst = max(worst, *_compare(INFER_GRAPH, ("logits",), [found], [expected], shape))
     return worst
 
 
-def torch_step(adapted: AdaptedModel, theta: Theta, batch: dict[str, torch.Tensor]) -> Outputs:
-    """Return what `train.onnx` promises, computed by torch + peft: four arrays."""
-    with _values(adapted, theta) as parameters:
-        logits = _forward(adapted, batch)
-        losses = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
-        loss_sum = (losses * batch["sample_weight"]).sum()
-        gradients = torch.autograd.grad(loss_sum, parameters)
-    hits = (logits.argmax(-1) == batch["labels"]) * batch["sample_weight"]
+def check_generation(folder: Path, adapted: AdaptedModel, family: LanguageModel) -> float:
+    """Compare logits after a prompt, after some tokens and after one; return the difference.
+
+    One row of three has padding on its left; torch sees each row alone, whole and without any.
+    Raises PlanExportError(GEN_GRAPH) beyond TOLERANCE.
+    """
+    session = _open(folder / GEN_GRAPH)
+    theta, task = _perturbed(adapted), family.task
+    ids = np.random.default_rng(5).integers(0, task.vocabulary_size, (3, 9))
+    padding = (0, 2, 0)
+    mask = (np.arange(9) >= np.array(padding)[:, None]).astype(np.int64)
+    with trained_values(adapted, theta), torch.no_grad():
+        alone = [
+            adapted.network(input_ids=torch.from_numpy(row[None, skip:]), use_cache=False).logits
+            for row, skip in zip(ids, padding, strict=True)
+        ]
+    cache = [np.zeros((3, task.heads, 0, task.head_size), np.float32)] * (2 * task.layers)
+    names = [port.name for port in session.get_inputs()][2:]
+    worst, start = 0.0, 0
+    for end in (5, 8, 9):
+        tokens = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end]}
+        past = dict(zip(names, cache, strict=True))
+        logits, *cache = _run(session, GEN_GRAPH, {"theta": theta, **tokens, **past})
+        pairs = zip(alone, padding, strict=True)
+        expected = np.stack([row[0, end - skip - 1].numpy() for row, skip in pairs])
+        worst = max(worst, *_compare(GEN_GRAPH, ("logits",), [logits], [expected], (3, end)))
+        start = end
+    return worst
+
+
+def torch_step(adapted: AdaptedModel, theta: Theta, batch: Batch) -> Outputs:
+    """Return loss, weight, correct, gradient (P,) and logits, computed by torch's own means."""
+    with trained_values(adapted, theta) as parameters:
+        sums, logits = adapted.family.expected(adapted.network, batch)
+        gradients = torch.autograd.grad(sums.loss, parameters)
     gradient = torch.cat([piece.reshape(-1) for piece in gradients])
-    scalars = (loss_sum.detach(), batch["sample_weight"].sum(), hits.sum())
-    return [value.numpy() for value in (*scalars, gradient)]
+    found = (sums.loss, sums.weight, sums.correct, gradient, logits)
+    return [value.detach().numpy() for value in found]
 
 
-def torch_logits(
-    adapted: AdaptedModel, theta: Theta, batch: dict[str, torch.Tensor]
-) -> NDArray[np.float32]:
-    """Return the logits, (B, C), computed by torch + peft."""
-    with _values(adapted, theta), torch.no_grad():
-        logits: NDArray[np.float32] = _forward(adapted, batch).numpy()
-    return logits
-
-
-def _forward(adapted: AdaptedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits: torch.Tensor = adapted.network(**tokens).logits
-    return logits
+def torch_logits(adapted: AdaptedModel, theta: Theta, batch: Batch) -> NDArray[np.float32]:
+    """Return the logits, computed by torch's own means."""
+    with trained_values(adapted, theta), torch.no_grad():
+        _, logits = adapted.family.expected(adapted.network, batch)
+    found: NDArray[np.float32] = logits.numpy()
+    return found
 
 
 @contextmanager
-def _values(adapted: AdaptedModel, theta: Theta) -> Iterator[list[torch.Tensor]]:
+def trained_values(adapted: AdaptedModel, theta: Theta) -> Iterator[list[torch.Tensor]]:
     """Put `theta` into the network for a while, as parameters that require gradients."""
     by_name = dict(adapted.network.named_parameters())
     parameters: list[torch.Tensor] = [by_name[name] for name in adapted.trainable]
@@ -172,11 +209,36 @@ def _perturbed(adapted: AdaptedModel) -> Theta:
 
 
 def _shapes(adapted: AdaptedModel) -> tuple[tuple[int, int], ...]:
-    limit = position_limit(adapted.network)
+    limit = adapted.family.longest
     return tuple((batch, min(sequence, limit or sequence)) for batch, sequence in _SHAPES)
 
 
-def _arrays(batch: dict[str, torch.Tensor]) -> dict[str, NDArray[np.generic]]:
+def _seen(logits: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
+    """Blank the logits (B, S, C) of padding, where positions are anyone's choice."""
+    if logits.ndim != 3:
+        return logits
+    seen: NDArray[np.float32] = logits * batch["attention_mask"].numpy()[:, :, None]
+    return seen
+
+
+def _compare(
+    graph: str, names: tuple[str, ...], found: Outputs, expected: Outputs, shape: tuple[int, int]
+) -> list[float]:
+    """Return the relative difference of each output; raises PlanExportError beyond TOLERANCE."""
+    differences = [_relative(f, e) for f, e in zip(found, expected, strict=True)]
+    if not all(difference <= TOLERANCE for difference in differences):  # NaN is not
+        pairs = zip(names, differences, strict=True)
+        figures = ", ".join(f"{name} {value:.1e}" for name, value in pairs)
+        batch, sequence = shape
+        raise PlanExportError(
+            graph,
+            f"expected at most {TOLERANCE:.0e} between graph and torch, "
+            f"found {figures} at batch {batch} x {sequence}",
+        )
+    return differences
+
+
+def _arrays(batch: Batch) -> dict[str, NDArray[np.generic]]:
     return {name: tensor.numpy() for name, tensor in batch.items()}
 
 
@@ -186,14 +248,6 @@ def _relative(found: NDArray[np.float32], expected: NDArray[np.float32]) -> floa
     difference = np.linalg.norm(np.ravel(found - expected))
     size = np.linalg.norm(np.ravel(expected))
     return float(difference / size) if size else float(difference)
-
-
-def _difference(figures: str, shape: tuple[int, int]) -> str:
-    batch, sequence = shape
-    return (
-        f"expected at most {TOLERANCE:.0e} between graph and torch, "
-        f"found {figures} at batch {batch} x {sequence}"
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,12 +33,15 @@ _log = structlog.get_logger()
 
 
 class Conversation(Protocol):
-    """What listens to agents; everything it hears has been validated."""
+    """What listens to agents; everything it hears has been validated.
 
-    def heard(self, run_id: bytes, event: AgentEvent) -> None:
+    An agent's next message is read when the one before was heard to its end.
+    """
+
+    async def heard(self, run_id: bytes, event: AgentEvent) -> None:
         """An agent's step in a run."""
 
-    def heard_mask_step(self, agent: str, run_id: bytes, message: bytes) -> None:
+    async def heard_mask_step(self, agent: str, run_id: bytes, message: bytes) -> None:
         """A member's message in its cohort's protocol for masks; not validated yet."""
 
     def heard_progress(self, agent: str, run_id: bytes, round_number: int, share: float) -> None:
@@ -121,7 +124,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 await pace.next()
                 async with self._one_by_one:
                     membership.check()
-                    self._dispatch(session.agent_id, request)
+                # Outside: what is done in a thread keeps nobody else waiting.
+                await self._dispatch(session.agent_id, request)
         except Refused as refused:
             ending = refused
         except Exception:
@@ -131,21 +135,25 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         with contextlib.suppress(asyncio.QueueFull):
             session.outbox.put_nowait(ending)
 
-    def _dispatch(self, agent: str, request: control_pb2.ConnectRequest) -> None:
+    async def _dispatch(self, agent: str, request: control_pb2.ConnectRequest) -> None:
         match request.WhichOneof("step"):
             case "heartbeat":
                 beat = request.heartbeat
                 _require(0 <= beat.progress <= 1, "progress in 0..1")
                 self._conversation.heard_progress(agent, beat.run_id, beat.round, beat.progress)
             case "wrapped_key":
-                self._conversation.heard(request.wrapped_key.run_id, _key_shared(agent, request))
+                await self._conversation.heard(
+                    request.wrapped_key.run_id, _key_shared(agent, request)
+                )
             case "ready":
-                self._conversation.heard(request.ready.run_id, _ready(agent, request.ready))
+                await self._conversation.heard(request.ready.run_id, _ready(agent, request.ready))
             case "applied":
-                self._conversation.heard(request.applied.run_id, _applied(agent, request.applied))
+                await self._conversation.heard(
+                    request.applied.run_id, _applied(agent, request.applied)
+                )
             case "mask_step":
                 step = request.mask_step
-                self._conversation.heard_mask_step(agent, step.run_id, step.message)
+                await self._conversation.heard_mask_step(agent, step.run_id, step.message)
             case "refusal":
                 message = request.refusal
                 refused = refused_from_details(message.details)
@@ -155,7 +163,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                     reason=refused.reason.name,
                     subject=refused.subject,
                 )
-                self._conversation.heard(
+                await self._conversation.heard(
                     message.run_id, Declined(agent, message.round, refused.reason)
                 )
             case "hello":

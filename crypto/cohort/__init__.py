@@ -30,8 +30,7 @@ from .messages import (
     Release,
 )
 from .quorum import MASK_DEGREE, SECRET_SIZE, quorum, threshold, tolerated
-from .refusals import MAX_REFUSED_SUMS, RefusedSums
-from .relay import corrected, new_attempt, repeat
+from .relay import check_advertisement, new_attempt, repeat
 from .relay import handle as handle_relay
 from .relay_state import (
     Abandon,
@@ -40,7 +39,6 @@ from .relay_state import (
     CloseUploads,
     CloseVouching,
     Correct,
-    FormCohort,
     RelayEffect,
     RelayEvent,
     RelayPhase,
@@ -51,7 +49,6 @@ from .relay_state import (
 
 __all__ = [
     "MASK_DEGREE",
-    "MAX_REFUSED_SUMS",
     "SECRET_SIZE",
     "Abandon",
     "Acceptance",
@@ -66,7 +63,6 @@ __all__ = [
     "Cohort",
     "Correct",
     "Endorsement",
-    "FormCohort",
     "Join",
     "MemberEvent",
     "MemberPhase",
@@ -74,7 +70,6 @@ __all__ = [
     "MemberState",
     "MemberTools",
     "Message",
-    "RefusedSums",
     "RelayEffect",
     "RelayEvent",
     "RelayPhase",
@@ -85,7 +80,7 @@ __all__ = [
     "UploadReady",
     "Uploaded",
     "Verify",
-    "corrected",
+    "check_advertisement",
     "decode",
     "ed25519_signer",
     "ed25519_valid",

@@ -1,15 +1,16 @@
 """The coordinator's part in one attempt, as a state machine: no I/O, no clock, no secrets.
 
-    ADVERTISING ─FormCohort─▶ SHARING ─all Boxes─▶ COLLECTING ─all Uploaded, or CloseUploads─▶
-    VOUCHING ─a quorum of Endorsements─▶ RELEASING ─all Releases, or CloseReleases─▶ CORRECTED
+    SHARING ─all Boxes─▶ COLLECTING ─all Uploaded, or CloseUploads─▶ VOUCHING
+    ─a quorum of Endorsements─▶ RELEASING ─all Releases, or CloseReleases─▶ CORRECTED
 
 `Close…` are the caller's deadlines. Where an attempt cannot go on it ends ABANDONED with the effect
 `Abandon(survivors)`: before VOUCHING the survivors may re-form as the next attempt of the round;
 from then on there are none, since who vouched is out of this round: the next round trains anew.
 
 An honest coordinator does not need to be trusted for privacy, so it checks only what would make an
-honest attempt fail: signatures, commitments, recovered keys. `repeat` gives a member that connects
-again what it has missed.
+honest attempt fail: signatures, commitments, recovered keys. An advertisement is checked when it
+comes (`check_advertisement`), so that one bad key does not spoil a cohort. `repeat` gives a member
+that connects again what it has missed.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +24,6 @@ from ..errors import (
     StaleAttempt,
     StepRefused,
 )
-from ..masks import Correction
 from .identity import Verify
 from .messages import (
     Acceptance,
@@ -45,7 +45,6 @@ from .relay_state import (
     CloseUploads,
     CloseVouching,
     Correct,
-    FormCohort,
     RelayEffect,
     RelayEvent,
     RelayPhase,
@@ -56,12 +55,25 @@ from .relay_state import (
 
 Step = tuple[RelayState, tuple[RelayEffect, ...]]
 
-_OURS = (FormCohort, CloseSharing, Uploaded, CloseUploads, CloseVouching, CloseReleases)
+_OURS = (CloseSharing, Uploaded, CloseUploads, CloseVouching, CloseReleases)
 
 
-def new_attempt(attempt: AttemptId, minimum: int) -> RelayState:
-    """Return the state before anyone has advertised."""
-    return RelayState(attempt, minimum)
+def check_advertisement(advertisement: Advertisement, verify: Verify) -> None:
+    """Refuse one with which a cohort would fail; raises BadSignature or MalformedMessage."""
+    name = advertisement.agent_id
+    if not verify(name, advertisement.statement(), advertisement.signature):
+        raise BadSignature("advertisement", f"one signed by {name}", "another")
+    check_advertised_keys(advertisement)
+
+
+def new_attempt(
+    attempt: AttemptId, minimum: int, advertisements: Iterable[Advertisement]
+) -> RelayState:
+    """Form the cohort of those who advertised; `check_advertisement` has passed each."""
+    members = tuple(sorted(advertisements, key=lambda member: member.agent_id.encode()))
+    if len(members) < minimum:
+        raise IllegalStep("members of the cohort", f"at least {minimum}", len(members))
+    return RelayState(Cohort(attempt, minimum, members))
 
 
 def handle(state: RelayState, event: RelayEvent, verify: Verify) -> Step:
@@ -85,33 +97,15 @@ def repeat(state: RelayState, agent_id: str) -> tuple[Send, ...]:
 
     Who is not in the accepted list is told nothing of it: it would have to refuse it.
     """
-    cohort = state.cohort
-    slot = None if cohort is None else cohort.slot(agent_id)
-    if cohort is None or slot is None or state.phase is RelayPhase.ABANDONED:
+    slot = state.cohort.slot(agent_id)
+    if slot is None or state.phase is RelayPhase.ABANDONED:
         return ()
-    missed: list[Message] = [cohort]
+    missed: list[Message] = [state.cohort]
     if state.phase >= RelayPhase.COLLECTING:
         missed.append(_boxes_for(state, slot))
     if state.acceptance is not None and slot in state.acceptance.slots:
         missed += [m for m in (state.acceptance, state.certificate) if m is not None]
     return tuple(Send(agent_id, message) for message in missed)
-
-
-def _advertise(state: RelayState, event: Advertisement, verify: Verify) -> Step:
-    if not verify(event.agent_id, event.statement(), event.signature):
-        raise BadSignature("advertisement", f"one signed by {event.agent_id}", "another")
-    check_advertised_keys(event)
-    return replace(state, advertised={**state.advertised, event.agent_id: event}), ()
-
-
-def _form_cohort(state: RelayState, event: FormCohort, verify: Verify) -> Step:
-    names = sorted(state.advertised, key=str.encode)
-    if len(names) < max(1, state.minimum):
-        return _abandon(state, names)
-    members = tuple(state.advertised[name] for name in names)
-    cohort = Cohort(state.attempt, state.minimum, members)
-    sharing = replace(state, phase=RelayPhase.SHARING, cohort=cohort)
-    return sharing, _to_all(sharing, cohort)
 
 
 def _collect_boxes(state: RelayState, event: Boxes, verify: Verify) -> Step:
@@ -124,7 +118,7 @@ def _collect_boxes(state: RelayState, event: Boxes, verify: Verify) -> Step:
     if len(boxes) < n:
         return replace(state, boxes=boxes), ()
     collecting = replace(state, phase=RelayPhase.COLLECTING, boxes=boxes)
-    members = _cohort(state).members
+    members = state.cohort.members
     return collecting, tuple(
         Send(member.agent_id, _boxes_for(collecting, slot)) for slot, member in enumerate(members)
     )
@@ -155,20 +149,20 @@ def _count_upload(state: RelayState, event: Uploaded, verify: Verify) -> Step:
 
 
 def _close_uploads(state: RelayState, event: CloseUploads, verify: Verify) -> Step:
-    if len(state.uploads) < least_accepted(_size(state), state.minimum):
+    if len(state.uploads) < least_accepted(_size(state), state.cohort.minimum):
         return _abandon(state, _names(state, state.uploads))
     return _accept(state)
 
 
 def _accept(state: RelayState) -> Step:
     uploads = tuple(sorted(state.uploads.items()))
-    acceptance = Acceptance(state.attempt, _cohort(state).digest, uploads)
+    acceptance = Acceptance(state.attempt, state.cohort.digest, uploads)
     vouching = replace(state, phase=RelayPhase.VOUCHING, acceptance=acceptance)
     return vouching, _to_accepted(vouching, acceptance)
 
 
 def _endorse(state: RelayState, event: Endorsement, verify: Verify) -> Step:
-    cohort, acceptance = _cohort(state), _acceptance(state)
+    cohort, acceptance = state.cohort, _acceptance(state)
     if event.slot not in acceptance.slots:
         raise StepRefused("endorsement", "one by an accepted member", f"slot {event.slot}")
     name = cohort.members[event.slot].agent_id
@@ -189,7 +183,7 @@ def _close_vouching(state: RelayState, event: CloseVouching, verify: Verify) -> 
 
 
 def _take_release(state: RelayState, event: Release, verify: Verify) -> Step:
-    check_release(_cohort(state), _acceptance(state), event)
+    check_release(state.cohort, _acceptance(state), event)
     releases = {**state.releases, event.slot: event}
     released = replace(state, releases=releases)
     if set(releases) != set(_acceptance(state).slots):
@@ -198,22 +192,17 @@ def _take_release(state: RelayState, event: Release, verify: Verify) -> Step:
 
 
 def _close_releases(state: RelayState, event: CloseReleases, verify: Verify) -> Step:
-    if not recoverable(_cohort(state), _acceptance(state), state.releases):
+    if not recoverable(state.cohort, _acceptance(state), state.releases):
         return _abandon(state, ())  # who released is out of this round, and the others are too few
     return _correct(state)
 
 
 def _correct(state: RelayState) -> Step:
     try:
-        removed = corrected(state)
+        removed = correction(state.cohort, _acceptance(state), state.releases)
     except ShareMismatch:  # a member lied about a share that nobody can replace
         return _abandon(state, ())
     return replace(state, phase=RelayPhase.CORRECTED), (Correct(removed),)
-
-
-def corrected(state: RelayState) -> Correction:
-    """Return the correction of an attempt that is CORRECTED, once more after a restart."""
-    return correction(_cohort(state), _acceptance(state), state.releases)
 
 
 def _ignore(state: RelayState, event: RelayEvent, verify: Verify) -> Step:
@@ -225,11 +214,7 @@ def _abandon(state: RelayState, survivors: Iterable[str]) -> Step:
 
 
 def _names(state: RelayState, slots: Iterable[int]) -> list[str]:
-    return [_cohort(state).members[slot].agent_id for slot in sorted(slots)]
-
-
-def _to_all(state: RelayState, message: Message) -> tuple[Send, ...]:
-    return tuple(Send(member.agent_id, message) for member in _cohort(state).members)
+    return [state.cohort.members[slot].agent_id for slot in sorted(slots)]
 
 
 def _to_accepted(state: RelayState, message: Message) -> tuple[Send, ...]:
@@ -237,13 +222,7 @@ def _to_accepted(state: RelayState, message: Message) -> tuple[Send, ...]:
 
 
 def _size(state: RelayState) -> int:
-    return len(_cohort(state).members)
-
-
-def _cohort(state: RelayState) -> Cohort:
-    if state.cohort is None:
-        raise IllegalStep("state of a relay", "a cohort", "none")
-    return state.cohort
+    return len(state.cohort.members)
 
 
 def _acceptance(state: RelayState) -> Acceptance:
@@ -252,12 +231,9 @@ def _acceptance(state: RelayState) -> Acceptance:
     return state.acceptance
 
 
-_LATE = tuple(phase for phase in RelayPhase if phase is not RelayPhase.ADVERTISING)
 _AFTER_SHARING = tuple(phase for phase in RelayPhase if phase >= RelayPhase.COLLECTING)
 
 _TRANSITIONS: dict[tuple[RelayPhase, type[RelayEvent]], Callable[..., Step]] = {
-    (RelayPhase.ADVERTISING, Advertisement): _advertise,
-    (RelayPhase.ADVERTISING, FormCohort): _form_cohort,
     (RelayPhase.SHARING, Boxes): _collect_boxes,
     (RelayPhase.SHARING, CloseSharing): _close_sharing,
     (RelayPhase.COLLECTING, Uploaded): _count_upload,
@@ -267,7 +243,6 @@ _TRANSITIONS: dict[tuple[RelayPhase, type[RelayEvent]], Callable[..., Step]] = {
     (RelayPhase.RELEASING, Release): _take_release,
     (RelayPhase.RELEASING, CloseReleases): _close_releases,
     # late or repeated, and of no more use
-    **{(phase, Advertisement): _ignore for phase in _LATE},
     **{(phase, Boxes): _ignore for phase in _AFTER_SHARING},
     (RelayPhase.RELEASING, Endorsement): _ignore,
     (RelayPhase.CORRECTED, Endorsement): _ignore,

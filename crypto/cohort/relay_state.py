@@ -1,15 +1,11 @@
 """What can happen to an attempt at the coordinator, what it wants done, and what it remembers."""
 
-import struct
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 
-from ..errors import MalformedMessage
 from ..masks import Correction
-from .decoding import Fields, decode
 from .messages import (
     Acceptance,
-    Advertisement,
     AttemptId,
     Boxes,
     Certificate,
@@ -23,20 +19,12 @@ from .messages import (
 class RelayPhase(IntEnum):
     """How far the attempt is."""
 
-    ADVERTISING = 0
-    SHARING = 1
-    COLLECTING = 2
-    VOUCHING = 3
-    RELEASING = 4
-    CORRECTED = 5
-    ABANDONED = 6
-
-
-@dataclass(frozen=True)
-class FormCohort:
-    """Ours: everyone who advertised so far is the cohort."""
-
-    attempt: AttemptId
+    SHARING = 0
+    COLLECTING = 1
+    VOUCHING = 2
+    RELEASING = 3
+    CORRECTED = 4
+    ABANDONED = 5
 
 
 @dataclass(frozen=True)
@@ -77,9 +65,7 @@ class CloseReleases:
 
 
 RelayEvent = (
-    Advertisement
-    | FormCohort
-    | Boxes
+    Boxes
     | CloseSharing
     | Uploaded
     | CloseUploads
@@ -117,13 +103,10 @@ RelayEffect = Send | Correct | Abandon
 
 @dataclass(frozen=True)
 class RelayState:
-    """Everything to be stored; it holds nothing that the coordinator could not have kept anyway."""
+    """What the relay remembers; nothing of it is more than the coordinator was told anyway."""
 
-    attempt: AttemptId
-    minimum: int
-    phase: RelayPhase = RelayPhase.ADVERTISING
-    advertised: dict[str, Advertisement] = field(default_factory=dict)
-    cohort: Cohort | None = None
+    cohort: Cohort
+    phase: RelayPhase = RelayPhase.SHARING
     boxes: dict[int, Boxes] = field(default_factory=dict)  # by sender's slot
     uploads: dict[int, bytes] = field(default_factory=dict)  # SHA-256 by slot
     acceptance: Acceptance | None = None
@@ -131,47 +114,7 @@ class RelayState:
     certificate: Certificate | None = None
     releases: dict[int, Release] = field(default_factory=dict)
 
-    def encode(self) -> bytes:
-        """Write the state: attempt, phase, and the messages so far."""
-        single = (self.cohort, self.acceptance, self.certificate)
-        groups = (self.advertised, self.boxes, self.endorsements, self.releases)
-        messages = [message.encode() for message in single if message is not None]
-        messages += [message.encode() for group in groups for message in group.values()]
-        a = self.attempt
-        start = b"FDLR\1" + struct.pack(
-            "<B16sIHHH", self.phase, a.run_id, a.round, a.attempt, self.minimum, len(self.uploads)
-        )
-        rows = [struct.pack("<H32s", slot, sha256) for slot, sha256 in self.uploads.items()]
-        return start + b"".join(rows + [struct.pack("<I", len(m)) + m for m in messages])
-
-    @classmethod
-    def decode(cls, encoded: bytes) -> "RelayState":
-        """Read what `encode` wrote; raises MalformedMessage for what it did not."""
-        fields = Fields(encoded)
-        if fields.take(5) != b"FDLR\1" or (phase := fields.number(1)) > RelayPhase.ABANDONED:
-            raise MalformedMessage("state of a relay", "magic, version and phase", "others")
-        attempt = AttemptId(fields.take(16), fields.number(4), fields.number(2))
-        state = cls(attempt, fields.number(2), RelayPhase(phase))
-        for row in fields.rows(fields.number(2), 34):
-            state.uploads[int.from_bytes(row[:2], "little")] = row[2:]
-        while not fields.done:
-            state = _restored(state, decode(fields.sized()))
-        return state
-
-
-def _restored(state: RelayState, message: Message) -> RelayState:
-    match message:
-        case Advertisement():
-            return replace(state, advertised={**state.advertised, message.agent_id: message})
-        case Cohort():
-            return replace(state, cohort=message)
-        case Boxes():
-            return replace(state, boxes={**state.boxes, message.slot: message})
-        case Acceptance():
-            return replace(state, acceptance=message)
-        case Endorsement():
-            return replace(state, endorsements={**state.endorsements, message.slot: message})
-        case Certificate():
-            return replace(state, certificate=message)
-        case Release():
-            return replace(state, releases={**state.releases, message.slot: message})
+    @property
+    def attempt(self) -> AttemptId:
+        """The attempt that this is."""
+        return self.cohort.attempt

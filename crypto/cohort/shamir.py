@@ -5,7 +5,9 @@ secret is f(0), little-endian; the member of slot j holds f(j + 1), 33 bytes lit
 degree t - 1: t shares determine it, and fewer say nothing about f(0).
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from ..errors import MalformedMessage, ShareMismatch
 from .quorum import SECRET_SIZE
@@ -34,19 +36,25 @@ def recover(shares: Mapping[int, bytes], threshold: int) -> bytes:
     """
     if len(shares) < threshold:
         raise ShareMismatch("shares of a secret", f"at least {threshold}", len(shares))
-    used = sorted(shares)[:threshold]
-    secret = 0
-    for slot in used:
-        above, below = 1, 1
-        for other in used:
-            if other != slot:
-                above = above * (other + 1) % PRIME
-                below = below * (other - slot) % PRIME
-        weight = above * pow(below, -1, PRIME)
-        secret = (secret + check_share(shares[slot]) * weight) % PRIME
+    used = tuple(sorted(shares)[:threshold])
+    numbers = [check_share(shares[slot]) for slot in used]
+    terms = (weight * number for weight, number in zip(_weights(used), numbers, strict=True))
+    secret = sum(terms) % PRIME
     if secret >> (8 * SECRET_SIZE):
         raise ShareMismatch("recovered secret", "32 bytes", "more")
     return secret.to_bytes(SECRET_SIZE, "little")
+
+
+@lru_cache(maxsize=16)  # of many who vanished, the same members hold shares
+def _weights(slots: tuple[int, ...]) -> tuple[int, ...]:
+    """Return Lagrange's coefficients at 0 for the points slot + 1."""
+    weights = []
+    for slot in slots:
+        others = [other for other in slots if other != slot]
+        above = math.prod(other + 1 for other in others)
+        below = math.prod(other - slot for other in others)
+        weights.append(above * pow(below, -1, PRIME) % PRIME)
+    return tuple(weights)
 
 
 def check_share(share: bytes) -> int:

@@ -3,9 +3,11 @@
 An axis is an extent, or the name of one that varies from run to run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from fedloom.errors import Reason, Refused
 from fedloom.tasks import (
     ArrayLearning,
     CausalLanguageModelling,
@@ -84,6 +86,70 @@ def gen_contract(task: CausalLanguageModelling, parameter_count: int) -> GraphCo
         _theta(parameter_count) | tokens | _cache(task, "past", PAST),
         logits | _cache(task, "present", WHOLE),
     )
+
+
+def plan_contracts(task: Task, parameter_count: int) -> dict[str, GraphContract]:
+    """Return the contract of every graph that a plan for `task` may have, by file."""
+    contracts = [
+        contract(task, parameter_count)
+        for contract in (train_contract, train_dp_contract, eval_contract, infer_contract)
+    ]
+    if isinstance(task, CausalLanguageModelling):
+        contracts.append(gen_contract(task, parameter_count))
+    return {contract.file: contract for contract in contracts}
+
+
+class FoundPort(Protocol):
+    """What ONNX Runtime says of a port; a name or None in the shape is a free extent."""
+
+    name: str
+    type: str
+    shape: Sequence[int | str | None]
+
+
+class LoadedGraph(Protocol):
+    """What of an ONNX Runtime session a contract is about."""
+
+    def get_inputs(self) -> Sequence[FoundPort]:
+        """Return the inputs that must be given."""
+
+    def get_overridable_initializers(self) -> Sequence[FoundPort]:
+        """Return the inputs that have a default, such as theta of `infer.onnx`."""
+
+    def get_outputs(self) -> Sequence[FoundPort]:
+        """Return the outputs."""
+
+
+def check_session(session: LoadedGraph, graph: GraphContract) -> None:
+    """Compare a loaded graph with its contract; raises Refused(PLAN_UNSUPPORTED)."""
+    required = {port.name: port for port in session.get_inputs()}
+    inputs = required | {port.name: port for port in session.get_overridable_initializers()}
+    outputs = {port.name: port for port in session.get_outputs()}
+    for name in required:
+        _require(name in graph.inputs, f"{graph.file} without an input {name[:64]!r}", "one")
+    for kind, expected, found in (
+        ("input", graph.inputs, inputs),
+        ("output", graph.outputs, outputs),
+    ):
+        for name, port in expected.items():
+            what = f"{graph.file} with {kind} {name}: {port.type} {list(port.axes)}"
+            _require(name in found, what, "none")
+            fits = _port_fits(port, found[name].type, found[name].shape)
+            _require(fits, what, f"{found[name].type} {list(found[name].shape)}")
+
+
+def _port_fits(port: Port, found_type: str, shape: Sequence[int | str | None]) -> bool:
+    if found_type != port.type or len(shape) != len(port.axes):
+        return False
+    return all(
+        extent == axis if isinstance(axis, int) else not isinstance(extent, int)
+        for axis, extent in zip(port.axes, shape, strict=True)
+    )
+
+
+def _require(condition: bool, what: str, found: object) -> None:
+    if not condition:
+        raise Refused(Reason.PLAN_UNSUPPORTED, f"expected {what}, found {found}")
 
 
 _SUMS = {name: Port(_F32, ()) for name in ("loss_sum", "weight_sum", "correct")}

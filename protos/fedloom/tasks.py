@@ -135,6 +135,17 @@ class ArrayLearning:
 
 
 Task = TextClassification | TokenClassification | CausalLanguageModelling | ArrayLearning
+_NAMES: dict[type[Task], str] = {
+    TextClassification: "text_classification",
+    TokenClassification: "token_classification",
+    CausalLanguageModelling: "causal_language_modelling",
+    ArrayLearning: "array_learning",
+}
+
+
+def task_name(task: Task) -> str:
+    """Return the name of the task's arm in `plan.proto`."""
+    return _NAMES[type(task)]
 
 
 def template_fields(template: str) -> list[str]:

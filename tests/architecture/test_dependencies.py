@@ -39,7 +39,7 @@ def third_parties(prefix: str, without: str = " ") -> dict[str, set[str]]:
     [
         ("fedloom", " ", []),
         ("crypto", " ", ["he"]),
-        ("edge_agent", " ", ["agent", "parquet"]),
+        ("edge_agent", " ", ["agent", "parquet", "scrub"]),
         ("coordinator", "coordinator.plans", ["coordinator", "s3"]),
         ("coordinator.plans", " ", ["coordinator", "plan"]),
     ],

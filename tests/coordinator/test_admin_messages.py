@@ -19,6 +19,7 @@ from coordinator.run_state import Phase, Wish
 from coordinator.summaries import (
     AgentSummary,
     InvitationSummary,
+    PlanPart,
     PlanSummary,
     PrivacyReport,
     RunSummary,
@@ -131,6 +132,8 @@ def test_invitations(invitation: InvitationSummary) -> None:
         st.lists(st.tuples(names, large), max_size=3).map(tuple),
         counts,
         names,
+        names,
+        st.lists(st.builds(PlanPart, names, counts, large), max_size=3).map(tuple),
     )
 )
 def test_plans(plan: PlanSummary) -> None:

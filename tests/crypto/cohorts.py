@@ -8,13 +8,11 @@ import numpy as np
 from crypto import Correction, Mask
 from crypto.cohort import (
     Acceptance,
-    Advertisement,
     AttemptId,
     Boxes,
     Certificate,
     Cohort,
     Endorsement,
-    FormCohort,
     Join,
     MemberPolicy,
     MemberState,
@@ -23,18 +21,20 @@ from crypto.cohort import (
     Send,
     Uploaded,
     UploadReady,
+    check_advertisement,
     handle_member,
     handle_relay,
     masks,
     new_attempt,
     new_member,
+    repeat,
 )
 from crypto.masks import masked
 
 RUN = bytes(range(16))
 BITS = 47
 TO_MEMBER = (Cohort, Boxes, Acceptance, Certificate)
-TO_RELAY = (Advertisement, Boxes, Endorsement, Release)
+TO_RELAY = (Boxes, Endorsement, Release)
 
 
 def sign_as(agent_id):
@@ -111,19 +111,36 @@ class Federation:
         self.open(attempt or attempt_of(), minimum)
 
     def open(self, attempt, minimum=3):
-        self.relay = new_attempt(attempt, minimum)
+        self.attempt, self.minimum = attempt, minimum
+        self.relay = None
+        self.journal = []
         self.queue = deque()
         self.correction = None
         self.survivors = None
         self.gone = set()
 
     def join(self, *names):
-        for name in names or self.devices:
-            self.tell(self.devices[name].join(self.relay.attempt))
-        self.tell(FormCohort(self.relay.attempt))
+        """Have these devices, or all, advertise; tell them their cohort."""
+        advertised = [self.devices[name].join(self.attempt) for name in names or self.devices]
+        for advertisement in advertised:
+            check_advertisement(advertisement, verify)
+        self.relay = new_attempt(self.attempt, self.minimum, advertised)
+        for member in self.relay.cohort.members:
+            self.queue.extend(repeat(self.relay, member.agent_id))
+
+    def replayed(self):
+        """Return the relay of a coordinator that was started again: what changed it, once more."""
+        cohort = self.relay.cohort
+        relay = new_attempt(cohort.attempt, cohort.minimum, cohort.members)
+        for event in self.journal:
+            relay, _ = handle_relay(relay, event, verify)
+        return relay
 
     def tell(self, event):
-        self.relay, effects = handle_relay(self.relay, event, verify)
+        before = self.relay
+        self.relay, effects = handle_relay(before, event, verify)
+        if self.relay is not before:
+            self.journal.append(event)
         for effect in effects:
             if isinstance(effect, Send):
                 self.queue.append(effect)

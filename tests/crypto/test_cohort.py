@@ -7,9 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crypto import OpeningFailed, TagMismatch, WrongContext
 from crypto.cohort import (
-    MAX_REFUSED_SUMS,
     Acceptance,
     Certificate,
     CloseReleases,
@@ -17,21 +15,19 @@ from crypto.cohort import (
     CloseUploads,
     CloseVouching,
     Cohort,
-    FormCohort,
     Join,
     MemberPhase,
     MemberState,
-    RefusedSums,
     RelayPhase,
-    RelayState,
     Uploaded,
     UploadReady,
-    corrected,
+    check_advertisement,
     decode,
     ed25519_signer,
     ed25519_valid,
     handle_relay,
     masks,
+    new_attempt,
     quorum,
     repeat,
     threshold,
@@ -253,14 +249,24 @@ def test_cohorts_that_a_member_refuses(advertised):
         replace(cohort, attempt=attempt_of(attempt=2))
 
 
-def test_a_key_of_low_order_is_refused_by_relay_and_member(advertised):
+@pytest.mark.parametrize("which", ["mask_key", "share_key"])
+def test_an_advertisement_with_a_key_of_low_order_is_refused(advertised, which):
     _, cohort = advertised
     stale = cohort.members[0]
-    forged = replace(stale, mask_key=bytes(32), signature=b"")
+    check_advertisement(stale, verify)
+    forged = replace(stale, **{which: bytes(32)})
+    with pytest.raises(BadSignature):
+        check_advertisement(forged, verify)
     forged = replace(forged, signature=sign_as(stale.agent_id)(_statement(forged)))
-    empty = RelayState(cohort.attempt, 3)
     with pytest.raises(MalformedMessage):
-        handle_relay(empty, forged, verify)
+        check_advertisement(forged, verify)
+
+
+def test_no_cohort_is_formed_of_fewer_than_its_minimum(advertised):
+    _, cohort = advertised
+    assert new_attempt(cohort.attempt, 4, cohort.members[::-1]).cohort.members == cohort.members
+    with pytest.raises(IllegalStep):
+        new_attempt(cohort.attempt, 5, cohort.members)
 
 
 def _statement(advertisement):
@@ -356,8 +362,6 @@ def test_our_own_mistakes_are_not_the_peers(advertised):
     with pytest.raises(IllegalStep):
         masks(device.state)
     with pytest.raises(IllegalStep):
-        handle_relay(federation.relay, FormCohort(cohort.attempt), verify)
-    with pytest.raises(IllegalStep):
         handle_relay(federation.relay, Uploaded(cohort.attempt, 0, bytes(32)), verify)
 
 
@@ -451,10 +455,9 @@ def test_states_and_messages_survive_a_restart_at_every_step():
             before = device.state
             device.restart()
             assert device.state == before
-        again = RelayState.decode(federation.relay.encode())
+        again = federation.replayed()
         assert again == federation.relay
         federation.relay = again
-    assert corrected(federation.relay).masks == federation.correction.masks
     federation.check_sum()
 
 
@@ -484,23 +487,12 @@ def test_signatures_are_ed25519():
     assert not ed25519_valid(b"short", b"statement", signature)
 
 
-def test_refused_sums_are_counted_to_eight():
-    refused = RefusedSums(key_id=3)
-    for _ in range(MAX_REFUSED_SUMS):
-        assert not refused.must_rotate
-        refused = refused.counted(WrongContext("round", 1, 2))  # says nothing about the key
-        refused = refused.counted(TagMismatch("tags", "these", "others"))
-    assert refused.must_rotate
-    assert RefusedSums(4).counted(OpeningFailed("counters", 1, 2)).count == 1
-
-
-def test_the_coordinator_learns_the_seeds_of_this_attempt_and_no_mask_key():
+def test_the_coordinator_is_left_with_the_seeds_of_the_attempt():
     federation = Federation(4)
     federation.join()
     federation.run()
-    secrets = federation.relay.encode()
     for device in federation.devices.values():
-        assert device.state.release.seed in secrets
+        assert federation.relay.releases[device.state.slot].seed == device.state.release.seed
     assert isinstance(federation.relay.cohort, Cohort)
     assert isinstance(federation.relay.acceptance, Acceptance)
     assert MemberState.decode(device.state.encode()) == device.state

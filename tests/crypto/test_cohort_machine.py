@@ -22,7 +22,6 @@ from crypto.cohort import (
     Join,
     MemberPhase,
     RelayPhase,
-    RelayState,
     Release,
     Uploaded,
     handle_member,
@@ -125,7 +124,7 @@ class HonestCoordinator(RuleBasedStateMachine):
 
     @rule()
     def coordinator_restarts(self):
-        again = RelayState.decode(self.relay.encode())
+        again = self.federation.replayed()
         assert again == self.relay
         self.federation.relay = again
         for name in self.federation.devices:

@@ -1,5 +1,6 @@
 """`agent.toml`: what is written is read again; what is wrong is named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.config import CONFIG_FILE, AgentConfig, load_agent_config, write_agent_config
-from edge_agent.data import DataSource
+from edge_agent.data import DataSource, Treatment, UnknownLabels
+from edge_agent.scrubbing import Kind, Scrub
 from fedloom.errors import ConfigError
 from fedloom.terms import Protection, Release
 
@@ -86,3 +88,64 @@ def test_the_numbers_of_the_engine_have_defaults_and_are_read(tmp_path: Path) ->
 def test_a_number_that_cannot_be_is_refused_by_name(tmp_path: Path, key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"engine.{key}"):
         load_agent_config(write(tmp_path, f"{key} = {value}"))
+
+
+_maybe = st.none() | _names
+_columns = st.lists(_names, min_size=1, max_size=3).map(tuple)
+_all_keys = st.builds(
+    DataSource,
+    path=_names.map(lambda name: Path("/data") / name.replace("/", "-")),
+    text=_names,
+    label=_names,
+    words=_names,
+    tags=_names,
+    prompt=_maybe,
+    answer=_maybe,
+    arrays=st.dictionaries(_names, _columns, max_size=3).map(lambda d: tuple(d.items())),
+)
+_treatments = st.builds(
+    Treatment,
+    st.sampled_from(UnknownLabels),
+    st.builds(Scrub, st.lists(st.sampled_from(Kind), unique=True).map(tuple), _maybe),
+)
+
+
+@given(_all_keys, st.none() | _all_keys, _treatments, st.sampled_from([0.0, 0.1, 0.5]))
+def test_what_is_said_of_the_data_is_read_again(
+    tmp_path_factory: pytest.TempPathFactory,
+    data: DataSource,
+    held_out: DataSource | None,
+    treatment: Treatment,
+    share: float,
+) -> None:
+    home = tmp_path_factory.mktemp("home")
+    config = AgentConfig(
+        replace(data, treatment=treatment),
+        held_out and replace(held_out, treatment=treatment),
+        held_out_share=0.0 if held_out else share,
+    )
+    write_agent_config(home, config)
+    assert load_agent_config(home) == config
+
+
+@pytest.mark.parametrize(
+    ("lines", "where"),
+    [
+        ('arrays = "x"', "data.arrays"),
+        ("arrays = { x = [] }", "data.arrays.x"),
+        ("arrays = { x = [1] }", "data.arrays.x"),
+        ("words = 1", "data.words"),
+        ('unknown_labels = "keep"', "data.unknown_labels"),
+        ("[split]\nheld_out = 0.9", "split.held_out"),
+        ("[split]\nheld_out = true", "split.held_out"),
+        ('[split]\nheld_out = 0.1\n[held_out]\npath = "x.csv"', "split.held_out"),
+        ('[privacy]\nscrub = ["e-mail"]', "privacy.scrub"),
+        ('[privacy]\nscrub = "email"', "privacy.scrub"),
+        ("[privacy]\nphone_region = 49", "privacy.phone_region"),
+    ],
+)
+def test_what_is_wrong_about_the_data_is_named(tmp_path: Path, lines: str, where: str) -> None:
+    (tmp_path / CONFIG_FILE).write_text(f'[data]\npath = "train.csv"\n{lines}\n')
+    with pytest.raises(ConfigError, match=r"expected") as wrong:
+        load_agent_config(tmp_path)
+    assert where in wrong.value.problem

@@ -15,8 +15,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from edge_agent import data
-from edge_agent.data import DataSource, Row, Rows
+from edge_agent import records
+from edge_agent.data import DataSource
+from edge_agent.reports import Cause
+from edge_agent.row_readers import ClassifiedText, classified_texts
 from fedloom.errors import ConfigError, Reason, Refused
 
 LABELS = ("yes", "no", "1")
@@ -62,7 +64,7 @@ def _write(path: Path, content: bytes | str) -> DataSource:
 
 def _refusal(source: DataSource) -> Refused:
     with pytest.raises(Refused) as caught:
-        list(Rows(source, LABELS))
+        list(classified_texts(source, LABELS))
     assert PRIVATE_TEXT not in str(caught.value)
     return caught.value
 
@@ -71,9 +73,10 @@ def _refusal(source: DataSource) -> Refused:
 def test_every_format_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"data{ending}"
     path.write_bytes(FORMATS[ending](("utterance", "intent"), ROWS))
-    rows = Rows(DataSource(path, text="utterance", label="intent"), LABELS)
-    assert list(rows) == [Row(text, i, i + 1) for i, (text, _) in enumerate(ROWS)]
-    assert rows.broken == 0
+    rows = classified_texts(DataSource(path, text="utterance", label="intent"), LABELS)
+    assert list(rows) == [ClassifiedText(text, i) for i, (text, _) in enumerate(ROWS)]
+    assert (rows.report.rows, rows.report.broken_rows) == (len(ROWS), 0)
+    assert rows.report.labels == dict.fromkeys(LABELS, 1)
 
 
 @given(
@@ -90,52 +93,57 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
 def test_whatever_the_texts_are_the_formats_agree(
     tmp_path: Path, rows: list[tuple[str, str]]
 ) -> None:
-    expected = [
-        (text.strip(), LABELS.index(label), number)
-        for number, (text, label) in enumerate(rows, start=1)
-        if text.strip()
-    ]
+    expected = [(text.strip(), LABELS.index(label)) for text, label in rows if text.strip()]
     for ending, encode in FORMATS.items():
         path = tmp_path / f"data{ending}"
         path.write_bytes(encode(("text", "label"), rows))
-        found = Rows(DataSource(path), LABELS)
-        values = []
+        found = classified_texts(DataSource(path), LABELS)
+        values: list[tuple[str, int]] = []
         with contextlib.nullcontext() if expected else pytest.raises(Refused, match="DATA_EMPTY"):
-            values.extend((row.text, row.label, row.number) for row in found)
-        assert (values, found.broken) == (expected, len(rows) - len(expected)), ending
+            values.extend(found)
+        broken = found.report.broken_rows
+        assert (values, broken) == (expected, len(rows) - len(expected)), ending
 
 
 def test_labels_may_be_integers(tmp_path: Path) -> None:
     source = _write(tmp_path / "d.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 1.0}')
-    assert [row.label for row in Rows(source, LABELS)] == [2, 2]
+    assert [row.label for row in classified_texts(source, LABELS)] == [2, 2]
 
 
 def test_broken_rows_are_counted_and_passed_over(tmp_path: Path) -> None:
-    huge = "x" * (data.MAX_FIELD_CHARACTERS + 1)
-    tables = {
-        "d.csv": f"\ufefftext,label\na,yes\nb\n,yes\nc,\n{huge},yes\nd,e,f\n\nz,no\n",
-        "d.jsonl": '{"text": "a", "label": "yes"}\nnot json\n[1]\n{"text": "b"}\n'
-        '{"text": ["c"], "label": "no"}\n{"text": "\\ud800", "label": "no"}\n\n'
-        '{"text": "z", "label": "no"}',
+    huge = "x" * (records.MAX_FIELD_CHARACTERS + 1)
+    tables: dict[str, tuple[str, dict[Cause, int]]] = {
+        "d.csv": (
+            f"\ufefftext,label\na,yes\nb\n,yes\nc,\n{huge},yes\nd,e,f\n\n\udcff,no\nz,no\n",
+            {Cause.UNPARSABLE: 3, Cause.INCOMPLETE: 2, Cause.NOT_UTF8: 1},
+        ),
+        "d.jsonl": (
+            '{"text": "a", "label": "yes"}\nnot json\n[1]\n{"text": "b"}\n'
+            '{"text": ["c"], "label": "no"}\n{"text": "\\ud800", "label": "no"}\n\n'
+            f'{{"text": "{huge}", "label": "no"}}\n{{"text": "\udcff", "label": "no"}}\n'
+            '{"text": "z", "label": "no"}',
+            {Cause.UNPARSABLE: 2, Cause.INCOMPLETE: 3, Cause.TOO_LARGE: 1, Cause.NOT_UTF8: 1},
+        ),
     }
-    for name, content in tables.items():
-        rows = Rows(_write(tmp_path / name, content), LABELS)
+    for name, (content, causes) in tables.items():
+        source = _write(tmp_path / name, content.encode(errors="surrogateescape"))
+        rows = classified_texts(source, LABELS)
         assert [row.text for row in rows] == ["a", "z"]
-        assert rows.broken == 5
+        assert rows.report.broken == causes
 
 
 def test_a_line_too_long_to_hold_is_a_broken_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 64)
     for name, header, first, last in (
         ("d.csv", "text,label\n", "a,yes", "z,no"),
         ("d.jsonl", "", '{"text": "a", "label": "yes"}', '{"text": "z", "label": "no"}'),
     ):
         source = _write(tmp_path / name, f"{header}{first}\n{'x' * 1000}\n{last}\n")
-        rows = Rows(source, LABELS)
-        assert [(row.text, row.number) for row in rows] == [("a", 1), ("z", 3)]
-        assert rows.broken == 1
+        rows = classified_texts(source, LABELS)
+        assert [row.text for row in rows] == ["a", "z"]
+        assert rows.report.broken == {Cause.TOO_LARGE: 1}
 
 
 @every_format
@@ -197,19 +205,11 @@ def test_a_file_that_is_not_there_is_refused_by_its_name_alone(tmp_path: Path, e
     assert str(tmp_path) not in refused.subject
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("d.csv", f"text,label\na,yes\n{PRIVATE_TEXT}\udcff,no\n"),
-        ("d.jsonl", f'{{"text": "a", "label": "yes"}}\n{{"text": "{PRIVATE_TEXT}\udcff"}}\n'),
-    ],
-)
-def test_bytes_that_are_not_utf8_are_refused_with_the_row(
-    tmp_path: Path, name: str, content: str
-) -> None:
-    refused = _refusal(_write(tmp_path / name, content.encode(errors="surrogateescape")))
-    assert refused.reason is Reason.DATA_UNREADABLE
-    assert "after row 1" in refused.subject
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path, ending: str) -> None:
+    content = FORMATS[ending](("text", "label"), [(PRIVATE_TEXT, "yes")]).decode()
+    refused = _refusal(_write(tmp_path / f"d{ending}", content.encode("utf-16")))
+    assert refused.reason in (Reason.DATA_COLUMN_MISSING, Reason.DATA_EMPTY)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(
@@ -218,4 +218,4 @@ def test_parquet_without_pyarrow_says_what_to_install(
     source = _write(tmp_path / "d.parquet", _parquet_bytes(("text", "label"), ROWS))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r'pip install "fedloom\[parquet\]"'):
-        list(Rows(source, LABELS))
+        list(classified_texts(source, LABELS))

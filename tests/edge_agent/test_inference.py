@@ -9,9 +9,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from edge_agent.data import DataSource, Rows
+from edge_agent.data import DataSource
 from edge_agent.inference import Prediction, load_exported
 from edge_agent.onnx_engine import OnnxEngine
+from edge_agent.row_readers import classified_texts
 from fedloom.adapters import read_adapter, write_adapter
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.exports import export_model
@@ -43,7 +44,7 @@ def exported(toy, trained: np.ndarray, tmp_path: Path) -> Path:
 def test_the_exported_model_answers_as_the_engine_evaluates(
     toy, trained: np.ndarray, exported: Path, held_out: DataSource
 ) -> None:
-    rows = list(Rows(held_out, toy.plan.task.labels))
+    rows = list(classified_texts(held_out, toy.plan.task.labels))
     evaluation = OnnxEngine(toy.folder, toy.plan, held_out, held_out).evaluate(trained)
     predictions = classify(exported, [row.text for row in rows])
     expected = [toy.plan.task.labels[row.label] for row in rows]

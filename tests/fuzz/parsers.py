@@ -19,14 +19,13 @@ from crypto import (
     plain,
     unwrap,
 )
-from crypto.cohort import AttemptId, MemberState, RelayState, decode, new_attempt, new_member
+from crypto.cohort import MemberState, decode, new_member
 from crypto.cohort.shamir import recover
 
 RUN = bytes(16)
 KEY = RunKey(bytes(32))
 CONTEXT = UpdateContext(RUN, 1, 1, 5, 4, 10, 1.0)
 COHORT = UpdateContext(RUN, 1, 1, 5, 4, 10, 1.0, cohort=bytes(32))
-ATTEMPT = AttemptId(RUN, 1, 1)
 
 
 def _valid_masked() -> bytes:
@@ -41,7 +40,7 @@ def _valid_plain() -> bytes:
 
 
 MASKED_UPDATE, PLAIN_UPDATE = _valid_masked(), _valid_plain()
-MEMBER, RELAY = new_member("a", RUN).encode(), new_attempt(ATTEMPT, 3).encode()
+MEMBER = new_member("a", RUN).encode()
 
 
 def overlaid(valid: bytes, data: bytes) -> bytes:
@@ -83,10 +82,6 @@ def read_member(data: bytes) -> None:
     MemberState.decode(overlaid(MEMBER, data))
 
 
-def read_relay(data: bytes) -> None:
-    RelayState.decode(overlaid(RELAY, data))
-
-
 def unwrap_key(data: bytes) -> None:
     from crypto import generate_exchange_key
 
@@ -108,7 +103,6 @@ PARSERS: tuple[Callable[[bytes], None], ...] = (
     read_message,
     read_message,
     read_member,
-    read_relay,
     unwrap_key,
     recover_shares,
 )

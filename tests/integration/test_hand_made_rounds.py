@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import crypto
-from crypto.cohort import MAX_REFUSED_SUMS
+from edge_agent.run_keys import MAX_REFUSED_SUMS
 from edge_agent.status import STATUS_FILE
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused, refusal_details

@@ -8,10 +8,14 @@ import pytest
 
 from coordinator.run_state import Phase
 from crypto import cohort
-from crypto.cohort import MAX_REFUSED_SUMS
+from crypto.masks import Mask
 from edge_agent.contribution import Contribution
+from edge_agent.engine import LocalUpdate
+from edge_agent.invitations import read_cohort
 from edge_agent.participation import Participation
-from edge_agent.run_keys import RunKeys
+from edge_agent.protection import Place
+from edge_agent.run_keys import MAX_REFUSED_SUMS, RunKeys
+from edge_agent.undertaking import Interrupted, Undertaking
 from fedloom.errors import Reason
 from fedloom.v1 import control_pb2
 from tests.integration.federation import Agent, Federation, until
@@ -119,6 +123,33 @@ async def test_a_member_that_says_what_it_may_not_harms_nobody(
     monkeypatch.setattr(Contribution, "_send_mask_step", chatty)
     run_id = federation.start_run("sealed", rounds=2)
     await complete(federation, run_id, agents)
+
+
+async def test_an_update_that_comes_before_all_shares_are_dealt_is_refused(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents = await federation.enrol_all(FOUR)
+    give, refused = Contribution.give, []
+
+    async def hasty(
+        self: Contribution, run: Undertaking, message: control_pb2.Cohort, update: LocalUpdate
+    ) -> None:
+        if self._here.agent_id == agents[3].name:
+            formed = read_cohort(message)
+            place = Place(3, cohort.decode(message.mask_cohort).digest, (Mask(bytes(32)),))
+            early = await self._encode(run, formed, place, update)
+            with pytest.raises(Interrupted) as interrupted:
+                await self._upload(formed, early)
+            refused.append(interrupted.value.__cause__)
+            self._encoded = None
+        await give(self, run, message, update)
+
+    monkeypatch.setattr(Contribution, "give", hasty)
+    run_id = federation.start_run("sealed", rounds=1)
+    await complete(federation, run_id, agents)
+    assert "shares of all members" in str(refused[0])
+    (record,) = federation.store.rounds(run_id)
+    assert (record.attempt, record.slots) == (1, (0, 1, 2, 3))
 
 
 async def test_what_a_member_promised_is_kept_where_only_its_owner_reads(

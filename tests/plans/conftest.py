@@ -116,9 +116,9 @@ def bert(tiny_model: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def graph_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of graphs for all tests of a session."""
-    return tmp_path_factory.mktemp("graphs")
+def graph_cache(pytestconfig: pytest.Config) -> Path:
+    """A cache of graphs for all tests, and for those of later sessions with the same sources."""
+    return pytestconfig.cache.mkdir("graphs")
 
 
 @pytest.fixture(scope="session")

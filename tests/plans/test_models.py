@@ -70,6 +70,6 @@ def test_position_limit(kind, limit, tiny_model):
     """RoBERTa counts from the position after its padding token's, here 0."""
     import transformers
 
-    from coordinator.plans.model import position_limit
+    from coordinator.plans.checkpoints import position_limit
 
     assert position_limit(transformers.AutoModel.from_pretrained(tiny_model(kind))) == limit

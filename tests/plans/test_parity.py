@@ -12,12 +12,12 @@ from fedloom.graph_contracts import INFER_GRAPH, TRAIN_GRAPH
 
 @pytest.fixture(scope="module")
 def adapted(small):
-    from coordinator.plans.model import find_model, load_model
+    from coordinator.plans.families import load_model
 
     request = PlanRequest(
         model=str(small.model), labels=small.plan.task.labels, rank=4, max_tokens=32
     )
-    return load_model(request, find_model(request.model))
+    return load_model(request)
 
 
 @pytest.fixture
