@@ -82,12 +82,17 @@ class LanguageModel:
         self._outputs = list(graph.outputs)
         self._past = [name for name in graph.inputs if name.startswith("past.")]
 
+    @property
+    def columns(self) -> list[str]:
+        """Names of what the prompt is filled with."""
+        return list(dict.fromkeys(template_fields(self.task.prompt)))
+
     def prompt(self, given: str | Mapping[str, str]) -> str:
         """Return the text to go on from: the plan's prompt, filled with a text or with columns.
 
         Where the prompt has no columns, the text follows it. Raises Refused(MALFORMED).
         """
-        columns = list(dict.fromkeys(template_fields(self.task.prompt)))
+        columns = self.columns
         for text in [given] if isinstance(given, str) else given.values():
             checked_text(text)
         if isinstance(given, str):

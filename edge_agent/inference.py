@@ -5,7 +5,7 @@ with every call. ONNX Runtime's sessions and these models may be used by several
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +155,11 @@ class ArrayModel:
 Model = TextClassifier | TokenTagger | ArrayModel | LanguageModel
 
 
-def load_model(folder: Path, plan: Plan, threads: int = 0) -> Model:
-    """Load what answers for a plan; raises Refused(PLAN_UNSUPPORTED)."""
+def load_model(folder: Path, plan: Plan, threads: int = 0, prompt: str | None = None) -> Model:
+    """Load what answers for a plan; raises Refused(PLAN_UNSUPPORTED).
+
+    `prompt` is the template that this device trains a language model with in the plan's place.
+    """
     match plan.task:
         case TextClassification() as task:
             return TextClassifier(folder, task, plan.parameter_count, threads)
@@ -165,6 +168,7 @@ def load_model(folder: Path, plan: Plan, threads: int = 0) -> Model:
         case ArrayLearning() as task:
             return ArrayModel(folder, task, plan.parameter_count, threads)
         case CausalLanguageModelling() as task:
+            task = task if prompt is None else replace(task, prompt=prompt)
             return LanguageModel(folder, task, plan.parameter_count, threads)
 
 

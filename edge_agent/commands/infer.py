@@ -7,9 +7,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_agent.config import CONFIG_FILE, load_agent_config
 from edge_agent.identity import load_identity
 from fedloom.errors import ConfigError
 
@@ -85,11 +87,16 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _library(options: argparse.Namespace) -> "Library":
+    from edge_agent.inference import load_model
     from edge_agent.library import Library
     from edge_agent.model_versions import ModelVersions
 
     key = load_identity(options.home).identity_key.public_key()
-    return Library(ModelVersions(options.home / "models", key), options.threads)
+    prompt = None
+    if (options.home / CONFIG_FILE).exists():
+        prompt = load_agent_config(options.home).data.prompt
+    load = partial(load_model, prompt=prompt)
+    return Library(ModelVersions(options.home / "models", key), options.threads, load)
 
 
 def _adapter(options: argparse.Namespace) -> "Adapter":
@@ -106,6 +113,7 @@ def _inputs(options: argparse.Namespace, adapter: "Adapter") -> Iterator[object]
     from fedloom.tasks import ArrayLearning
 
     as_json = isinstance(adapter.plan.task, ArrayLearning)
+    as_json = as_json or len(getattr(adapter.model, "columns", ())) > 1
     lines: Iterable[str] = options.texts or (line.strip() for line in sys.stdin)
     if options.file:
         as_json = as_json or options.file.suffix == ".jsonl"

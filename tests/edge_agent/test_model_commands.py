@@ -141,6 +141,25 @@ def test_a_language_model_writes(typed: Typed, maker: ModelMaker, toy_lm: ToyLm)
     assert "temperature" in typed("infer", "--temperature", -1, "a", code=1)
 
 
+def test_a_device_asks_with_the_prompt_that_it_trains_with(
+    typed: Typed, maker: ModelMaker, toy_lm: ToyLm, tmp_path: Path
+) -> None:
+    maker.add(Candidate(toy_lm.folder, toy_lm.plan, toy_lm.theta, bytes(16), 1))
+    config = maker.folder.parent / "agent.toml"
+    config.write_text("[data]\npath = 'a.jsonl'\nprompt = 'Q: {q} A:'\nanswer = '{r}'\n")
+    ids = byte_tokenizer().encode("Q: why? A:").ids
+    expected = byte_tokenizer().decode(continued(toy_lm.theta, ids, 20))
+    objects = tmp_path / "rows.jsonl"
+    objects.write_text('{"q": "why?"}\n')
+    for given in (["why?"], ["--file", objects]):
+        [row] = typed.rows("infer", "--max-tokens", 20, *given)
+        assert row["text"] == expected
+    config.write_text("[data]\npath = 'a.jsonl'\nprompt = '{p}: {q} A:'\nanswer = '{r}'\n")
+    [row] = typed.rows("infer", "--max-tokens", 20, '{"p": "Q", "q": "why?"}')
+    assert row["text"] == expected
+    assert "JSON" in typed("infer", "why?", code=2)
+
+
 def test_a_folder_that_is_named_answers_for_every_task(typed: Typed, tmp_path: Path) -> None:
     save_tagger(tmp_path / "tagger")
     out = typed("infer", "--model", tmp_path / "tagger", "in New York")
