@@ -38,9 +38,10 @@ class ConstantEngine:
         order_seed: int,
         progress: Progress,
         checkpoint: Checkpoint,
+        linear: Theta | None = None,
     ) -> LocalUpdate:
         """Return the update."""
-        del theta, terms, order_seed, progress, checkpoint
+        del theta, terms, order_seed, progress, checkpoint, linear
         return self._update
 
     def evaluate(self, theta: Theta) -> Evaluation | None:

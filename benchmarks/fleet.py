@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from fedloom.v1 import control_pb2, control_pb2_grpc
 from fedloom.version import PROTOCOL_VERSION
 
 PER_PROCESS = 200
+MOST_PROCESSES = 10
 PROBE = "probe"
 PROBE_SECONDS = 0.1
 START_SECONDS = 600.0
@@ -53,7 +55,9 @@ class Figures:
 
     case: str
     agents: int
-    rss_mb: float  # of the coordinator, at the end
+    rss_first_mb: float  # of the coordinator, after the first round
+    rss_mb: float  # at the end
+    peak_mb: float
     rss_per_agent_kb: float  # above the empty coordinator
     cpu_seconds: float  # of the coordinator, per round, or for connecting everybody
     seconds_per_round: float
@@ -65,16 +69,14 @@ def main() -> None:
     """Measure the cases asked for, one fresh coordinator each, and print them."""
     options = _options()
     exit_on_termination()
-    figures: list[Figures] = []
     status = 0
     try:
         for agents in options.idle:
-            figures.append(_with_coordinator(agents, None, 0))
-            _print(figures[-1], options.json)
+            for figures in _idle(agents):
+                _print(figures, options.json)
         for protection in options.protections:
             for agents in options.rounds_of:
-                figures.append(_with_coordinator(agents, protection, options.rounds))
-                _print(figures[-1], options.json)
+                _print(_rounds(agents, protection, options.rounds), options.json)
     except Failed as failed:
         print(f"fleet: {failed}", file=sys.stderr)
         status = 1
@@ -83,11 +85,18 @@ def main() -> None:
     sys.exit(status)
 
 
-def _with_coordinator(agents: int, protection: str | None, rounds: int) -> Figures:
+def _idle(agents: int) -> Iterator[Figures]:
+    """Measure the coordinator, then the floor under it with the same agents."""
     with tempfile.TemporaryDirectory(prefix="fedloom-fleet-") as name, Children() as children:
-        folder = Path(name)
-        fleet = Fleet(folder, agents, children)
-        return fleet.idle() if protection is None else fleet.rounds(protection, rounds)
+        fleet = Fleet(Path(name), agents, children)
+        yield fleet.idle()
+        children.end()
+        yield fleet.bare()
+
+
+def _rounds(agents: int, protection: str, rounds: int) -> Figures:
+    with tempfile.TemporaryDirectory(prefix="fedloom-fleet-") as name, Children() as children:
+        return Fleet(Path(name), agents, children).rounds(protection, rounds)
 
 
 class Fleet:
@@ -98,28 +107,31 @@ class Fleet:
         self._agents = agents
         self._children = children
         self._home = folder / "coordinator"
-        port = free_port()
-        self._address = f"127.0.0.1:{port}"
-        ports = f"--control-port={port}", f"--enrolment-port={free_port()}"
+        self._port = free_port()
+        self._address = f"127.0.0.1:{self._port}"
+        ports = f"--control-port={self._port}", f"--enrolment-port={free_port()}"
         addresses = "--address=127.0.0.1", "--listen=127.0.0.1"
         run([_COORDINATOR, "init", f"--home={self._home}", *addresses, *ports])
         self._permit(agents)
         names = [f"agent-{number:05}" for number in range(agents)]
+        share = max(PER_PROCESS, -(-agents // MOST_PROCESSES))
         self._files = [
-            self._enrol(names[start : start + PER_PROCESS], f"fleet-{start}")
-            for start in range(0, agents, PER_PROCESS)
+            self._enrol(names[start : start + share], f"fleet-{start}")
+            for start in range(0, agents, share)
         ]
         self._probe = load_identities(self._enrol([PROBE], PROBE), self._address)[0]
 
     def idle(self) -> Figures:
         """Connect everybody and let them be."""
-        pid, _ = self._serve()
-        empty = _rss(pid)
-        before = usage(pid).cpu_seconds
-        self._connect()
-        probe = Probe(self._probe)
-        time.sleep(SETTLE_SECONDS)
-        return self._figures("idle", pid, empty, usage(pid).cpu_seconds - before, 0.0, probe)
+        return self._idle("idle", self._serve()[0])
+
+    def bare(self) -> Figures:
+        """Do the same with gRPC alone in the coordinator's place."""
+        log = EventLog(self._folder / "bare.log")
+        command = [sys.executable, "-m", "benchmarks.bare_streams", str(self._home)]
+        pid = self._children.start([*command, str(self._port)], log.path)
+        log.wait_for("serving", self._children, START_SECONDS)
+        return self._idle("bare gRPC", pid)
 
     def rounds(self, protection: str, rounds: int) -> Figures:
         """Run rounds in which nobody trains; the first one is not counted."""
@@ -135,16 +147,33 @@ class Fleet:
         empty = _rss(pid)
         self._connect()
         log.wait_for("round finished", self._children, START_SECONDS)
+        first = _rss(pid)
         probe = Probe(self._probe)
         before, started = usage(pid).cpu_seconds, time.monotonic()
         for _ in range(rounds):
             log.wait_for("round finished", self._children, ROUND_SECONDS)
         seconds = (time.monotonic() - started) / rounds
         cpu = (usage(pid).cpu_seconds - before) / rounds
-        return self._figures(protection, pid, empty, cpu, seconds, probe)
+        return self._figures(protection, pid, empty, first, cpu, seconds, probe)
+
+    def _idle(self, case: str, pid: int) -> Figures:
+        empty = _rss(pid)
+        before = usage(pid).cpu_seconds
+        self._connect()
+        probe = Probe(self._probe)
+        time.sleep(SETTLE_SECONDS)
+        cpu = usage(pid).cpu_seconds - before
+        return self._figures(case, pid, empty, _rss(pid), cpu, 0.0, probe)
 
     def _figures(
-        self, case: str, pid: int, empty: int, cpu: float, seconds: float, probe: "Probe"
+        self,
+        case: str,
+        pid: int,
+        empty: int,
+        first: int,
+        cpu: float,
+        seconds: float,
+        probe: "Probe",
     ) -> Figures:
         latencies = probe.end()
         rss = _rss(pid)
@@ -152,7 +181,9 @@ class Fleet:
         return Figures(
             case,
             self._agents,
+            first / 1e6,
             rss / 1e6,
+            usage(pid).peak_bytes / 1e6,
             (rss - empty) / self._agents / 1e3,
             cpu,
             seconds,
@@ -170,6 +201,7 @@ class Fleet:
     def _connect(self) -> None:
         reports = [file.with_suffix(".report") for file in self._files]
         for file, report in zip(self._files, reports, strict=True):
+            report.unlink(missing_ok=True)  # of agents that were connected to something else
             command = [sys.executable, "-m", "benchmarks.virtual_agents", str(file), self._address]
             self._children.start([*command, "--report", str(report)], file.with_suffix(".log"))
         end = time.monotonic() + START_SECONDS
@@ -278,7 +310,8 @@ def _print(figures: Figures, as_json: bool) -> None:
     f = figures
     print(
         f"{f.case:9} {f.agents:6} agents  "
-        f"RSS {f.rss_mb:7.1f} MB ({f.rss_per_agent_kb:6.1f} kB each)  "
+        f"RSS {f.rss_first_mb:6.1f} -> {f.rss_mb:6.1f} MB, peak {f.peak_mb:6.1f} "
+        f"({f.rss_per_agent_kb:5.1f} kB each)  "
         f"CPU {f.cpu_seconds:7.2f} s  round {f.seconds_per_round:7.2f} s  "
         f"control p50 {f.control_p50_ms:6.1f} ms  p99 {f.control_p99_ms:6.1f} ms",
         flush=True,

@@ -92,10 +92,12 @@ def serve_command(
     log_level: Annotated[str, typer.Option(help="Least level: debug, info, warning.")] = "info",
 ) -> None:
     """Serve agents and execute runs."""
+    from coordinator.memory import collect_by_the_clock
     from coordinator.server import serve
     from fedloom.logs import configure_logs
     from fedloom.memory import limit_arenas
 
     limit_arenas()
+    collect_by_the_clock()
     configure_logs(as_json, log_level)
     asyncio.run(serve(home.expanduser(), until_idle))

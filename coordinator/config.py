@@ -8,18 +8,23 @@ rounds = 5
 minimum = 3
 size = 100
 quorum = 0                     # agents that suffice once they are ready; 0: all who were invited
+population = 0                 # agents that may ever take part; "scaffold" and "fed_dyn" need it
 
-[training]                     # on every agent
-strategy = "fed_avg"           # or "fed_prox" with proximal_mu
-optimizer = "adamw"            # or "sgd"
-epochs = 1
+[training]                     # on every agent; control.proto says what each key is
+strategy = "fed_avg"           # one of those in coordinator/strategies/README.md
+weighting = "samples"          # or "uniform", "compute": what an update counts for
+optimizer = "adamw"            # or "sgd", "adagrad"
+epochs = 1                     # or local_steps; max_steps bounds epochs
 batch_size = 16
 learning_rate = 1e-3
+step_schedule = "constant"     # or "cosine", over a round's steps, after warmup_steps
+round_schedule = "constant"    # or "cosine", over the run's rounds, after warmup_rounds
+gradient_clip = 0.0            # largest L2 norm of a gradient; 0: any
 
 [protection]
 kind = "sealed"                # or "encrypted", "masked", "plain"
 update_bits = 16               # or 8
-clip = 0.05                    # needed with sgd only; adamw's follows from the updates
+clip = 0.05                    # needed with sgd, or with uniform weights and no bound on steps
 release = "agents"             # or "coordinator": agents hand the opened sums over
 
 [activation]                   # optional: what a model must reach on held-out data to be used
@@ -36,21 +41,26 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from coordinator.run_state import RunPolicy
 from fedloom.errors import ConfigError, Refused
 from fedloom.gates import OPEN_GATE, ActivationGate
+from fedloom.schedules import effective_steps
 from fedloom.terms import (
+    MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    STRATEGIES_WITH,
+    STRATEGY_DEFAULTS,
     Encoding,
     LocalTraining,
-    Optimizer,
     Protection,
     Release,
     Strategy,
     clip_of,
+    implies_clip,
 )
 
 MAX_DEADLINE_SECONDS = 366 * 86_400.0
@@ -67,6 +77,7 @@ class CohortTerms:
     minimum: int = 3
     size: int = 100
     quorum: int = 0
+    population: int = 0  # that may ever take part; 0: not stated
 
 
 @dataclass(frozen=True)
@@ -138,8 +149,8 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         minimum=reader.value("cohort.minimum", int, CohortTerms.minimum),
         size=reader.value("cohort.size", int, CohortTerms.size),
         quorum=reader.value("cohort.quorum", int, CohortTerms.quorum),
+        population=reader.value("cohort.population", int, CohortTerms.population),
     )
-    training = reader.checked(lambda: _training(reader), LocalTraining())
     deadlines = Deadlines(
         **{
             field.name: reader.value(f"deadlines.{field.name}", float, field.default)
@@ -147,6 +158,7 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         }
     )
     encoding = reader.checked(lambda: _encoding(reader, cohort), Encoding(Protection.ENCRYPTED))
+    training = reader.checked(lambda: _training(reader, cohort, encoding), LocalTraining())
     release = reader.member("protection.release", Release, Release.AGENTS)
     gate = reader.checked(lambda: _gate(reader), OPEN_GATE)
     reader.require("\0" not in name, "name: expected a text without NUL")
@@ -179,8 +191,9 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         f"found {deadlines}",
     )
     reader.require(
-        training.optimizer is Optimizer.ADAMW or encoding.clip > 0,
-        "protection.clip: expected a range for the updates' values, because sgd implies none",
+        implies_clip(training) or encoding.clip > 0,
+        "protection.clip: expected a range for the updates' values, because sgd implies none, and "
+        "neither do uniform weights without training.local_steps or training.max_steps",
     )
     problem = unencodable(encoding, training)
     reader.require(not problem, f"protection: {problem}")
@@ -198,17 +211,21 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     )
 
 
-def _training(reader: "_Reader") -> LocalTraining:
-    defaults = LocalTraining()
-    names = {"strategy": Strategy, "optimizer": Optimizer}
-    values: dict[str, Any] = {
-        key: reader.member(f"training.{key}", kind, getattr(defaults, key))
-        for key, kind in names.items()
-    }
+def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:
+    strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
+    values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
     for field in fields(LocalTraining):
-        if field.name not in names:
-            default = getattr(defaults, field.name)
-            values[field.name] = reader.value(f"training.{field.name}", type(default), default)
+        if field.name in values:
+            continue
+        key, default = f"training.{field.name}", field.default
+        if isinstance(default, IntEnum):
+            values[field.name] = reader.member(key, type(default), default)
+        else:
+            default = STRATEGY_DEFAULTS.get(strategy, {}).get(field.name, default)
+            values[field.name] = reader.value(key, type(default), default)
+    _check_population(reader, strategy, cohort)
+    if strategy in STRATEGIES_WITH["auxiliary_scale"]:
+        values["auxiliary_scale"] = _auxiliary_scale(reader, values, encoding)
     return LocalTraining(**values)
 
 
@@ -227,6 +244,43 @@ def _gate(reader: "_Reader") -> ActivationGate:
     return ActivationGate(**bounds)
 
 
+def _check_population(reader: "_Reader", strategy: Strategy, cohort: CohortTerms) -> None:
+    if strategy in STRATEGIES_WITH["population"]:
+        reader.require(
+            cohort.population >= cohort.size,
+            f"cohort.population: expected all agents that may ever take part, at least cohort.size "
+            f"= {cohort.size}, found {cohort.population}; {strategy.name.lower()} divides by it",
+        )
+
+
+def _auxiliary_scale(reader: "_Reader", values: Mapping[str, Any], encoding: Encoding) -> float:
+    """Return the factor that makes one clip suit both parts of such an update; the stated one.
+
+    SCAFFOLD: a movement is about learning rate x steps x gradient, a control variate a gradient.
+    FedNova: the largest number of steps comes out a thousandth below the clip.
+    """
+    stated: float = values["auxiliary_scale"]
+    bound = values["local_steps"] or values["max_steps"]
+    is_scaffold = values["strategy"] is Strategy.SCAFFOLD
+    reader.require(
+        bound > 0 or (is_scaffold and stated > 0),
+        "training.max_steps: expected a bound on a round's steps, or training.local_steps; what "
+        f"{values['strategy'].name.lower()} sends is scaled by it",
+    )
+    if not 0 < bound <= MAX_STEPS or (is_scaffold and stated):
+        return stated or 1.0
+    steps = effective_steps(LocalTraining(momentum=values["momentum"]), bound)
+    if is_scaffold:
+        return float(values["learning_rate"] * steps)
+    largest = 0.999 * (encoding.clip or _ANY_CLIP) / steps
+    reader.require(
+        stated <= largest,
+        f"training.auxiliary_scale: expected at most {largest:g}, by which {bound} steps stay "
+        f"within the clip, found {stated}",
+    )
+    return stated or largest
+
+
 def _encoding(reader: "_Reader", cohort: CohortTerms) -> Encoding:
     protection = reader.member("protection.kind", Protection, Protection.SEALED)
     clip = reader.value("protection.clip", float, 0.0)
@@ -238,11 +292,11 @@ def _encoding(reader: "_Reader", cohort: CohortTerms) -> Encoding:
     )
 
 
-def unencodable(encoding: Encoding, training: LocalTraining, parameter_count: int = 1) -> str:
+def unencodable(encoding: Encoding, training: LocalTraining, update_length: int = 1) -> str:
     """Say why a cohort's updates could not be encoded: better now than after they are trained."""
     import crypto  # and numpy with it: a list of runs reads their files and encodes nothing
 
-    stated = encoding.clip > 0 or training.optimizer is Optimizer.ADAMW
+    stated = encoding.clip > 0 or implies_clip(training)
     if encoding.protection is Protection.PLAIN or not stated:
         return ""
     for weight_cap in (1, 1 << MAX_WEIGHT_CLASS):
@@ -252,7 +306,7 @@ def unencodable(encoding: Encoding, training: LocalTraining, parameter_count: in
                     run_id=bytes(16),
                     round=1,
                     attempt=1,
-                    parameter_count=parameter_count,
+                    parameter_count=update_length,
                     capacity=encoding.capacity,
                     weight_cap=weight_cap,
                     clip=clip_of(encoding, training, weight_cap),

@@ -5,6 +5,7 @@ from coordinator.config import RunConfig
 from coordinator.run_state import RunState
 from coordinator.store import RoundRecord
 from fedloom.plans import Plan
+from fedloom.strategies import update_length
 from fedloom.terms import clip_of
 
 
@@ -18,7 +19,7 @@ def context_of_cohort(
         run_id=run_id,
         round=state.round,
         attempt=state.attempt,
-        parameter_count=plan.parameter_count,
+        parameter_count=update_length(config.training, plan.parameter_count),
         capacity=encoding.capacity,
         weight_cap=state.weight_cap,
         clip=derived or clip_of(encoding, config.training, state.weight_cap),
@@ -35,7 +36,7 @@ def context_of_round(
         run_id=run_id,
         round=record.round,
         attempt=record.attempt,
-        parameter_count=plan.parameter_count,
+        parameter_count=update_length(config.training, plan.parameter_count),
         capacity=config.encoding.capacity,
         weight_cap=record.weight_cap,
         clip=record.clip,

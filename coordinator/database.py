@@ -49,7 +49,12 @@ def open_database(place: Path | str) -> sa.Engine:
 
 def insert(db: sa.Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
     """Begin an INSERT that may say what happens on conflict, in the database's own dialect."""
-    if db.dialect.name == "postgresql":
+    return insert_for(db.dialect.name, table)
+
+
+def insert_for(dialect: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    """Do the same for the dialect of this name."""
+    if dialect == "postgresql":
         return postgresql.insert(table)
     return sqlite.insert(table)
 

@@ -53,6 +53,7 @@ from coordinator.store import RunRecord
 from coordinator.uploads import Uploads
 from fedloom.errors import Refused
 from fedloom.plans import Plan
+from fedloom.strategies import update_length
 from fedloom.v1 import control_pb2
 
 _log = structlog.get_logger()
@@ -75,7 +76,8 @@ class Execution:
         self._meter = RunMeter(facilities.metrics, self._clock.now())
         self._journal = Journal(facilities.store, record.run_id)
         self._log = _log.bind(run=record.name)
-        self._reports = RoundReports(facilities.store, record.run_id, plan, self._log)
+        length = update_length(config.training, plan.parameter_count)
+        self._reports = RoundReports(facilities.store, record.run_id, length, self._log)
         self._attempts = Attempts(self, facilities)
         self.uploads = Uploads(self, self._attempts, facilities, self._log)
         self._broken: StorageFault | None = None

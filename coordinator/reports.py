@@ -9,18 +9,17 @@ from coordinator.events import Applied, Declined, Ready
 from coordinator.progress import SATURATION_WARNING
 from coordinator.run_state import Phase, RunState
 from coordinator.store import RoundRecord, Store
-from fedloom.plans import Plan
 
 
 class RoundReports:
     """Writes reports to the store; only of the state's round and of those invited to it."""
 
     def __init__(
-        self, store: Store, run_id: bytes, plan: Plan, log: structlog.stdlib.BoundLogger
+        self, store: Store, run_id: bytes, update_length: int, log: structlog.stdlib.BoundLogger
     ) -> None:
         self._store = store
         self._run_id = run_id
-        self._plan = plan
+        self._update_length = update_length
         self._log = log
         self._traffic: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])  # sent, received
 
@@ -70,7 +69,7 @@ class RoundReports:
 
     def _saturated_share(self, event: Applied, record: RoundRecord) -> float:
         """Return which part of the round's values lay beyond its clip."""
-        share = event.saturated / (self._plan.parameter_count * len(record.slots))
+        share: float = event.saturated / (self._update_length * len(record.slots))
         if share > SATURATION_WARNING:
             self._log.warning(
                 "updates saturated: their values beyond the clip were cut",

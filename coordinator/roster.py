@@ -277,8 +277,12 @@ def _next_agent_id(invitation: Row) -> str:
     return f"{invitation.name}-{invitation.first_number + invitation.used}"
 
 
+# Made once: it is asked with every call, and making it costs more than its answer.
+_FIND_AGENT = sa.select(agents).where(agents.c.agent_id == sa.bindparam("agent"))
+
+
 def _find_agent(db: sa.Connection, agent_id: str) -> Row | None:
-    return db.execute(sa.select(agents).where(agents.c.agent_id == agent_id)).one_or_none()
+    return db.execute(_FIND_AGENT, {"agent": agent_id}).one_or_none()
 
 
 def _require_agent(db: sa.Connection, agent_id: str) -> Row:

@@ -64,6 +64,7 @@ def check(file: RunFile, around: Surroundings) -> CheckedRun:
     if isinstance(stated := table.get("plan"), str) and stated and "\0" not in stated:
         _find_plan(stated, file.folder, around, found)
     if found.config is not None:
+        found.problems += _population_problems(found.config, around)
         found.warnings += _warnings(found.config, around)
         if found.plan is not None:
             _check_together(found.config, found.plan, around, found)
@@ -107,24 +108,41 @@ def _find_plan(stated: str, base: Path | None, around: Surroundings, found: Chec
     found.plan_folder = folder
 
 
+def _population_problems(config: RunConfig, around: Surroundings) -> Iterator[str]:
+    stated, enrolled = config.training.population, around.enrolled_agents
+    if 0 < stated < enrolled:
+        yield (
+            f"cohort.population: expected at least the {enrolled} agents that are enrolled, found "
+            f"{stated}: any of them may take part, and the strategy's server divides by it"
+        )
+
+
 def _warnings(config: RunConfig, around: Surroundings) -> Iterator[str]:
     if config.cohort.minimum > around.enrolled_agents:
         yield (
             f"cohort.minimum: {config.cohort.minimum} agents are needed, "
             f"{around.enrolled_agents} are enrolled: the run will wait for more (`invite`)"
         )
+    if config.training.population > around.enrolled_agents:
+        yield (
+            f"cohort.population: {config.training.population} agents are stated, "
+            f"{around.enrolled_agents} are enrolled: what drift they correct grows that much slower"
+        )
     if config.name in around.open_names:
         yield f"name: run {around.open_names[config.name]} of the same name is not over yet"
 
 
 def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: CheckedRun) -> None:
-    if problem := unencodable(config.encoding, config.training, plan.parameter_count):
+    from fedloom.strategies import update_length  # and numpy with it, as `unencodable` does
+
+    length = update_length(config.training, plan.parameter_count)
+    if problem := unencodable(config.encoding, config.training, length):
         found.problems.append(f"this plan cannot be encoded for such a cohort: {problem}")
     if config.gate.bounds_accuracy and isinstance(plan.task, ArrayLearning) and plan.task.values:
         found.problems.append(
             "activation: expected bounds of the loss, because this plan learns values, not labels"
         )
-    update = UPDATE_BYTES_PER_VALUE * plan.parameter_count + UPDATE_BYTES_MORE
+    update = UPDATE_BYTES_PER_VALUE * length + UPDATE_BYTES_MORE
     cohort = min(config.cohort.size, max(config.cohort.minimum, around.enrolled_agents))
     least, most = config.cohort.minimum * update, cohort * update
     told = f"{most / 1e6:,.0f} MB for {cohort} updates, {around.free_bytes / 1e6:,.0f} MB are free"

@@ -18,6 +18,7 @@ from coordinator.facilities import Facilities
 from coordinator.faults import StorageFault
 from coordinator.garbage import collect_daily
 from coordinator.http_port import showing
+from coordinator.memory import keep_tidy
 from coordinator.metrics import Metrics
 from coordinator.premises import (
     CONFIG_FILE,
@@ -140,6 +141,7 @@ async def serve(home: Path, until_idle: bool) -> None:
     async with serving(home) as conductor:
         conducting = asyncio.create_task(keep_conducting(conductor, until_idle))
         watching = asyncio.create_task(supervisor.watch())
+        tidying = asyncio.create_task(keep_tidy())
         supervisor.tell("READY=1")
         await asyncio.wait({conducting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         supervisor.tell("STOPPING=1")
@@ -147,7 +149,7 @@ async def serve(home: Path, until_idle: bool) -> None:
             conducting.result()
         _log.info("stopping")
     # Runs are conducted to the last: an update that was being added still has a run to go to.
-    for task in (conducting, stopping, watching):
+    for task in (conducting, stopping, watching, tidying):
         task.cancel()
 
 

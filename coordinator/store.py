@@ -8,6 +8,7 @@ import json
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ class Store:
         """Remember what happened, before anything is done about it."""
         row = {"run_id": run_id, "at": entry.at, "kind": entry.kind, "body": entry.body}
         with self._engine.begin() as db:
-            db.execute(sa.insert(schema.journal).values(row))
+            db.execute(_INSERT_ENTRY, row)
 
     def restart_journal(self, run_id: bytes, first: JournalEntry | None) -> None:
         """Replace the run's journal by one entry, or by none."""
@@ -270,13 +271,7 @@ class Store:
 
     def report(self, run_id: bytes, round_number: int, agent_id: str, **values: Any) -> None:
         """Add values to what is known of an agent's part in a round."""
-        row = {"run_id": run_id, "round": round_number, "agent_id": agent_id, **values}
-        with self._engine.begin() as db:
-            db.execute(
-                database.insert(db, schema.reports)
-                .values(row)
-                .on_conflict_do_update(index_elements=["run_id", "round", "agent_id"], set_=values)
-            )
+        self.report_all(run_id, round_number, [{"agent_id": agent_id, **values}])
 
     def report_all(
         self, run_id: bytes, round_number: int, rows: Sequence[Mapping[str, Any]]
@@ -285,11 +280,7 @@ class Store:
         if not rows:
             return
         with self._engine.begin() as db:
-            statement = database.insert(db, schema.reports)
-            values = {key: statement.excluded[key] for key in rows[0] if key not in ("agent_id",)}
-            statement = statement.on_conflict_do_update(
-                index_elements=["run_id", "round", "agent_id"], set_=values
-            )
+            statement = _upsert_reports(db.dialect.name, frozenset(rows[0]) - {"agent_id"})
             db.execute(
                 statement, [{"run_id": run_id, "round": round_number, **row} for row in rows]
             )
@@ -310,6 +301,19 @@ class Store:
         )
         with self._engine.connect() as db:
             return [dict(row._mapping) for row in db.execute(query)]
+
+
+# Made once, with their values as parameters: making a statement costs more than executing it.
+_INSERT_ENTRY = sa.insert(schema.journal)
+
+
+@lru_cache
+def _upsert_reports(dialect: str, columns: frozenset[str]) -> sa.Insert:
+    statement = database.insert_for(dialect, schema.reports)
+    values = {column: statement.excluded[column] for column in columns}
+    return statement.on_conflict_do_update(
+        index_elements=["run_id", "round", "agent_id"], set_=values
+    )
 
 
 def _run_record(row: Any) -> RunRecord:

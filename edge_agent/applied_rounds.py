@@ -63,7 +63,8 @@ def _take_in(
         run.protection.next_clip(clip, opened),
         digest,
     )
-    run.state.apply(opened.mean, applied)
+    run.memory.settle(outcome.round, outcome.attempt, outcome.slots)
+    run.state.apply(opened.mean, opened.count, applied)
     forget_opened(here.folder, but=kept)
 
 

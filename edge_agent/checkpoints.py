@@ -72,16 +72,23 @@ class TrainingState:
 
 
 def training_subject(
-    theta: Theta, terms: LocalTraining, order_seed: int, data_sha256: bytes
+    theta: Theta,
+    terms: LocalTraining,
+    order_seed: int,
+    data_sha256: bytes,
+    linear: Theta | None = None,
 ) -> bytes:
     """Return the SHA-256 of everything that a training's bits follow from.
 
-    The software is part of it: another version may order the data in another way.
+    The software is part of it: another version may order the data in another way. `linear` is what
+    the strategy adds to every gradient: what this device remembers shows in nothing else.
     """
     digest = hashlib.sha256(f"{software()}, numpy {np.__version__}\n".encode())
     digest.update(struct.pack("<QQ", order_seed, len(theta)))
     digest.update(np.ascontiguousarray(theta, "<f4").data)
     digest.update(data_sha256)
+    if linear is not None:
+        digest.update(np.ascontiguousarray(linear, "<f4").data)
     digest.update(terms.to_message().SerializeToString(deterministic=True))
     return digest.digest()
 

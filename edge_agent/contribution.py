@@ -6,8 +6,9 @@ Everything may be asked for twice: the same cohort gets the same bytes, and the 
 import asyncio
 from dataclasses import replace
 
-from edge_agent.engine import LocalUpdate
 from edge_agent.invitations import Cohort, read_cohort
+from edge_agent.local_memory import SumPlace
+from edge_agent.local_rules import Outgoing
 from edge_agent.masking import Masking
 from edge_agent.protection import Place
 from edge_agent.status import Step
@@ -29,7 +30,7 @@ class Contribution:
         self._cohort: Cohort | None = None  # the open one, under masks
 
     async def give(
-        self, run: Undertaking, message: control_pb2.Cohort, update: LocalUpdate | None
+        self, run: Undertaking, message: control_pb2.Cohort, update: Outgoing | None
     ) -> None:
         """Encode the update for this cohort and upload it; under masks deal shares first.
 
@@ -45,7 +46,7 @@ class Contribution:
         place = Place(cohort.members.index(self._here.agent_id))
         await self._upload(cohort, await self._encode(run, cohort, place, update))
 
-    def _check(self, run: Undertaking, cohort: Cohort, update: LocalUpdate | None) -> None:
+    def _check(self, run: Undertaking, cohort: Cohort, update: Outgoing | None) -> None:
         fixed = run.masking is not None and run.masking.upload_sha256
         if cohort.round != run.terms.round or (update is None and not fixed):
             raise Refused(
@@ -59,7 +60,7 @@ class Contribution:
             raise Refused(Reason.MALFORMED, f"expected clip {clip!r}, found {cohort.clip!r}")
 
     async def mask_step(
-        self, run: Undertaking, message: control_pb2.MaskStep, update: LocalUpdate | None
+        self, run: Undertaking, message: control_pb2.MaskStep, update: Outgoing | None
     ) -> None:
         """Follow a message of the cohort's protocol: shares, the accepted list, its certificate."""
         if (masking := run.masking) is None:
@@ -72,7 +73,7 @@ class Contribution:
             await self._upload(self._cohort, await self._masked(run, self._cohort, masking, update))
 
     async def _masked(
-        self, run: Undertaking, cohort: Cohort, masking: Masking, update: LocalUpdate | None
+        self, run: Undertaking, cohort: Cohort, masking: Masking, update: Outgoing | None
     ) -> ArtifactReference:
         """Commit to one encoding under this attempt's masks; return it once, or again."""
         if not masking.upload_sha256:
@@ -90,12 +91,15 @@ class Contribution:
         return kept
 
     async def _encode(
-        self, run: Undertaking, cohort: Cohort, place: Place, update: LocalUpdate | None
+        self, run: Undertaking, cohort: Cohort, place: Place, update: Outgoing | None
     ) -> ArtifactReference:
         """Encode once for each cohort: a repeated one gets the same bytes, the upload resumes."""
         if self._encoded is None or self._encoded[:2] != (cohort.round, cohort.attempt):
             if update is None:
                 raise Refused(Reason.WRONG_ROUND, "expected this device's update trained")
+            # First: once the bytes are there they may come into a sum, whatever becomes of us.
+            proposed = SumPlace(cohort.round, cohort.attempt, place.slot)
+            await asyncio.to_thread(run.memory.propose, proposed, update.memory)
             reference = await asyncio.to_thread(
                 run.protection.write_update,
                 update,

@@ -42,9 +42,12 @@ class Engine(Protocol):
         order_seed: int,
         progress: Progress,
         checkpoint: Checkpoint,
+        linear: Theta | None = None,
     ) -> LocalUpdate:
         """Train from `theta` (unchanged) for one round; `order_seed` fixes the data's order.
 
+        Make `fedloom.terms.steps_of` steps, each as `edge_agent.local_rules.LocalSteps` makes it
+        from the mean gradient of a batch; `linear` (P,) is what the strategy adds to every one.
         Begin with the state that `checkpoint` loads and hand it every step's: the update is the
         same to the last bit, wherever a process before this one was killed.
         """

@@ -1,8 +1,10 @@
-"""The run's global state on this device: theta after the rounds applied so far.
+"""The run's global state on this device, after the rounds applied so far.
 
 It is the plan's initial adapter and every round's sum, applied in order; each agent does so itself,
 with the same float32 operations, and reports the digest. What belongs to the state besides theta,
-the next clip above all, stands in the same file, so that one rename moves everything.
+the next clip and the vectors that the strategy's server keeps, stands in the same file, so that one
+rename moves everything. A file of other vectors or notes than today's is discarded like a broken
+one: the history gives the state again.
 """
 
 import hashlib
@@ -12,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import structlog
 
-from fedloom.adapters import Theta, read_adapter, read_annotated_adapter, write_adapter
+from fedloom.adapters import Theta, read_adapter, read_annotated_adapter, write_vectors
 from fedloom.errors import Refused
-from fedloom.plans import ADAPTER_FILE, Plan
-from fedloom.strategies import Algorithm, ServerState
+from fedloom.plans import ADAPTER_FILE, Plan, TrainableTensor
+from fedloom.strategies import RULES, ServerState, algorithm
+from fedloom.terms import LocalTraining
 
 _FILES = "after-round-*.safetensors"
 _log = structlog.get_logger()
@@ -33,12 +36,13 @@ class LastRound:
 
 
 class GlobalState:
-    """Theta and the round that was applied last, kept in a folder."""
+    """The server's state and the round that was applied last, kept in a folder."""
 
-    def __init__(self, folder: Path, plan: Plan, plan_folder: Path, algorithm: Algorithm) -> None:
+    def __init__(self, folder: Path, plan: Plan, plan_folder: Path, terms: LocalTraining) -> None:
         self._folder = folder
-        self._layout = plan.layout
-        self._algorithm = algorithm
+        self._plan = plan
+        self._layout = _layout(plan, RULES[terms.strategy].keeps)
+        self._algorithm = algorithm(terms)
         self._initial = plan_folder / ADAPTER_FILE
         folder.mkdir(parents=True, exist_ok=True)
         self._state, self._last = self._restored() or self._beginning()
@@ -49,20 +53,29 @@ class GlobalState:
         return self._state.theta
 
     @property
+    def server(self) -> ServerState:
+        """All that the strategy's server has; not to be written to."""
+        return self._state
+
+    @property
     def last(self) -> LastRound:
         """The round that was applied last."""
         return self._last
 
     @property
     def sha256(self) -> bytes:
-        """Digest of theta as f32 little-endian: equal on all agents."""
-        return hashlib.sha256(np.ascontiguousarray(self.theta, "<f4").data).digest()
+        """Digest of theta and the server's vectors, f32 little-endian: equal on all agents."""
+        digest = hashlib.sha256()
+        for vector in (self._state.theta, *self._state.vectors):
+            digest.update(np.ascontiguousarray(vector, "<f4").data)
+        return digest.digest()
 
-    def apply(self, mean_update: Theta, applied: LastRound) -> None:
-        """Apply the next round's mean update and keep the result."""
-        state = self._algorithm.apply(self._state, mean_update)
+    def apply(self, mean_update: Theta, count: int, applied: LastRound) -> None:
+        """Apply the next round's mean update, of `count`, and keep the result."""
+        state = self._algorithm.apply(self._state, mean_update, count)
         path = self._folder / _FILES.replace("*", str(applied.round))
-        write_adapter(path, self._layout, state.theta, _notes(state.rounds, applied))
+        vectors = (state.theta, *state.vectors)
+        write_vectors(path, self._layout, vectors, _notes(state.rounds, applied))
         self._state, self._last = state, applied
         for older in self._folder.glob(_FILES):
             if older != path:
@@ -75,7 +88,7 @@ class GlobalState:
         self._state, self._last = self._beginning()
 
     def _beginning(self) -> tuple[ServerState, LastRound]:
-        initial = read_adapter(self._initial, self._layout)
+        initial = read_adapter(self._initial, self._plan.layout)
         return self._algorithm.init(initial), LastRound()
 
     def _restored(self) -> tuple[ServerState, LastRound] | None:
@@ -83,13 +96,24 @@ class GlobalState:
         found = []
         for path in self._folder.glob(_FILES):
             try:
-                theta, notes = read_annotated_adapter(path, self._layout)
+                values, notes = read_annotated_adapter(path, self._layout)
                 rounds, last = _noted(notes)
-                found.append((ServerState(theta, rounds), last))
+                theta, *vectors = values.reshape(-1, self._plan.parameter_count)
+                found.append((ServerState(theta, rounds, tuple(vectors)), last))
             except (Refused, ValueError, KeyError) as error:
                 _log.warning("state discarded", file=path.name, problem=str(error))
                 path.unlink()
         return max(found, key=lambda pair: pair[1].round, default=None)
+
+
+def _layout(plan: Plan, names: tuple[str, ...]) -> tuple[TrainableTensor, ...]:
+    """Return the plan's layout, followed by the server's vectors."""
+    size = plan.parameter_count
+    vectors = (
+        TrainableTensor(f"server: {name}", (size,), size * (index + 1))
+        for index, name in enumerate(names)
+    )
+    return (*plan.layout, *vectors)
 
 
 def _notes(rounds: int, last: LastRound) -> dict[str, str]:
@@ -111,4 +135,6 @@ def _noted(notes: dict[str, str]) -> tuple[int, LastRound]:
         float.fromhex(notes["next_clip"]),
         bytes.fromhex(notes["opened_sha256"]),
     )
+    if notes != _notes(int(notes["rounds"]), last):
+        raise ValueError(f"expected the notes of a state, found {sorted(notes)}")
     return int(notes["rounds"]), last

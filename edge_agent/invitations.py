@@ -38,6 +38,7 @@ class Terms:
     minimum: int  # fewest updates in a sum of the run
     previous_round: int = 0  # whose state is trained from; 0: the plan's
     attempt: int = 1  # that the round's next cohort will have
+    rounds: int = 1  # that the run shall finish
     gate: ActivationGate = OPEN_GATE
 
     @property
@@ -82,6 +83,7 @@ def read_terms(message: control_pb2.Invitation) -> Terms:
     _require_after(message.round, message.previous_round)
     _require(message.attempt <= MAX_ATTEMPT, f"an attempt of at most {MAX_ATTEMPT}")
     _require(1 <= message.minimum <= MAX_CAPACITY, f"a minimum of 1..{MAX_CAPACITY} updates")
+    _require(message.rounds >= 1, "at least one round")
     plan = ArtifactReference(message.plan.sha256, message.plan.size_bytes)
     _require(plan.size_bytes <= MAX_PLAN_BYTES, f"a plan of at most {MAX_PLAN_BYTES} bytes")
     return Terms(
@@ -94,6 +96,7 @@ def read_terms(message: control_pb2.Invitation) -> Terms:
         message.minimum,
         message.previous_round,
         message.attempt,
+        message.rounds,
         ActivationGate.from_message(message.gate),
     )
 

@@ -1,10 +1,11 @@
 """Train and evaluate a plan with ONNX Runtime and numpy: the engine of devices without torch.
 
 The graph gives sums over a micro-batch, so adding them over a batch is exact; everything after the
-gradient (FedProx's term, the optimiser) happens here, on flat vectors.
+gradient (the strategy's terms, the optimiser) happens in `local_rules`, on flat vectors.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,14 +18,14 @@ from edge_agent.data import DataSource
 from edge_agent.engine import Evaluation, LocalUpdate, Progress
 from edge_agent.examples import read_examples, read_held_out
 from edge_agent.graphs import GraphSession, inference_batches
-from edge_agent.optimisers import Gradient, Optimizer, optimizer_for
+from edge_agent.local_rules import LocalSteps
+from edge_agent.optimisers import Gradient
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.graph_contracts import GraphContract, eval_contract, train_contract
 from fedloom.plans import Plan
-from fedloom.strategies import proximal_gradient
 from fedloom.tasks import Task
-from fedloom.terms import LocalTraining
+from fedloom.terms import LocalTraining, steps_of
 
 # Padded tokens in one run of the training graph, which keeps every activation. With MiniLM and
 # texts of up to 64 tokens, 256 against 1024: peak 198 MB instead of 302 MB, and 15 % less CPU time.
@@ -67,21 +68,22 @@ class OnnxEngine:
         order_seed: int,
         progress: Progress,
         checkpoint: Checkpoint,
+        linear: Theta | None = None,
     ) -> LocalUpdate:
         """See Engine."""
         samples = self._training_samples
-        steps = terms.epochs * math.ceil(len(samples) / terms.batch_size)
-        optimizer = optimizer_for(terms, self._plan.parameter_count)
+        steps = steps_of(terms, len(samples))
+        local = LocalSteps(theta, terms, steps, linear)
         state = checkpoint.load(
             TrainingState(
-                training_subject(theta, terms, order_seed, samples.sha256),
+                training_subject(theta, terms, order_seed, samples.sha256, linear),
                 steps,
-                (theta.astype(np.float32), *optimizer.vectors),  # a copy of theta, moved in place
+                (theta.astype(np.float32), *local.vectors),  # a copy of theta, moved in place
             )
         )
         if state.step:
             progress(state.step / steps)
-        for _ in self._steps(state, theta, terms, order_seed, optimizer):
+        for _ in self._steps(state, terms, order_seed, local):
             checkpoint.save(state)
             progress(state.step / steps)
         delta = np.subtract(state.trained, theta, out=state.trained)
@@ -91,10 +93,9 @@ class OnnxEngine:
     def _steps(
         self,
         state: TrainingState,
-        theta: Theta,
         terms: LocalTraining,
         order_seed: int,
-        optimizer: Optimizer,
+        local: LocalSteps,
     ) -> Iterator[None]:
         """Move the state by a step each time, up to the training's end."""
         if state.finished:
@@ -103,16 +104,17 @@ class OnnxEngine:
         # loading again takes 0.15 s. An agent waits for longer than it trains.
         session = self._session(train_contract, Reason.TRAINING_FAILED)
         samples = self._training_samples
-        trained, *optimizer_vectors = state.vectors
-        optimizer.restore(state.step, tuple(optimizer_vectors))
-        for rows in training_batches(
-            samples.lengths, terms.batch_size, terms.epochs, order_seed, state.step
-        ):
+        trained, *vectors = state.vectors
+        local.restore(state.step, tuple(vectors))
+        epochs = math.ceil(state.steps / math.ceil(len(samples) / terms.batch_size))
+        batches = training_batches(
+            samples.lengths, terms.batch_size, epochs, order_seed, state.step
+        )
+        for rows in itertools.islice(batches, state.steps - state.step):
             loss, weight, gradient = self._sums(session, trained, samples, rows)
             _require_finite(state.step + 1, loss, weight, gradient)
             gradient /= np.float32(weight)
-            proximal_gradient(gradient, trained, theta, terms.proximal_mu)
-            optimizer.step(trained, gradient)
+            local.step(trained, gradient)
             state.step += 1
             state.loss_sum += loss
             state.weight_sum += weight

@@ -27,6 +27,7 @@ from edge_agent.invitations import (
     read_outcome,
     read_terms,
 )
+from edge_agent.local_memory import LocalMemory, forget_memory
 from edge_agent.masking import Masking
 from edge_agent.model_versions import ModelMaker
 from edge_agent.protection import UpdateProtection
@@ -37,7 +38,7 @@ from edge_agent.transfer import Transfer
 from edge_agent.undertaking import Send, Surroundings, Undertaking
 from fedloom.errors import Reason, Refused, refused_from_details
 from fedloom.plans import Plan
-from fedloom.strategies import algorithm
+from fedloom.strategies import RULES, update_length
 from fedloom.terms import Protection, Release, weight_class
 from fedloom.v1 import control_pb2
 
@@ -120,8 +121,8 @@ class Participation:
         ready = control_pb2.Ready(
             run_id=terms.run_id,
             round=terms.round,
-            weight_class=weight_class(trained.update.samples),
-            training_loss=trained.update.mean_loss,
+            weight_class=weight_class(trained.update.weight),
+            training_loss=trained.mean_loss,
             training_time=Duration(seconds=int(trained.seconds)),
         )
         if run.masking is not None:
@@ -149,7 +150,7 @@ class Participation:
         protection = await asyncio.to_thread(
             UpdateProtection,
             terms,
-            plan.parameter_count,
+            update_length(terms.training, plan.parameter_count),
             self._here.agent_id,
             self._device.crypto_processes,
         )
@@ -160,6 +161,7 @@ class Participation:
             protection,
             state,
             self._keys,
+            self._memory(terms, plan),
             self._masking if terms.encoding.protection.has_masks else None,
         )
         for outcome in message.history:
@@ -195,9 +197,13 @@ class Participation:
             plan = await self._here.transfer.download_plan(terms.plan, folder)
             self._log.info("plan ready", plan=plan.name, parameters=plan.parameter_count)
             engine = await asyncio.to_thread(self._device.engine, folder, plan)
-            state = GlobalState(self._folder, plan, folder, algorithm(terms.training))
+            state = GlobalState(self._folder, plan, folder, terms.training)
             self._ground = (plan, engine, state)
         return self._ground
+
+    def _memory(self, terms: Terms, plan: Plan) -> LocalMemory:
+        count = len(RULES[terms.training.strategy].remembers)
+        return LocalMemory(self._folder, self.run_id, count, plan.parameter_count)
 
     def _plan_folder(self, terms: Terms) -> Path:
         return self._device.home / "plans" / terms.plan.sha256.hex()
@@ -274,6 +280,7 @@ class Participation:
         forget_opened(self._folder)
         forget_invitation(self._folder)
         self._training.forget()
+        forget_memory(self._folder)
         self._here.report(Step.WAITING, 0, "the run is over")
 
     async def _complete(self, message: control_pb2.Finished) -> None:

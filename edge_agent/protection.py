@@ -12,8 +12,8 @@ import structlog
 import crypto
 from crypto import plain
 from crypto.masks import Mask
-from edge_agent.engine import LocalUpdate
 from edge_agent.invitations import Cohort, Outcome, Terms
+from edge_agent.local_rules import Outgoing
 from fedloom.artifacts import ArtifactReference, write_artifact
 from fedloom.errors import Reason, Refused
 from fedloom.terms import Protection, clip_of
@@ -50,11 +50,9 @@ class SumRefused(Refused):
 class UpdateProtection:
     """Encodes and opens under one run's terms. Constant memory in the update's size."""
 
-    def __init__(
-        self, terms: Terms, parameter_count: int, agent_id: str, processes: int = 1
-    ) -> None:
+    def __init__(self, terms: Terms, update_length: int, agent_id: str, processes: int = 1) -> None:
         self._terms = terms
-        self._parameter_count = parameter_count
+        self._update_length = update_length  # U, what the context calls its parameters
         self._agent_id = agent_id
         self._processes = processes
         with _refusing():
@@ -73,7 +71,7 @@ class UpdateProtection:
 
     def write_update(
         self,
-        update: LocalUpdate,
+        update: Outgoing,
         place: Place,
         cohort: Cohort,
         run_key: crypto.RunKey | None,
@@ -92,7 +90,7 @@ class UpdateProtection:
                 place.masks,
                 self._processes,
             )
-            return write_artifact(path, encoder.encode(update.delta, update.samples))
+            return write_artifact(path, encoder.encode(update.values, update.weight))
 
     def _rounding(self, round_number: int) -> np.random.Generator:
         """Return what rounds values up or down, and does nothing else: nothing secret.
@@ -139,7 +137,7 @@ class UpdateProtection:
                 run_id=self._terms.run_id,
                 round=round_number,
                 attempt=attempt,
-                parameter_count=self._parameter_count,
+                parameter_count=self._update_length,
                 capacity=self._terms.encoding.capacity,
                 weight_cap=weight_cap,
                 clip=clip,

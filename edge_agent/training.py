@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 
 from edge_agent.checkpoints import Checkpoint, discard_checkpoint
-from edge_agent.engine import LocalUpdate
 from edge_agent.invitations import Terms
+from edge_agent.local_rules import Outgoing, outgoing
 from edge_agent.status import Step
 from edge_agent.undertaking import Interrupted, Surroundings, Undertaking
 from fedloom.errors import Reason, Refused
+from fedloom.strategies import algorithm
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Trained:
     """What came out of a round's training."""
 
     round: int
-    update: LocalUpdate
+    update: Outgoing
+    mean_loss: float
     seconds: float
 
 
@@ -57,7 +59,7 @@ class Training:
             self._trained = await self._train(run)
         return self._trained
 
-    async def promised(self, run: Undertaking, round_number: int) -> LocalUpdate | None:
+    async def promised(self, run: Undertaking, round_number: int) -> Outgoing | None:
         """Return the update for a round's cohort, trained again if a former process had it.
 
         Its checkpoint makes that quick. None for a round that is past or not in hand, and where the
@@ -72,7 +74,7 @@ class Training:
         return (await self.done(run)).update
 
     async def _train(self, run: Undertaking) -> Trained:
-        terms, theta = run.terms, run.state.theta
+        terms = run.terms
         if run.state.last.round != terms.previous_round:
             raise Refused(
                 Reason.STATE_DIVERGED,
@@ -83,27 +85,38 @@ class Training:
         self._here.report(Step.TRAINING, terms.round)
         self._here.log.info("training", round=terms.round)
         checkpoint = Checkpoint(self._here.folder, terms.run_id, terms.round)
-        order_seed = self._order_seed(terms)
         try:
-            update = await asyncio.to_thread(
-                run.engine.train, theta, terms.training, order_seed, self._heed, checkpoint
-            )
+            trained = await asyncio.to_thread(self._trained_update, run, checkpoint)
             self._heed(1.0)  # an interruption after the last step counts too
         except Interrupted:
             checkpoint.discard()
             raise
+        return trained
+
+    def _trained_update(self, run: Undertaking, checkpoint: Checkpoint) -> Trained:
+        """Train, and make of the movement what the run's strategy sends."""
+        terms, state, memory = run.round_terms, run.state.server, run.memory.vectors()
+        update = run.engine.train(
+            state.theta,
+            terms,
+            self._order_seed(run.terms),
+            self._heed,
+            checkpoint,
+            algorithm(terms).linear(state, memory),
+        )
         if not math.isfinite(update.mean_loss):
             raise Refused(
                 Reason.TRAINING_FAILED, f"expected a finite loss, found {update.mean_loss}"
             )
         self._here.log.info(
             "trained",
-            round=terms.round,
+            round=run.terms.round,
             samples=update.samples,
             loss=round(update.mean_loss, 4),
             seconds=round(checkpoint.seconds, 1),
         )
-        return Trained(terms.round, update, checkpoint.seconds)
+        sent = outgoing(terms, state, memory, update)
+        return Trained(run.terms.round, sent, update.mean_loss, checkpoint.seconds)
 
     def _heed(self, share: float) -> None:
         """Called by the engine, in its thread, after every step."""

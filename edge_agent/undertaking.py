@@ -10,6 +10,7 @@ from crypto import RunKey
 from edge_agent.engine import Engine
 from edge_agent.global_state import GlobalState
 from edge_agent.invitations import Terms
+from edge_agent.local_memory import LocalMemory
 from edge_agent.masking import Masking
 from edge_agent.protection import UpdateProtection
 from edge_agent.run_keys import RunKeys
@@ -18,6 +19,8 @@ from edge_agent.transfer import Transfer
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
+from fedloom.schedules import round_terms
+from fedloom.terms import LocalTraining
 from fedloom.v1 import artifact_pb2, control_pb2
 
 Send = Callable[[control_pb2.ConnectRequest], None]
@@ -77,7 +80,13 @@ class Undertaking:
     protection: UpdateProtection
     state: GlobalState
     keys: RunKeys
+    memory: LocalMemory
     masking: Masking | None  # None: no masks
+
+    @property
+    def round_terms(self) -> LocalTraining:
+        """How to train in the round that follows the state."""
+        return round_terms(self.terms.training, self.state.server.rounds, self.terms.rounds)
 
     def key_to_encode(self) -> RunKey | None:
         """Return the key of the round in hand; None for a protection without keys."""

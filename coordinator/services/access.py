@@ -65,6 +65,9 @@ REQUIRED_ROLE = {
 }
 
 
+METHODS = 2 * len(REQUIRED_ROLE)  # whose handlers are kept as they were wrapped
+
+
 @dataclass(frozen=True)
 class Peer:
     """What a verified client certificate says."""
@@ -99,6 +102,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
+        self._guarded = lru_cache(METHODS)(self._guard)
 
     async def intercept_service(
         self,
@@ -107,13 +111,14 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
     ) -> _Handler | None:
         """Return the RPC's handler behind a check of its caller."""
         handler = await continuation(handler_call_details)
-        rpc = handler_call_details.method
+        return None if handler is None else self._guarded(handler, handler_call_details.method)
 
+    def _guard(self, handler: _Handler, rpc: str) -> _Handler:
         async def admit(context: _Context) -> None:
             async with refusing(context, rpc):
                 self._admit(rpc, context)
 
-        return None if handler is None else _guarded(handler, admit)
+        return _guarded(handler, admit)
 
     def _admit(self, rpc: str, context: _Context) -> None:
         required = REQUIRED_ROLE.get(rpc)

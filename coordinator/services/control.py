@@ -15,6 +15,7 @@ from coordinator.events import Applied, Declined, Evaluation, KeyShared, Ready
 from coordinator.roster import Roster
 from coordinator.services.access import Peer, calling_peer, refusing
 from coordinator.services.limits import Admission, Pace
+from coordinator.services.turns import OneByOne
 from coordinator.sessions import Session, Sessions
 from fedloom.chains import MAX_CERTIFICATE_BYTES, MAX_ISSUERS
 from fedloom.errors import Reason, Refused, refused_from_details
@@ -77,9 +78,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._roster = roster
         self._conversation = conversation
         self._admission = admission
-        # Of a thousand messages that come at once, the loop would handle all before it looks at
-        # anything else: a second. A waiter is woken by the loop's next pass, with the rest between.
-        self._one_by_one = asyncio.Lock()
+        # Of a thousand messages that come at once, or go, the loop would handle all before it looks
+        # at anything else: a second.
+        self._hearing = OneByOne()
+        self._telling = OneByOne()
 
     async def Connect(  # noqa: N802 - gRPC's name
         self,
@@ -103,6 +105,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             reader = asyncio.create_task(self._read(session, membership, pace, request_iterator))
             try:
                 while not isinstance(message := await session.outbox.get(), Refused):
+                    async with self._telling:
+                        pass  # a turn to begin: how long the agent takes to read is its own affair
                     yield message
                 if message is not _END:
                     raise message
@@ -122,7 +126,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         try:
             async for request in requests:
                 await pace.next()
-                async with self._one_by_one:
+                async with self._hearing:
                     membership.check()
                 # Outside: what is done in a thread keeps nobody else waiting.
                 await self._dispatch(session.agent_id, request)

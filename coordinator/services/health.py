@@ -61,9 +61,12 @@ class HealthGate(grpc.aio.ServerInterceptor):
         """Return the method's handler, or one that refuses."""
         if self._health.serving or handler_call_details.method.startswith(_OWN_RPCS):
             return await continuation(handler_call_details)
-        return grpc.stream_stream_rpc_method_handler(_refuse)  # to the wire, calls of all kinds
+        return _REFUSAL
 
 
 async def _refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
     code = RULES[_CLOSED.reason].code
     await context.abort(code, _CLOSED.reason.name, refusal_trailers(_CLOSED))
+
+
+_REFUSAL: Any = grpc.stream_stream_rpc_method_handler(_refuse)  # to the wire, calls of all kinds

@@ -55,7 +55,7 @@ _log = structlog.get_logger()
 class Limits:
     """`[limits]` of coordinator.toml."""
 
-    connections: int = 4096  # about 60 KB each
+    connections: int = 4096  # about 120 KB each, most of it gRPC's and TLS's
     enrolment_connections: int = 1024
     # All devices behind one NAT, or one proxy: 1,000, which a reboot of it leaves half-open while
     # they come back.

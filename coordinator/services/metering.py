@@ -4,11 +4,13 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import grpc
 
 from coordinator.metrics import Metrics, Side
+from coordinator.services.access import METHODS
 from fedloom.errors import Reason
 from fedloom.v1 import control_pb2
 
@@ -20,6 +22,8 @@ class Metering(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        # Methods are few: what is made for each call is held by each idle agent.
+        self._metered = lru_cache(METHODS)(self._meter)
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -29,7 +33,7 @@ class Metering(grpc.aio.ServerInterceptor):
         if handler is None:
             self._metrics.rpcs.labels("unknown", "refused").inc()
             return None
-        return self._meter(handler, handler_call_details.method)
+        return self._metered(handler, handler_call_details.method)
 
     def _meter(self, handler: Any, method: str) -> Any:
         service, rpc = method.removeprefix("/").split("/")

@@ -4,6 +4,7 @@ The loop goes through everything that is ready before it looks at anything new, 
 lies in memory: a few hundred streams with parts of 256 KiB make that a second, and hundreds of
 megabytes. So a few dozen transfers move at a time, and the others have not been told to begin.
 Whoever is slow to send or to take a part loses its turn and goes on: nobody waits for it.
+Messages of control streams are small and each handled at once: they come one in a pass.
 """
 
 import asyncio
@@ -31,6 +32,26 @@ class Turns:
             yield turn
         finally:
             turn.end()
+
+
+class OneByOne:
+    """A block that one caller enters in a pass of the event loop, however many are ready to.
+
+    The others wait in line, and everything else that is ready comes between two of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> None:
+        await self._lock.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        try:
+            # A lock that is free again within the pass would hold nobody up.
+            await asyncio.sleep(0)
+        finally:
+            self._lock.release()
 
 
 class Turn:

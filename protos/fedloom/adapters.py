@@ -8,7 +8,7 @@ huggingface/safetensors README, "Format".
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +54,21 @@ def write_adapter(
 
     It is on the disk before it has its name, so that a power cut leaves no half of it either.
     """
+    write_vectors(path, layout, (theta,), notes)
+
+
+def write_vectors(
+    path: Path,
+    layout: tuple[TrainableTensor, ...],
+    vectors: Sequence[Theta],
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write a file whose data part is these vectors, one after another; as `write_adapter`."""
     partial = path.with_name(path.name + ".part")
     with partial.open("wb") as file:
         file.write(adapter_header(layout, notes))
-        file.write(np.ascontiguousarray(theta, "<f4").data)
+        for vector in vectors:
+            file.write(np.ascontiguousarray(vector, "<f4").data)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

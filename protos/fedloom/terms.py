@@ -4,19 +4,21 @@ Frozen values with their limits; `from_message` is the border where protobuf for
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import control_pb2
 
 MAX_EPOCHS = 1_000
+MAX_STEPS = 1_000_000  # that terms can ask of a device in a round, other than by epochs
 MAX_BATCH_SIZE = 65_536
 MAX_CAPACITY = 10_000
-MAX_WEIGHT_CLASS = 24  # weights (sample counts) up to 2^24 per agent and round
+MAX_WEIGHT_CLASS = 24  # weights (samples or steps) up to 2^24 per agent and round
 UPDATE_BITS = (16, 8)
 CLIP_MARGIN = 1.25  # on Adam's movement in a round
+ADAPTIVITIES = (1e-9, 1e9)  # whose squares a float32 holds
 MINIMUM_SUM = 3  # fewest updates in a sum under masks: each device insists, whoever asks
 
 _E = TypeVar("_E", bound=IntEnum)
@@ -63,13 +65,68 @@ class Optimizer(IntEnum):
 
     SGD = 1
     ADAMW = 2
+    ADAGRAD = 3
 
 
 class Strategy(IntEnum):
-    """Federated algorithm."""
+    """Federated algorithm; `fedloom.strategies` has one file for each paper."""
 
     FED_AVG = 1
     FED_PROX = 2
+    FED_AVG_M = 3
+    FED_ADAGRAD = 4
+    FED_ADAM = 5
+    FED_YOGI = 6
+    FED_NOVA = 7
+    SCAFFOLD = 8
+    FED_DYN = 9
+
+
+class Weighting(IntEnum):
+    """What an agent's update counts for in the mean."""
+
+    SAMPLES = 1
+    UNIFORM = 2
+    COMPUTE = 3  # steps made
+
+
+class Schedule(IntEnum):
+    """How a learning rate goes on from its warm-up."""
+
+    CONSTANT = 1
+    COSINE = 2
+
+
+# Values that only some strategies have a use for; elsewhere anything but their default is refused.
+_FED_OPT = (Strategy.FED_ADAGRAD, Strategy.FED_ADAM, Strategy.FED_YOGI)
+STRATEGIES_WITH: dict[str, tuple[Strategy, ...]] = {
+    "proximal_mu": (Strategy.FED_PROX,),
+    "server_momentum": (Strategy.FED_AVG_M, *_FED_OPT),
+    "server_second_momentum": (Strategy.FED_ADAM, Strategy.FED_YOGI),
+    "server_adaptivity": _FED_OPT,
+    "dynamic_alpha": (Strategy.FED_DYN,),
+    "population": (Strategy.SCAFFOLD, Strategy.FED_DYN),
+    "auxiliary_scale": (Strategy.FED_NOVA, Strategy.SCAFFOLD),
+}
+# What a run file that says nothing means, where a strategy has other defaults than LocalTraining.
+_OF_FED_OPT = {"server_learning_rate": 0.01, "server_momentum": 0.9, "server_adaptivity": 1e-3}
+STRATEGY_DEFAULTS: dict[Strategy, dict[str, float]] = {
+    Strategy.FED_AVG_M: {"server_momentum": 0.9},
+    Strategy.FED_ADAGRAD: _OF_FED_OPT,
+    Strategy.FED_ADAM: _OF_FED_OPT | {"server_second_momentum": 0.99},
+    Strategy.FED_YOGI: _OF_FED_OPT | {"server_second_momentum": 0.99},
+    Strategy.FED_DYN: {"dynamic_alpha": 0.1},
+}
+_NEEDED = ("server_adaptivity", "dynamic_alpha", "population", "auxiliary_scale")
+_COUNTS_STEPS = (Strategy.FED_NOVA, Strategy.SCAFFOLD)
+_COUNTS_DEVICES = (Strategy.SCAFFOLD, Strategy.FED_DYN)
+_ENUMS: dict[str, type[IntEnum]] = {
+    "strategy": Strategy,
+    "optimizer": Optimizer,
+    "weighting": Weighting,
+    "step_schedule": Schedule,
+    "round_schedule": Schedule,
+}
 
 
 def _require(condition: bool, what: str, found: object) -> None:
@@ -83,7 +140,11 @@ def _finite_at_least_zero(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How an agent trains for one round; raises Refused(MALFORMED) when a value is out of range."""
+    """How an agent trains for one round, and what its update means.
+
+    Raises Refused(MALFORMED) when a value is out of range, or of no use to the strategy; what each
+    is, control.proto says.
+    """
 
     strategy: Strategy = Strategy.FED_AVG
     optimizer: Optimizer = Optimizer.ADAMW
@@ -95,55 +156,91 @@ class LocalTraining:
     proximal_mu: float = 0.0
     server_learning_rate: float = 1.0
     seed: int = 0
+    weighting: Weighting = Weighting.SAMPLES
+    local_steps: int = 0
+    max_steps: int = 0
+    gradient_clip: float = 0.0
+    step_schedule: Schedule = Schedule.CONSTANT
+    warmup_steps: int = 0
+    round_schedule: Schedule = Schedule.CONSTANT
+    warmup_rounds: int = 0
+    server_momentum: float = 0.0
+    server_second_momentum: float = 0.0
+    server_adaptivity: float = 0.0
+    dynamic_alpha: float = 0.0
+    population: int = 0
+    auxiliary_scale: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(1 <= self.epochs <= MAX_EPOCHS, f"epochs in 1..{MAX_EPOCHS}", self.epochs)
-        _require(
-            1 <= self.batch_size <= MAX_BATCH_SIZE,
-            f"batch_size in 1..{MAX_BATCH_SIZE}",
-            self.batch_size,
-        )
-        for name in ("learning_rate", "weight_decay", "proximal_mu", "server_learning_rate"):
-            _finite_at_least_zero(name, getattr(self, name))
+        self._check_ranges()
+        self._check_strategy()
+
+    def _check_ranges(self) -> None:
+        for name, least, most in (
+            ("epochs", 1, MAX_EPOCHS),
+            ("batch_size", 1, MAX_BATCH_SIZE),
+            ("local_steps", 0, MAX_STEPS),
+            ("max_steps", 0, MAX_STEPS),
+            ("warmup_steps", 0, MAX_STEPS),
+            ("warmup_rounds", 0, MAX_STEPS),
+            ("population", 0, 2**32 - 1),
+        ):
+            value = getattr(self, name)
+            _require(least <= value <= most, f"{name} in {least}..{most}", value)
+        for field in fields(self):
+            if field.type is float:
+                _finite_at_least_zero(field.name, getattr(self, field.name))
         _require(self.learning_rate > 0, "learning_rate above 0", self.learning_rate)
-        _require(0 <= self.momentum < 1, "momentum in [0, 1)", self.momentum)
+        for name in ("momentum", "server_momentum", "server_second_momentum"):
+            _require(getattr(self, name) < 1, f"{name} in [0, 1)", getattr(self, name))
         _require(0 <= self.seed < 2**64, "seed in 0..2^64-1", self.seed)
         _require(
-            self.proximal_mu == 0 or self.strategy is Strategy.FED_PROX,
-            "proximal_mu 0 unless the strategy is FED_PROX",
-            self.proximal_mu,
+            self.local_steps == 0 or (self.epochs == 1 and self.max_steps == 0),
+            "local_steps without epochs or max_steps, which say the same in another way",
+            (self.local_steps, self.epochs, self.max_steps),
+        )
+
+    def _check_strategy(self) -> None:
+        for name, strategies in STRATEGIES_WITH.items():
+            value, told = getattr(self, name), " or ".join(one.name for one in strategies)
+            if self.strategy not in strategies:
+                _require(value == 0, f"{name} 0 unless the strategy is {told}", value)
+            elif name in _NEEDED:
+                _require(value > 0, f"{name} above 0 with {self.strategy.name}", value)
+        if self.server_adaptivity:
+            least, most = ADAPTIVITIES
+            fits = least <= self.server_adaptivity <= most
+            _require(fits, f"server_adaptivity in {least}..{most}", self.server_adaptivity)
+        _require(
+            self.optimizer is Optimizer.SGD or self.strategy not in _COUNTS_STEPS,
+            f"optimizer SGD with {self.strategy.name}, which divides a movement by the steps that "
+            "made it (FED_DYN corrects drift under every optimizer)",
+            self.optimizer.name,
+        )
+        _require(
+            self.weighting is Weighting.UNIFORM or self.strategy not in _COUNTS_DEVICES,
+            f"weighting UNIFORM with {self.strategy.name}, whose server counts devices",
+            self.weighting.name,
+        )
+        _require(
+            self.server_learning_rate == 1 or self.strategy is not Strategy.FED_DYN,
+            "server_learning_rate 1 with FED_DYN, whose server has no rate",
+            self.server_learning_rate,
         )
 
     @classmethod
     def from_message(cls, message: control_pb2.LocalTraining) -> Self:
         """Validate what a peer sent."""
-        return cls(
-            strategy=_member(Strategy, message.strategy),
-            optimizer=_member(Optimizer, message.optimizer),
-            epochs=message.epochs,
-            batch_size=message.batch_size,
-            learning_rate=message.learning_rate,
-            weight_decay=message.weight_decay,
-            momentum=message.momentum,
-            proximal_mu=message.proximal_mu,
-            server_learning_rate=message.server_learning_rate,
-            seed=message.seed,
-        )
+        values: dict[str, Any] = {field.name: getattr(message, field.name) for field in fields(cls)}
+        for name, kind in _ENUMS.items():
+            absent = values[name] == 0 and name not in ("strategy", "optimizer")
+            values[name] = kind(1) if absent else _member(kind, values[name])
+        return cls(**values)
 
     def to_message(self) -> control_pb2.LocalTraining:
         """Return the form that travels."""
-        return control_pb2.LocalTraining(
-            strategy=control_pb2.Strategy.ValueType(self.strategy),
-            optimizer=control_pb2.Optimizer.ValueType(self.optimizer),
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            momentum=self.momentum,
-            proximal_mu=self.proximal_mu,
-            server_learning_rate=self.server_learning_rate,
-            seed=self.seed,
-        )
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return control_pb2.LocalTraining(**values)
 
 
 @dataclass(frozen=True)
@@ -189,24 +286,68 @@ def _member(kind: type[_E], value: int) -> _E:
         raise Refused(Reason.MALFORMED, f"expected a {kind.__name__}, found {value}") from None
 
 
+def steps_of(terms: LocalTraining, samples: int) -> int:
+    """Return how many optimiser steps a device with so many samples makes in a round."""
+    if terms.local_steps:
+        return terms.local_steps
+    steps = terms.epochs * -(-samples // terms.batch_size)
+    return min(steps, terms.max_steps) if terms.max_steps else steps
+
+
+def weight_of(terms: LocalTraining, samples: int) -> int:
+    """Return what the update of a device with so many samples counts for."""
+    match terms.weighting:
+        case Weighting.SAMPLES:
+            return samples
+        case Weighting.UNIFORM:
+            return 1
+        case Weighting.COMPUTE:
+            return steps_of(terms, samples)
+
+
+def most_steps(terms: LocalTraining, weight_cap: int) -> int:
+    """Return how many steps no member of a cohort exceeds whose largest weight is `weight_cap`.
+
+    0 where nothing says it: uniform weights tell nothing of a device's samples.
+    """
+    match terms.weighting:
+        case Weighting.SAMPLES:
+            return steps_of(terms, weight_cap)
+        case Weighting.COMPUTE:
+            steps = terms.local_steps or terms.max_steps
+            return min(steps, weight_cap) if steps else weight_cap
+        case Weighting.UNIFORM:
+            return terms.local_steps or terms.max_steps
+
+
+def implies_clip(terms: LocalTraining) -> bool:
+    """Tell whether the range of an update's values follows from the terms."""
+    return terms.optimizer is not Optimizer.SGD and most_steps(terms, 1) > 0
+
+
 def clip_of(encoding: Encoding, terms: LocalTraining, weight_cap: int) -> float:
     """Return the range of an update's values in a cohort whose largest weight is `weight_cap`.
 
     Without data: Adam moves a value by about its step size per step (Kingma and Ba,
-    arXiv:1412.6980v9, section 2.1), and no member takes more steps than the cap implies. Values
-    beyond it saturate and are counted.
+    arXiv:1412.6980v9, section 2.1), Adagrad by no more than that, schedules only shorten it, and no
+    member takes more steps than `most_steps`. Values beyond it saturate and are counted.
     """
     if encoding.clip:
         return encoding.clip
-    _require(terms.optimizer is Optimizer.ADAMW, "a clip above 0 for SGD, which implies none", 0.0)
-    steps = terms.epochs * -(-weight_cap // terms.batch_size)
-    return CLIP_MARGIN * terms.learning_rate * steps
+    _require(
+        implies_clip(terms),
+        "a clip above 0 where the terms imply none (SGD; uniform weights without local_steps or "
+        "max_steps)",
+        0.0,
+    )
+    return CLIP_MARGIN * terms.learning_rate * most_steps(terms, weight_cap)
 
 
-def weight_class(samples: int) -> int:
-    """Return ceil(log2(samples)): all that an agent tells of its number of samples."""
-    if not 1 <= samples <= 1 << MAX_WEIGHT_CLASS:
+def weight_class(weight: int) -> int:
+    """Return ceil(log2(weight)): all that an agent tells of its number of samples or steps."""
+    if not 1 <= weight <= 1 << MAX_WEIGHT_CLASS:
         raise Refused(
-            Reason.WEIGHT_OUT_OF_RANGE, f"expected 1..2^{MAX_WEIGHT_CLASS} samples, found {samples}"
+            Reason.WEIGHT_OUT_OF_RANGE,
+            f"expected a weight of 1..2^{MAX_WEIGHT_CLASS}, found {weight}",
         )
-    return (samples - 1).bit_length()
+    return (weight - 1).bit_length()

@@ -20,6 +20,7 @@ from coordinator.config import (
 )
 from fedloom.errors import ConfigError
 from fedloom.gates import ActivationGate
+from fedloom.schedules import effective_steps
 from fedloom.terms import (
     MAX_WEIGHT_CLASS,
     LocalTraining,
@@ -172,7 +173,7 @@ def test_a_wrong_type_is_an_error(change: dict[str, Any], expected: str) -> None
         ({"training": {"epochs": 0}}, "epochs in 1.."),
         ({"training": {"momentum": 1.0}}, "momentum in [0, 1)"),
         ({"training": {"seed": -1}}, "seed in 0.."),
-        ({"training": {"strategy": "FED_AVG"}}, "expected one of ['fed_avg', 'fed_prox']"),
+        ({"training": {"strategy": "FED_AVG"}}, "expected one of ['fed_adagrad',"),
         ({"protection": {"update_bits": 12}}, "update_bits in (16, 8)"),
         ({"protection": {"clip": float("nan")}}, "clip to be finite"),
         ({"deadlines": {"upload": 0}}, "deadlines: expected seconds above 0"),
@@ -227,6 +228,83 @@ def test_sgd_needs_a_clip_only_where_updates_are_encoded() -> None:
     assert clip_of(config.encoding, config.training, weight_cap=8) > 0  # every sum asks for one
 
 
+def training_of(strategy: str, **changes: Any) -> LocalTraining:
+    """Return the terms of a file that says no more than this."""
+    cohort = {"size": 4, "population": 9} if strategy in ("scaffold", "fed_dyn") else {}
+    table = {"strategy": strategy} | changes
+    protection = {"clip": 0.5} if changes.get("optimizer") == "sgd" else {}
+    made = {"cohort": cohort, "training": table, "protection": protection}
+    return parse_run_config(LEAST | made, PATH).training
+
+
+SCAFFOLD = {"optimizer": "sgd", "weighting": "uniform", "local_steps": 4}
+NOVA = {"optimizer": "sgd", "max_steps": 50}
+
+
+def test_each_strategy_has_defaults_of_its_own() -> None:
+    adam = training_of("fed_adam")
+    assert (adam.server_momentum, adam.server_second_momentum) == (0.9, 0.99)
+    assert (adam.server_adaptivity, adam.server_learning_rate) == (1e-3, 0.01)
+    assert training_of("fed_adam", server_momentum=0.5).server_momentum == 0.5
+    assert training_of("fed_avg_m").server_momentum == 0.9
+    assert training_of("fed_dyn", weighting="uniform", local_steps=3).dynamic_alpha == 0.1
+    assert training_of("fed_avg").server_learning_rate == 1
+
+
+def test_one_clip_suits_both_parts_of_an_update() -> None:
+    scaffold = training_of("scaffold", **SCAFFOLD, learning_rate=0.1)
+    assert scaffold.auxiliary_scale == pytest.approx(0.1 * 4)
+    assert scaffold.population == 9
+    stated = training_of("scaffold", **SCAFFOLD, auxiliary_scale=2.0)
+    assert stated.auxiliary_scale == 2.0
+    for momentum in (0.0, 0.9):
+        nova = training_of("fed_nova", **NOVA, momentum=momentum)
+        most = nova.auxiliary_scale * effective_steps(nova, 50)
+        assert most == pytest.approx(0.5, rel=2e-3)
+        assert most < 0.5  # the clip: no number of steps saturates
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "expected"),
+    [
+        ("scaffold", {}, "optimizer SGD with SCAFFOLD"),
+        ("scaffold", {"optimizer": "sgd", "local_steps": 4}, "weighting UNIFORM with SCAFFOLD"),
+        ("scaffold", SCAFFOLD | {"local_steps": 0}, "training.max_steps: expected a bound"),
+        ("fed_nova", {"optimizer": "sgd"}, "training.max_steps: expected a bound"),
+        ("fed_nova", NOVA | {"auxiliary_scale": 0.1}, "training.auxiliary_scale: expected at most"),
+        ("fed_nova", NOVA | {"max_steps": 10**30}, "max_steps in 0..1000000"),
+        ("fed_dyn", {"local_steps": 2}, "weighting UNIFORM with FED_DYN"),
+        ("fed_dyn", {"weighting": "uniform"}, "protection.clip: expected a range"),
+        ("fed_avg", {"server_momentum": 0.9}, "server_momentum 0 unless the strategy is"),
+        ("fed_avg", {"auxiliary_scale": 1.0}, "auxiliary_scale 0 unless the strategy is"),
+        ("fed_avg", {"population": 9}, "training.population: unknown key"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_an_error(
+    strategy: str, changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        training_of(strategy, **changes)
+    assert expected in caught.value.problem
+
+
+def test_a_population_is_everybody_who_may_take_part() -> None:
+    training = {"strategy": "scaffold"} | SCAFFOLD
+    for cohort in ({"size": 4}, {"size": 4, "population": 3}, {"population": 50}):
+        found = problems(training=training, cohort=cohort, protection={"clip": 1.0})
+        assert "cohort.population: expected all agents that may ever take part" in found
+    assert "population 0 unless" in problems(cohort={"population": 200})
+
+
+def test_uniform_weights_need_a_bound_on_steps_or_a_clip() -> None:
+    uniform = {"weighting": "uniform"}
+    assert "protection.clip: expected a range" in problems(training=uniform)
+    for more in ({"local_steps": 5}, {"max_steps": 5}):
+        config = parse_run_config(LEAST | {"training": uniform | more}, PATH)
+        assert clip_of(config.encoding, config.training, 1) == pytest.approx(1.25 * 1e-3 * 5)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -278,7 +356,7 @@ _KEYS = st.sampled_from(
         "minimum",
         "size",
     ]
-    + ["kind", "clip", "update_bits", "strategy", "optimizer", "", "a.b"]
+    + ["kind", "clip", "update_bits", "strategy", "optimizer", "", "a.b", "population"]
     + [field.name for field in (*fields(LocalTraining), *fields(Deadlines))]
 )
 _VALUES = st.one_of(
@@ -288,6 +366,7 @@ _VALUES = st.one_of(
     st.floats(),
     st.text(),
     st.sampled_from(["sgd", "adamw", "fed_prox", "plain", "encrypted", "p", "\0"]),
+    st.sampled_from(["scaffold", "fed_nova", "fed_adam", "fed_dyn", "uniform", "cosine"]),
     st.dates(),
 )
 _TABLES = st.recursive(

@@ -188,6 +188,18 @@ async def test_a_full_disk_refuses_uploads_with_its_reason_and_serves_downloads(
     store.close()
 
 
+async def test_nothing_is_kept_of_an_upload_that_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "calling_peer", lambda context: SimpleNamespace(name="agent"))
+    published, spooled = PublishedFolder(tmp_path / "artifacts"), tmp_path / "spool" / "0.update"
+    service = ArtifactService(published, Rounds(spooled), Admission(Limits()))
+    context: Any = Context()
+    parts: Any = requests()  # holds the last part, as gRPC's does, until it ends or is closed
+    assert [answer async for answer in service.UploadArtifact(parts, context)]
+    assert parts.ag_frame is None
+
+
 async def testkeep_conductinging_goes_on_after_a_fault_of_the_storage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -30,7 +30,7 @@ from fedloom.adapters import read_adapter
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.graph_contracts import INFER_GRAPH
-from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan
+from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, TrainableTensor
 from fedloom.tasks import ArrayInput, ArrayLearning
 from fedloom.terms import Protection, Release
 from tests.coordinator.samples import LAYOUT, POLICY, PlanFolder
@@ -164,6 +164,52 @@ def test_what_only_the_coordinator_knows(
     for texts, expected in ((found.problems, problem), (found.warnings, warning)):
         assert len(texts) == bool(expected)
         assert expected in "; ".join(texts)
+
+
+SCAFFOLD = """name = "drift"
+plan = "{plan}"
+rounds = 2
+[cohort]
+size = 3
+population = 7
+[training]
+strategy = "scaffold"
+optimizer = "sgd"
+weighting = "uniform"
+local_steps = 3
+[protection]
+kind = "plain"
+"""
+
+
+@pytest.mark.parametrize(
+    ("enrolled", "problem", "warning"),
+    [
+        (7, "", ""),
+        (8, "cohort.population: expected at least the 8 agents that are enrolled, found 7", ""),
+        (6, "", "cohort.population: 7 agents are stated, 6 are enrolled"),
+    ],
+)
+def test_a_population_is_compared_with_who_is_enrolled(
+    plan_folder: PlanFolder, enrolled: int, problem: str, warning: str
+) -> None:
+    text = SCAFFOLD.format(plan="plan")
+    found = check(run_file(plan_folder, text), around(enrolled_agents=enrolled))
+    for texts, expected in ((found.problems, problem), (found.warnings, warning)):
+        assert len(texts) == bool(expected)
+        assert expected in "; ".join(texts)
+
+
+def test_an_update_takes_the_room_of_what_the_strategy_sends(plan_folder: PlanFolder) -> None:
+    layout = (TrainableTensor("weight", (1_000_000,), 0),)
+    plan = replace(plan_folder.plan, layout=layout)
+    known = around(plan, enrolled_agents=7, free_bytes=20_000_000)  # 3 updates of 4 MB, or of 8
+    text = SCAFFOLD.format(plan="ab" * 32)
+    assert "the disk of the spool is too full" in "; ".join(
+        check(RunFile(text, "r.toml", None), known).problems
+    )
+    plain = text.replace('strategy = "scaffold"\n', "").replace("population = 7\n", "")
+    assert check(RunFile(plain, "r.toml", None), known).problems == []
 
 
 @settings(max_examples=25)

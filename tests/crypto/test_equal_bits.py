@@ -13,9 +13,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from crypto import Correction, Mask, ProtectionName, RunKey, UpdateContext, protection
-from fedloom.strategies import ServerState, federated_averaging
+from fedloom.strategies import ServerState, algorithm, federated_averaging, update_length
+from fedloom.strategies.arithmetic import add, divide, flush, multiply, subtract
+from fedloom.terms import STRATEGIES_WITH, Strategy
+from tests.strategies.samples import ALL_TERMS
 
 KEY = RunKey(bytes(range(32)))
 P = 20_000
@@ -83,7 +86,7 @@ def applied(theta: np.ndarray, updates: list[np.ndarray], rate: float) -> bytes:
     rule = federated_averaging(rate)
     state = rule.init(theta)
     for update in updates:
-        state = rule.apply(state, update.copy())
+        state = rule.apply(state, update.copy(), 1)
     return state.theta.tobytes()
 
 
@@ -99,6 +102,95 @@ def test_a_step_does_not_depend_on_flushing(mode, theta, updates, rate):
     with flushing(mode):
         found = applied(theta, updates, rate)
     assert found == expected
+
+
+# the operations that every rule is made of
+
+
+def operated(operation: Callable[[np.ndarray, np.ndarray], None], seed: int) -> bytes:
+    """Operate on flushed values, quotients about the smallest normal number among them."""
+    random = np.random.default_rng(seed)
+    values, others = any_values(random, 4000), any_values(random, 4000)
+    near = random.integers(0x00800000, 0x01000000, 4000, np.uint32)
+    if operation is divide:
+        values[::2], others[::2] = near[::2].view(np.float32), 2
+        values[::8] = np.uint32(0x00FFFFFF).view(np.float32)  # rounds up to the smallest normal
+    if operation is multiply:
+        values[::2], others[::2] = near[::2].view(np.float32), 1 - 2.0**-24
+        values[::8] = SMALLEST_NORMAL  # rounds up to itself
+    flush(values)
+    flush(others)
+    others[others == 0] = 1
+    operation(values, others)
+    return values.tobytes()
+
+
+@pytest.mark.parametrize("mode", MODE_NAMES)
+@pytest.mark.parametrize("operation", [add, subtract, multiply, divide])
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_an_operation_does_not_depend_on_flushing(mode, operation, seed):
+    with np.errstate(over="ignore"):
+        expected = operated(operation, seed)
+        with flushing(mode):
+            assert operated(operation, seed) == expected
+
+
+# every rule, and all of its state: later rounds follow from it
+
+RULE_P = 500
+_of_rules = st.tuples(
+    st.sampled_from(ALL_TERMS),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 4),
+    st.one_of(_rates, st.sampled_from([8.0, 1e3])),
+    st.sampled_from([0.0, 0.5, 0.9, 1e-30]),
+)
+
+
+def any_values(random: np.random.Generator, size: int) -> np.ndarray:
+    """Draw about the smallest normal number, not far above it, up to 2^23 and up to 2^87."""
+    highest = random.choice(np.array([4, 4, 40, 150, 214], np.uint32), size)
+    bits = random.integers(0, highest << 23, dtype=np.uint32)
+    return (bits | random.integers(0, 2, size, np.uint32) << np.uint32(31)).view(np.float32)
+
+
+def stepped(case: tuple, start: int = 0) -> list[bytes]:
+    """Apply updates of any values; return theta and all that the server keeps."""
+    terms, seed, rounds, rate, momentum = case
+    random, changes = np.random.default_rng(seed), {}
+    if terms.strategy is not Strategy.FED_DYN:
+        changes["server_learning_rate"] = rate
+    if terms.strategy in STRATEGIES_WITH["server_momentum"]:
+        changes["server_momentum"] = momentum
+    rule, size = algorithm(replace(terms, **changes)), update_length(terms, RULE_P)
+    state = rule.init(any_values(random, RULE_P))
+    for count in range(1, rounds + 1):
+        mean = np.empty(start + size, np.float32)[start:]
+        mean[:] = any_values(random, size)
+        if terms.strategy is Strategy.FED_NOVA:
+            mean[-1] = terms.auxiliary_scale  # steps: one, or the model would run away
+        with np.errstate(over="ignore", invalid="ignore"):
+            state = rule.apply(state, mean, count)
+    return [vector.tobytes() for vector in (state.theta, *state.vectors)]
+
+
+@pytest.mark.parametrize("mode", MODE_NAMES)
+@settings(deadline=None)
+@given(_of_rules)
+def test_no_rule_depends_on_flushing_or_on_where_arrays_lie(mode, case):
+    expected = stepped(case)
+    assert stepped(case, start=3) == expected
+    with flushing(mode):
+        assert stepped(case) == expected
+
+
+@settings(deadline=None)
+@given(_of_rules)
+def test_no_rule_leaves_a_number_that_could_be_flushed(case):
+    for vector in stepped(case):
+        found = np.frombuffer(vector, np.uint32)
+        assert not ((found & 0x7FFFFFFF) < SMALLEST_NORMAL.view(np.uint32))[found != 0].any()
 
 
 @given(theta=_bits, updates=st.lists(_bits, min_size=1, max_size=2), rate=_rates)
@@ -183,6 +275,8 @@ def digest_of_cases() -> str:
     digest = hashlib.sha256()
     for case in CASES:
         digest.update(agents_theta(sum_of(*case)))
+    for seed, terms in enumerate(ALL_TERMS):
+        digest.update(b"".join(stepped((terms, seed, 3, 0.3, 0.9))))
     return digest.hexdigest()
 
 
@@ -232,12 +326,12 @@ def test_where_arrays_lie_does_not_show(start):
     mean = sum_of(*CASES[0]).opened()
     theta = np.random.default_rng(0).normal(0, 0.1, P).astype(np.float32)
     rule = federated_averaging(0.3)
-    expected = rule.apply(ServerState(theta), mean.copy()).theta.tobytes()
+    expected = rule.apply(ServerState(theta), mean.copy(), 1).theta.tobytes()
     moved_theta, moved_mean = np.empty(P + 16, np.float32), np.empty(P + 31, np.float32)
     moved_theta[start : start + P] = theta
     moved_mean[15 - start : 15 - start + P] = mean
     state = ServerState(moved_theta[start : start + P])
-    found = rule.apply(state, moved_mean[15 - start : 15 - start + P]).theta
+    found = rule.apply(state, moved_mean[15 - start : 15 - start + P], 1).theta
     assert found.tobytes() == expected
     assert found.base is moved_mean  # its memory was handed over
 
@@ -247,9 +341,9 @@ def test_pieces_make_the_same_whole(size):
     mean = sum_of(*CASES[0]).opened()[: min(P, 200 * size)]
     theta = np.random.default_rng(0).normal(0, 0.1, len(mean)).astype(np.float32)
     rule = federated_averaging(0.3)
-    whole = rule.apply(ServerState(theta), mean.copy()).theta
+    whole = rule.apply(ServerState(theta), mean.copy(), 1).theta
     pieces = [
-        rule.apply(ServerState(theta[i : i + size]), mean[i : i + size].copy()).theta
+        rule.apply(ServerState(theta[i : i + size]), mean[i : i + size].copy(), 1).theta
         for i in range(0, len(mean), size)
     ]
     assert np.concatenate(pieces).tobytes() == whole.tobytes()

@@ -27,7 +27,7 @@ from edge_agent.checkpoints import (
     discard_checkpoint,
     training_subject,
 )
-from fedloom.terms import LocalTraining, Optimizer, Strategy
+from fedloom.terms import LocalTraining, Optimizer, Schedule, Strategy, Weighting
 
 RUN, ROUND = bytes(range(16)), 3
 FILE = "training.checkpoint"
@@ -105,6 +105,12 @@ OTHER_TERMS = [
         "proximal_mu": 0.2,
         "server_learning_rate": 0.5,
         "seed": 1,
+        "weighting": Weighting.UNIFORM,
+        "local_steps": 3,
+        "max_steps": 3,
+        "gradient_clip": 1.0,
+        "step_schedule": Schedule.COSINE,
+        "warmup_steps": 1,
     }.items()
 ]
 
@@ -120,9 +126,11 @@ def test_a_subject_is_of_one_training_alone() -> None:
         training_subject(theta, TERMS, 6, bytes(32)),
         training_subject(theta, TERMS, 5, bytes(31) + b"\1"),
         training_subject(theta, LocalTraining(), 5, bytes(32)),
+        training_subject(theta, TERMS, 5, bytes(32), theta),
+        training_subject(theta, TERMS, 5, bytes(32), nudged),
         *(training_subject(theta, terms, 5, bytes(32)) for terms in OTHER_TERMS),
     }
-    assert len(subjects) == 6 + len(OTHER_TERMS)
+    assert len(subjects) == 8 + len(OTHER_TERMS)
     assert training_subject(theta.copy(), replace(TERMS), 5, bytes(32)) in subjects
 
 

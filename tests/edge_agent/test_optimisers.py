@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.optimisers import AdamW, Optimizer, Sgd, optimizer_for
+from edge_agent.optimisers import Adagrad, AdamW, Optimizer, Sgd, optimizer_for
 from fedloom.terms import LocalTraining
 from fedloom.terms import Optimizer as Kind
 
@@ -21,8 +21,8 @@ def _gradients() -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("momentum", [None, 0.0, 0.9])
-def test_fifty_steps_equal_torch(weight_decay: float, momentum: float | None) -> None:
+@pytest.mark.parametrize("momentum", [None, "adagrad", 0.0, 0.9])
+def test_fifty_steps_equal_torch(weight_decay: float, momentum: float | str | None) -> None:
     torch = pytest.importorskip("torch")
     theta = np.random.default_rng(4).standard_normal(P).astype(np.float32)
     reference = torch.nn.Parameter(torch.tensor(theta))
@@ -30,18 +30,26 @@ def test_fifty_steps_equal_torch(weight_decay: float, momentum: float | None) ->
     if momentum is None:
         ours = AdamW(P, 1e-2, weight_decay)
         theirs = torch.optim.AdamW([reference], lr=1e-2, weight_decay=weight_decay)
+    elif isinstance(momentum, str):
+        ours = Adagrad(P, 1e-2, weight_decay)
+        theirs = torch.optim.Adagrad([reference], lr=1e-2, weight_decay=weight_decay)
     else:
         ours = Sgd(P, 1e-2, momentum, weight_decay)
         theirs = torch.optim.SGD([reference], lr=1e-2, momentum=momentum, weight_decay=weight_decay)
-    for gradient in _gradients():
+    for step, gradient in enumerate(_gradients()):
         reference.grad = torch.tensor(gradient)
+        factor = 0.5 + 0.5 * (step % 2)  # as a schedule has it
+        theirs.param_groups[0]["lr"] = 1e-2 * factor
         theirs.step()
-        ours.step(theta, gradient)
+        ours.step(theta, gradient, factor)
     expected = reference.detach().numpy()
     assert np.linalg.norm(theta - expected) <= 2e-6 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("make", [lambda: AdamW(P, 0.1, 0.1), lambda: Sgd(P, 0.1, 0.9, 0.1)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: AdamW(P, 0.1, 0.1), lambda: Sgd(P, 0.1, 0.9, 0.1), lambda: Adagrad(P, 0.1, 0.1)],
+)
 def test_a_step_works_in_place_and_leaves_the_gradient(make: Callable[[], Optimizer]) -> None:
     theta = np.ones(P, np.float32)
     gradient = _gradients()[0]
@@ -75,3 +83,4 @@ def test_sgd_without_momentum_is_linear_in_the_gradients(values: list[float]) ->
 def test_the_terms_choose_the_optimiser() -> None:
     assert isinstance(optimizer_for(LocalTraining(optimizer=Kind.ADAMW), P), AdamW)
     assert isinstance(optimizer_for(LocalTraining(optimizer=Kind.SGD), P), Sgd)
+    assert isinstance(optimizer_for(LocalTraining(optimizer=Kind.ADAGRAD), P), Adagrad)

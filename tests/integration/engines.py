@@ -24,6 +24,7 @@ class Trained:
 
     theta: Theta
     update: LocalUpdate
+    linear: Theta | None = None  # what it was told to add to every gradient
 
 
 class Gate:
@@ -63,6 +64,7 @@ class FakeEngine:
         order_seed: int,
         progress: Progress,
         checkpoint: Checkpoint,
+        linear: Theta | None = None,
     ) -> LocalUpdate:
         """Draw an update; while `may_finish` is clear, behave like a training that goes on."""
         self.begun += 1
@@ -78,7 +80,7 @@ class FakeEngine:
         levels = np.random.default_rng(order_seed).integers(-_STEPS, _STEPS + 1, len(theta))
         delta = levels.astype(np.float32) * np.float32(LARGEST_VALUE / _STEPS)
         update = self._spoil(LocalUpdate(delta, self.samples, mean_loss=0.25))
-        self.history.append(Trained(theta.copy(), update))
+        self.history.append(Trained(theta.copy(), update, linear))
         return update
 
     def evaluate(self, theta: Theta) -> Evaluation | None:
@@ -112,6 +114,7 @@ class KeepingEngine(FakeEngine):
         order_seed: int,
         progress: Progress,
         checkpoint: Checkpoint,
+        linear: Theta | None = None,
     ) -> LocalUpdate:
         """Go on from the kept state, wait halfway while `may_finish` is clear, draw an update."""
         subject = order_seed.to_bytes(32, "little")
@@ -129,4 +132,4 @@ class KeepingEngine(FakeEngine):
                 finally:
                     checkpoint.save(state)  # one was under way when the end came
             progress(state.step / self.steps)
-        return super().train(theta, terms, order_seed, progress, checkpoint)
+        return super().train(theta, terms, order_seed, progress, checkpoint, linear)

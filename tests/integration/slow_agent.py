@@ -2,7 +2,7 @@
 
 import time
 
-from edge_agent import checkpoints, onnx_engine
+from edge_agent import checkpoints, local_rules
 from edge_agent.app import main
 from edge_agent.optimisers import Optimizer
 from fedloom.terms import LocalTraining
@@ -24,8 +24,8 @@ def _slow_optimizer(terms: LocalTraining, parameter_count: int) -> Optimizer:
 
 
 if __name__ == "__main__":
-    _optimizer_for = onnx_engine.optimizer_for
-    onnx_engine.optimizer_for = _slow_optimizer
+    _optimizer_for = local_rules.optimizer_for
+    local_rules.optimizer_for = _slow_optimizer
     checkpoints.INTERVAL_SECONDS = 0.0
     checkpoints.PAUSE_PER_SAVE = 1.0
     main()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,40 +11,71 @@ from hypothesis import strategies as st
 
 from fedloom.errors import Reason, Refused
 from fedloom.terms import (
+    ADAPTIVITIES,
     MAX_BATCH_SIZE,
     MAX_CAPACITY,
     MAX_EPOCHS,
+    MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    STRATEGIES_WITH,
     UPDATE_BITS,
     Encoding,
     LocalTraining,
     Optimizer,
     Protection,
+    Schedule,
     Strategy,
+    Weighting,
     clip_of,
+    steps_of,
     weight_class,
+    weight_of,
 )
 from fedloom.v1 import control_pb2
+from tests.strategies.samples import ALL_TERMS, NEEDED, terms_of
 
 _rate = st.floats(0, 1e6, allow_nan=False)
+_below_one = st.floats(0, 1, exclude_max=True)
+_steps = st.integers(0, MAX_STEPS)
+_amounts = st.fixed_dictionaries(
+    {"epochs": st.integers(1, MAX_EPOCHS), "max_steps": _steps}
+) | st.fixed_dictionaries({"local_steps": _steps})
+_OF_STRATEGIES: dict[str, st.SearchStrategy[float]] = {
+    "proximal_mu": _rate,
+    "server_momentum": _below_one,
+    "server_second_momentum": _below_one,
+    "server_adaptivity": st.floats(*ADAPTIVITIES),
+    "dynamic_alpha": st.floats(0, 1e6, exclude_min=True),
+    "population": st.integers(1, 2**32 - 1),
+    "auxiliary_scale": st.floats(0, 1e6, exclude_min=True),
+}
 
 
 @st.composite
 def trainings(draw: st.DrawFn) -> LocalTraining:
     """Any terms of local training within the limits."""
     strategy = draw(st.sampled_from(Strategy))
-    return LocalTraining(
-        strategy=strategy,
-        optimizer=draw(st.sampled_from(Optimizer)),
-        epochs=draw(st.integers(1, MAX_EPOCHS)),
-        batch_size=draw(st.integers(1, MAX_BATCH_SIZE)),
-        learning_rate=draw(st.floats(0, 1e6, exclude_min=True)),
-        weight_decay=draw(_rate),
-        momentum=draw(st.floats(0, 1, exclude_max=True)),
-        proximal_mu=draw(_rate) if strategy is Strategy.FED_PROX else 0.0,
-        server_learning_rate=draw(_rate),
-        seed=draw(st.integers(0, 2**64 - 1)),
-    )
+    values: dict[str, Any] = {
+        "optimizer": draw(st.sampled_from(Optimizer)),
+        "batch_size": draw(st.integers(1, MAX_BATCH_SIZE)),
+        "learning_rate": draw(st.floats(0, 1e6, exclude_min=True)),
+        "weight_decay": draw(_rate),
+        "momentum": draw(_below_one),
+        "seed": draw(st.integers(0, 2**64 - 1)),
+        "weighting": draw(st.sampled_from(Weighting)),
+        "gradient_clip": draw(_rate),
+        "step_schedule": draw(st.sampled_from(Schedule)),
+        "warmup_steps": draw(st.integers(0, MAX_STEPS)),
+        "round_schedule": draw(st.sampled_from(Schedule)),
+        "warmup_rounds": draw(st.integers(0, MAX_STEPS)),
+        **draw(_amounts),
+    }
+    if strategy is not Strategy.FED_DYN:
+        values["server_learning_rate"] = draw(_rate)
+    for name, strategies in STRATEGIES_WITH.items():
+        if strategy in strategies:
+            values[name] = draw(_OF_STRATEGIES[name])
+    return terms_of(strategy, **(values | NEEDED.get(strategy, {})))
 
 
 encodings = st.builds(
@@ -81,6 +113,7 @@ OUTSIDE_TRAINING = [
             "momentum",
             "proximal_mu",
             "server_learning_rate",
+            "gradient_clip",
         )
         for value in (-1e-9, math.nan, math.inf)
     ),
@@ -89,6 +122,11 @@ OUTSIDE_TRAINING = [
     ("strategy", 99),
     ("optimizer", 0),
     ("optimizer", 99),
+    ("weighting", 99),
+    ("step_schedule", 99),
+    ("round_schedule", 99),
+    *((name, MAX_STEPS + 1) for name in ("local_steps", "max_steps")),
+    *((name, MAX_STEPS + 1) for name in ("warmup_steps", "warmup_rounds")),
 ]
 
 
@@ -106,6 +144,61 @@ def test_a_proximal_term_needs_fedprox() -> None:
     assert LocalTraining(strategy=Strategy.FED_PROX, proximal_mu=0.1).proximal_mu == 0.1
     with pytest.raises(Refused, match="proximal_mu 0"):
         LocalTraining(strategy=Strategy.FED_AVG, proximal_mu=0.1)
+
+
+@pytest.mark.parametrize("name", STRATEGIES_WITH)
+@pytest.mark.parametrize("terms", ALL_TERMS, ids=lambda terms: terms.strategy.name)
+def test_a_value_is_for_the_strategies_that_have_a_use_for_it(
+    name: str, terms: LocalTraining
+) -> None:
+    value = 2 if name == "population" else 0.5
+    if terms.strategy in STRATEGIES_WITH[name]:
+        assert getattr(replace(terms, **{name: value}), name) == value
+    else:
+        with pytest.raises(Refused, match=f"{name} 0 unless the strategy is"):
+            replace(terms, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "change", "nearest"),
+    [
+        (Strategy.SCAFFOLD, {"optimizer": Optimizer.ADAMW}, "SGD with SCAFFOLD.*FED_DYN"),
+        (Strategy.FED_NOVA, {"optimizer": Optimizer.ADAGRAD}, "SGD with FED_NOVA.*FED_DYN"),
+        (Strategy.SCAFFOLD, {"weighting": Weighting.SAMPLES}, "UNIFORM with SCAFFOLD"),
+        (Strategy.FED_DYN, {"weighting": Weighting.COMPUTE}, "UNIFORM with FED_DYN"),
+        (Strategy.FED_DYN, {"server_learning_rate": 0.5}, "server_learning_rate 1 with FED_DYN"),
+        (Strategy.FED_DYN, {"dynamic_alpha": 0.0}, "dynamic_alpha above 0"),
+        (Strategy.SCAFFOLD, {"population": 0}, "population above 0"),
+        (Strategy.FED_NOVA, {"auxiliary_scale": 0.0}, "auxiliary_scale above 0"),
+        (Strategy.FED_ADAM, {"server_adaptivity": 1e-10}, "server_adaptivity in"),
+        (Strategy.FED_AVG, {"local_steps": 5, "epochs": 2}, "local_steps without epochs"),
+        (Strategy.FED_AVG, {"local_steps": 5, "max_steps": 2}, "local_steps without epochs"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_does(
+    strategy: Strategy, change: dict[str, Any], nearest: str
+) -> None:
+    with pytest.raises(Refused, match=nearest):
+        terms_of(strategy, **change)
+
+
+def test_an_older_message_has_the_older_meaning() -> None:
+    message = LocalTraining().to_message()
+    for name in ("weighting", "step_schedule", "round_schedule"):
+        message.ClearField(name)
+    assert LocalTraining.from_message(message) == LocalTraining()
+
+
+@given(trainings(), st.integers(1, 2**MAX_WEIGHT_CLASS))
+def test_a_devices_steps_follow_from_its_samples(training: LocalTraining, samples: int) -> None:
+    steps = steps_of(training, samples)
+    if training.local_steps:
+        assert steps == training.local_steps
+    else:
+        by_epochs = training.epochs * math.ceil(samples / training.batch_size)
+        assert steps == min(by_epochs, training.max_steps or by_epochs)
+    expected = {Weighting.SAMPLES: samples, Weighting.UNIFORM: 1, Weighting.COMPUTE: steps}
+    assert weight_of(training, samples) == expected[training.weighting]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
@@ -154,14 +247,16 @@ def test_a_message_left_empty_is_refused(empty: Callable[[], object]) -> None:
 def test_a_clip_that_is_not_stated_follows_from_the_terms(
     encoding: Encoding, training: LocalTraining, weight_cap: int
 ) -> None:
-    derived = (
-        1.25
-        * training.learning_rate
-        * (training.epochs * math.ceil(weight_cap / training.batch_size))
-    )
+    """No member whose weight is within the cap makes more steps than the clip is for."""
+    bounds = [training.local_steps or training.max_steps]
+    if training.weighting is Weighting.SAMPLES and not training.local_steps:
+        bounds.append(training.epochs * math.ceil(weight_cap / training.batch_size))
+    if training.weighting is Weighting.COMPUTE:
+        bounds.append(weight_cap)
+    steps = min((bound for bound in bounds if bound), default=0)
     unstated = replace(encoding, clip=0.0)
-    if training.optimizer is Optimizer.ADAMW:
-        assert clip_of(unstated, training, weight_cap) == derived
+    if training.optimizer is not Optimizer.SGD and steps:
+        assert clip_of(unstated, training, weight_cap) == 1.25 * training.learning_rate * steps
     else:
         with pytest.raises(Refused, match="MALFORMED"):
             clip_of(unstated, training, weight_cap)

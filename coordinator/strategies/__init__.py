@@ -1,0 +1,1 @@
+"""What an operator can choose: the table of strategies, made from the code."""

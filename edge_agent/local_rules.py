@@ -1,0 +1,96 @@
+"""What a run's terms do between a gradient and the next theta, whatever computes the gradient.
+
+An engine gives the mean gradient of a batch; `LocalSteps` clips it, adds what the strategy adds,
+and lets the optimiser step. All of it works on flat float32 vectors (P,), in place.
+
+    gradient <- clip(gradient) + linear + mu (theta - start)
+    theta    <- optimiser(theta, gradient, learning rate of this step)
+
+`linear` is SCAFFOLD's c - c_i or FedDyn's -g_k, mu is FedProx's mu or FedDyn's alpha: the gradient
+of F_k(theta) + <linear, theta> + mu/2 |theta - start|^2. Only the data's gradient is clipped: a
+strategy's terms are no outliers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_agent.engine import LocalUpdate
+from edge_agent.optimisers import Gradient, Optimizer, Vector, optimizer_for
+from fedloom.adapters import Theta
+from fedloom.schedules import effective_steps, step_factor
+from fedloom.strategies import Memory, ServerState, algorithm, proximal_gradient
+from fedloom.strategies.arithmetic import blocks
+from fedloom.terms import LocalTraining, steps_of, weight_of
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What leaves the device after a round's training, before it is encoded.
+
+    `values` (U,) float32 is the update vector (`fedloom.strategies.update_length`), `weight` what
+    it counts for, `memory` what the device remembers once the update is in a stored sum.
+    """
+
+    values: Vector
+    weight: int
+    memory: Memory = ()
+
+
+def outgoing(
+    terms: LocalTraining, state: ServerState, memory: Memory, update: LocalUpdate
+) -> Outgoing:
+    """Return what a round's training gives, under that round's terms; uses `update.delta` up."""
+    steps = effective_steps(terms, steps_of(terms, update.samples))
+    sent = algorithm(terms).sent(state, memory, update.delta, steps)
+    return Outgoing(sent.values, weight_of(terms, update.samples), sent.memory)
+
+
+class LocalSteps:
+    """The steps of one round on this device, from `start` (P,), which is not written to."""
+
+    def __init__(
+        self, start: Theta, terms: LocalTraining, steps: int, linear: Vector | None = None
+    ) -> None:
+        self._start = start
+        self._terms = terms
+        self._steps = steps
+        self._linear = linear
+        self._mu = terms.proximal_mu or terms.dynamic_alpha
+        self._step = 0
+        self._optimizer: Optimizer = optimizer_for(terms, len(start))
+
+    @property
+    def vectors(self) -> tuple[Vector, ...]:
+        """What is kept from step to step, each (P,): the arrays themselves, not copies."""
+        return self._optimizer.vectors
+
+    def restore(self, step: int, vectors: tuple[Vector, ...]) -> None:
+        """Go on after so many steps from `vectors`, which are moved from now on."""
+        self._step = step
+        self._optimizer.restore(step, vectors)
+
+    def step(self, theta: Theta, gradient: Gradient) -> None:
+        """Move `theta` (P,) in place; `gradient` (P,), the mean over a batch, is used up."""
+        clip_gradient(gradient, self._terms.gradient_clip)
+        if self._linear is not None:
+            gradient += self._linear
+        proximal_gradient(gradient, theta, self._start, self._mu)
+        factor = step_factor(self._terms, self._step, self._steps)
+        self._optimizer.step(theta, gradient, factor)
+        self._step += 1
+
+
+def clip_gradient(gradient: Gradient, norm: float) -> None:
+    """Scale `gradient` in place so that its L2 norm is at most `norm`; 0 leaves it.
+
+    Pascanu, Mikolov, Bengio, arXiv:1211.5063v2, Algorithm 1. The norm is summed in float64, so that
+    a long vector does not lose its small values.
+    """
+    if norm == 0:
+        return
+    parts = (gradient[block] for block in blocks(len(gradient)))
+    found = math.sqrt(sum(float(np.square(part, dtype=np.float64).sum()) for part in parts))
+    if found > norm:
+        gradient *= np.float32(norm / found)
