@@ -31,8 +31,7 @@ def answer_json(answer: Answer, top: int = DEFAULT_TOP) -> dict[str, object]:
                 "probabilities": answer.most_probable(top),
             }
         case Entities():
-            found = [asdict(entity) for entity in answer.entities]
-            return {"entities": found, "cut": answer.cut}
+            return {"entities": [asdict(entity) for entity in answer.entities]}
         case Values():
             return {"values": list(answer.values)}
 

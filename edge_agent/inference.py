@@ -4,13 +4,14 @@ An adapter is theta, an input of the graph; the models hold what belongs to the 
 with every call. ONNX Runtime's sessions and these models may be used by several threads at once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 
 from edge_agent.batches import ClassifiedTexts, TokenisedTexts
 from edge_agent.encoders import TextEncoder, checked_text, load_tokenizer
@@ -50,10 +51,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Entities:
-    """What was found in one text; `cut` where it was longer than the model reads."""
+    """What was found in one text."""
 
     entities: tuple[Entity, ...]
-    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,10 @@ class TextClassifier:
 
 
 class TokenTagger:
-    """Texts in, entities out; a text may come as words, too, which are then taken as they are."""
+    """Texts in, entities out; one that is longer than the model reads is looked at in parts.
+
+    A text may come as words, too, which are then taken as they are.
+    """
 
     def __init__(
         self, folder: Path, task: TokenClassification, parameters: int, threads: int = 0
@@ -110,19 +113,25 @@ class TokenTagger:
         if not words:
             return Entities(())
         encoding = self._tokenizer.encode([word.text for word in words], is_pretokenized=True)
-        input_ids = np.array([encoding.ids], np.int64)
+        found: dict[int, tuple[Word, str, float]] = {}
+        for part in (encoding, *encoding.overflowing):
+            for word, label, probability in self._tags(theta, part):
+                found.setdefault(word, (words[word], label, probability))
+        return Entities(tuple(merge_tags(text, found.values())))
+
+    def _tags(self, theta: Theta, part: Encoding) -> Iterator[tuple[int, str, float]]:
+        """Yield (word, tag, probability) for each word that begins here, or goes on."""
+        input_ids = np.array([part.ids], np.int64)
         feeds = {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)}
         (logits,) = self._session.run(["logits"], {"theta": theta, **feeds})
         first: dict[int, int] = {}  # word -> its first token, which carries its tag
-        for place, word in enumerate(encoding.word_ids):
+        for place, word in enumerate(part.word_ids):
             if word is not None:
                 first.setdefault(word, place)
         logs = log_softmax(logits[0].astype(np.float64)[list(first.values())])
-        tags = [
-            (words[word], self.task.labels[int(row.argmax())], float(np.exp(row.max())))
-            for word, row in zip(first, logs, strict=True)
-        ]
-        return Entities(tuple(merge_tags(text, tags)), bool(encoding.overflowing))
+        for word, row in zip(first, logs, strict=True):
+            best = int(row.argmax())
+            yield word, self.task.labels[best], float(np.exp(row[best]))
 
 
 class ArrayModel:

@@ -94,12 +94,17 @@ def test_words_are_taken_as_they_are_given(tmp_path: Path) -> None:
         assert caught.value.reason is Reason.MALFORMED
 
 
-def test_what_is_too_long_is_said_to_be_cut(tmp_path: Path) -> None:
-    save_tagger(tmp_path / "plan", max_tokens=5)
-    short, long = tagged(tmp_path / "plan", "in New York", "a b c d e New York")
-    assert not short.cut
-    assert long.cut
-    assert long.entities == ()
+@pytest.mark.parametrize("max_tokens", [3, 4, 5, 7, 40])
+def test_a_long_text_is_looked_at_in_parts(tmp_path: Path, max_tokens: int) -> None:
+    save_tagger(tmp_path / "plan", max_tokens)
+    text = "New York, a b c d e New York at noon in Paris " * 3
+    [found] = tagged(tmp_path / "plan", text)
+    assert [entity.text for entity in found.entities] == [
+        "New York",
+        "New York",
+        "noon",
+        "Paris",
+    ] * 3
 
 
 def test_rows_of_arrays_give_values(tmp_path: Path) -> None:
