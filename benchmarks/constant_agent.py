@@ -49,10 +49,6 @@ class ConstantEngine:
         return None
 
 
-def _export(plan_folder: Path, plan: Plan, theta: Theta, out: Path) -> None:
-    """Keep no model: the run's end is not what is measured."""
-
-
 def main() -> None:
     """Take part in runs until ended from outside."""
     parser = argparse.ArgumentParser()
@@ -62,7 +58,7 @@ def main() -> None:
     limit_arenas()
     configure_logs(as_json=True)
     device = Device(
-        options.home, load_identity(options.home), Protection.PLAIN, ConstantEngine, _export
+        options.home, load_identity(options.home), Protection.PLAIN, ConstantEngine, None
     )
     protections = frozenset({Protection.PLAIN, Protection[options.protection.upper()]})
     asyncio.run(Session(device, protections).run())

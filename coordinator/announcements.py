@@ -59,6 +59,7 @@ def invitation(
         previous_round=state.previous_round,
         release=control_pb2.Release.ValueType(config.release),
         minimum=config.cohort.minimum,
+        gate=config.gate.to_message(),
     )
     return Message(invitation=message)
 

@@ -27,10 +27,17 @@ update_bits = 16               # or 8
 clip = 0.05                    # needed with sgd, or with uniform weights and no bound on steps
 release = "agents"             # or "coordinator": agents hand the opened sums over
 
+[activation]                   # optional: what a model must reach on held-out data to be used
+minimum_accuracy = 0.8
+maximum_loss = 1.0             # nats for each label; or maximum_perplexity
+maximum_accuracy_drop = 0.02   # against the model in use
+maximum_loss_rise = 0.1
+
 [deadlines]                    # seconds
 training = 3600
 """
 
+import math
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -40,6 +47,7 @@ from typing import Any
 
 from coordinator.run_state import RunPolicy
 from fedloom.errors import ConfigError, Refused
+from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.schedules import effective_steps
 from fedloom.terms import (
     MAX_STEPS,
@@ -94,6 +102,7 @@ class RunConfig:
     encoding: Encoding
     deadlines: Deadlines
     release: Release = Release.AGENTS
+    gate: ActivationGate = OPEN_GATE
 
     @property
     def returns_sums(self) -> bool:
@@ -151,6 +160,7 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     encoding = reader.checked(lambda: _encoding(reader, cohort), Encoding(Protection.ENCRYPTED))
     training = reader.checked(lambda: _training(reader, cohort, encoding), LocalTraining())
     release = reader.member("protection.release", Release, Release.AGENTS)
+    gate = reader.checked(lambda: _gate(reader), OPEN_GATE)
     reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
@@ -197,6 +207,7 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         encoding,
         deadlines,
         release,
+        gate,
     )
 
 
@@ -216,6 +227,21 @@ def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> Loc
     if strategy in STRATEGIES_WITH["auxiliary_scale"]:
         values["auxiliary_scale"] = _auxiliary_scale(reader, values, encoding)
     return LocalTraining(**values)
+
+
+def _gate(reader: "_Reader") -> ActivationGate:
+    bounds = {
+        field.name: reader.optional(f"activation.{field.name}") for field in fields(ActivationGate)
+    }
+    perplexity = reader.optional("activation.maximum_perplexity")
+    if perplexity is not None:
+        reader.require(
+            perplexity >= 1 and bounds["maximum_loss"] is None,
+            "activation.maximum_perplexity: expected at least 1, and no maximum_loss beside it; "
+            f"found {perplexity}",
+        )
+        bounds["maximum_loss"] = math.log(max(perplexity, 1.0))
+    return ActivationGate(**bounds)
 
 
 def _check_population(reader: "_Reader", strategy: Strategy, cohort: CohortTerms) -> None:
@@ -311,6 +337,11 @@ class _Reader:
             return found
         self._problems.append(f"{key}: expected {kind.__name__}, found {found!r}")
         return default
+
+    def optional(self, key: str) -> float | None:
+        """Return a number, or None where there is none."""
+        self._asked.add(key)
+        return self.value(key, float, 0.0) if key in self._values else None
 
     def member(self, key: str, kind: Any, default: Any) -> Any:
         name = self.value(key, str, default.name.lower())

@@ -13,6 +13,7 @@ from typing import Any
 from coordinator.config import RunConfig, parse_run_config, unencodable
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.plans import Plan, load_plan, verify_members
+from fedloom.tasks import ArrayLearning
 
 MAX_FILE_BYTES = 1 << 20
 # No protection sends more per value, and none more than this beyond it (headers, counters).
@@ -137,6 +138,10 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
     length = update_length(config.training, plan.parameter_count)
     if problem := unencodable(config.encoding, config.training, length):
         found.problems.append(f"this plan cannot be encoded for such a cohort: {problem}")
+    if config.gate.bounds_accuracy and isinstance(plan.task, ArrayLearning) and plan.task.values:
+        found.problems.append(
+            "activation: expected bounds of the loss, because this plan learns values, not labels"
+        )
     update = UPDATE_BYTES_PER_VALUE * length + UPDATE_BYTES_MORE
     cohort = min(config.cohort.size, max(config.cohort.minimum, around.enrolled_agents))
     least, most = config.cohort.minimum * update, cohort * update

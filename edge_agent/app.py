@@ -4,25 +4,26 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from edge_agent.commands import bench, infer, models
 from edge_agent.config import AgentConfig, load_agent_config, write_agent_config
 from edge_agent.data_check import add_data_command
 from edge_agent.data_options import add_data_options, chosen_sources
 from edge_agent.engines import engine_maker
 from edge_agent.enrolment import join
-from edge_agent.identity import fingerprint, load_identity
+from edge_agent.identity import Identity, fingerprint, load_identity
 from edge_agent.invitations import Terms, kept_invitation, read_terms, unfinished_runs
 from edge_agent.local_data import data_reports, on_this_device
+from edge_agent.model_versions import ModelMaker, ModelVersions
 from edge_agent.participation import Device
 from edge_agent.reports import told_report
 from edge_agent.resources import MEGABYTE, Resources
 from edge_agent.session import Session
 from edge_agent.status import read_status, told
 from fedloom.errors import RULES, ConfigError, FedloomError, Reaction, Refused
-from fedloom.exports import export_model
 from fedloom.logs import LEVELS, configure_logs
 from fedloom.memory import limit_arenas
 from fedloom.privacy import privacy_statement
@@ -103,12 +104,16 @@ def _wait_for_signature(fingerprint: str) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     config = on_this_device(options.home, load_agent_config(options.home))
+    identity = load_identity(options.home)
+    made = ModelMaker(
+        options.home / "models", identity.agent_id, identity.identity_key, config.kept_models
+    )
     device = Device(
         options.home,
-        load_identity(options.home),
+        identity,
         config.minimum_protection,
         engine_maker(options.home, config),
-        export_model,
+        made,
         config.permitted_release,
         config.crypto_processes,
         Resources(config.memory_mb * MEGABYTE),
@@ -145,32 +150,9 @@ def _available_protections(minimum: Protection) -> frozenset[Protection]:
     return frozenset(possible)
 
 
-def _infer(options: argparse.Namespace) -> int:
-    from edge_agent.inference import Classifier
-
-    texts = options.texts or [line.strip() for line in sys.stdin if line.strip()]
-    folder = options.model or _current_model(options.home)
-    predictions = Classifier(folder).classify(texts)
-    for text, prediction in zip(texts, predictions, strict=True):
-        if options.json:
-            row = {"text": text, "label": prediction.label, "probability": prediction.probability}
-            print(json.dumps(row))
-        else:
-            print(f"{prediction.label:24} {prediction.probability:6.1%}  {text}")
-    return 0
-
-
-def _current_model(home: Path) -> Path:
-    pointer = home / "models" / "current"
-    if not pointer.exists():
-        raise ConfigError(str(home), "expected a model: finish a run first, or name one by --model")
-    return pointer.parent / pointer.read_text().strip()
-
-
 def _status(options: argparse.Namespace) -> int:
     identity = load_identity(options.home)
     config = load_agent_config(options.home)
-    pointer = options.home / "models" / "current"
     facts: dict[str, str | None] = {
         "agent": identity.agent_id,
         "coordinator": identity.control_address,
@@ -179,7 +161,7 @@ def _status(options: argparse.Namespace) -> int:
         "minimum_protection": config.minimum_protection.name.lower(),
         "release": config.permitted_release.name.lower(),
         "data": str(config.data.path),
-        "model": str(_current_model(options.home)) if pointer.exists() else None,
+        "models": ", ".join(_answering(options.home, identity)) or None,
     }
     status, runs = read_status(options.home), _open_runs(options.home)
     reports = data_reports(options.home)
@@ -198,6 +180,14 @@ def _status(options: argparse.Namespace) -> int:
         for party, learns in privacy_statement(terms.privacy).lines():
             print(f"  {party:24} {learns}")
     return 0
+
+
+def _answering(home: Path, identity: Identity) -> Iterator[str]:
+    """Yield the adapters that answer, and with which version."""
+    found = ModelVersions(home / "models", identity.identity_key.public_key())
+    for adapter in found.adapters():
+        if (said := found.active_statement(adapter)) is not None:
+            yield f"{adapter} {said.version} (round {said.round} of run {said.run[:8]})"
 
 
 def _open_runs(home: Path) -> list[Terms]:
@@ -264,10 +254,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--once", action="store_true", help="end after one run")
     command.set_defaults(command=_run)
 
-    command = commands.add_parser("infer", help="classify texts with the newest model")
-    command.add_argument("texts", nargs="*", help="texts; without any, lines of stdin")
-    command.add_argument("--model", type=Path, help="folder of an exported model")
-    command.set_defaults(command=_infer)
+    infer.add_parser(commands)
+    models.add_parser(commands)
+    bench.add_parser(commands)
 
     command = commands.add_parser(
         "status", help="say what this device is doing and why, and who learns what"

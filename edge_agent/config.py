@@ -34,6 +34,9 @@ precision = "float32"        # with "torch": or "bfloat16", faster where the dev
 threads = 0                  # to train with; 0: as many as the device has cores
 crypto_processes = 1         # to encrypt in; 1: the agent's own, 0: one for each core
 memory_mb = 0                # to train in, the whole agent; 0: what the system has
+
+[models]
+keep = 5                     # newest versions of each adapter, and last ones of as many runs
 """
 
 import tomllib
@@ -54,6 +57,7 @@ from edge_agent.data_config import (
     source_lines,
     treatment_lines,
 )
+from edge_agent.model_versions import DEFAULT_KEPT, MAX_KEPT
 from fedloom.errors import ConfigError
 from fedloom.terms import Protection, Release
 
@@ -67,6 +71,7 @@ _KEYS = {
         *("kind", "provider", "device", "precision"),
         *("threads", "crypto_processes", "memory_mb"),
     },
+    "models": {"keep"},
 }
 _KEYS_OF_KIND = {"onnx": {"provider"}, "torch": {"device", "precision"}}
 _PRECISIONS = ("float32", "bfloat16")
@@ -100,6 +105,7 @@ class AgentConfig:
     held_out_share: float = 0.0  # of `data`, where `held_out` is None
     memory_mb: int = 0  # 10^6 bytes
     engine: OnnxSettings | TorchSettings = OnnxSettings()
+    kept_models: int = DEFAULT_KEPT
 
 
 def load_agent_config(home: Path) -> AgentConfig:
@@ -132,6 +138,7 @@ def load_agent_config(home: Path) -> AgentConfig:
         memory_mb=_count(path, table, "memory_mb", 0, _MAX_MEMORY_MB),
         held_out_share=read_held_out_share(path, table),
         engine=_engine(path, table.get("engine", {})),
+        kept_models=_kept_models(path, table),
     )
 
 
@@ -152,6 +159,9 @@ def write_agent_config(home: Path, config: AgentConfig) -> None:
         f"threads = {config.threads}",
         f"crypto_processes = {config.crypto_processes}",
         f"memory_mb = {config.memory_mb}",
+        "",
+        "[models]",
+        f"keep = {config.kept_models}",
         "",
     ]
     (home / CONFIG_FILE).write_text("\n".join(lines))
@@ -213,4 +223,11 @@ def _count(path: Path, table: Mapping[str, Any], key: str, default: int, most: i
     found = table.get("engine", {}).get(key, default)
     if type(found) is not int or not 0 <= found <= most:
         raise ConfigError(str(path), f"engine.{key}: expected 0..{most}, found {found!r}")
+    return found
+
+
+def _kept_models(path: Path, table: Mapping[str, Any]) -> int:
+    found = table.get("models", {}).get("keep", DEFAULT_KEPT)
+    if type(found) is not int or not 1 <= found <= MAX_KEPT:
+        raise ConfigError(str(path), f"models.keep: expected 1..{MAX_KEPT}, found {found!r}")
     return found

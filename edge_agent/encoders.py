@@ -1,6 +1,7 @@
 """Texts to token ids, as a plan's tokenizer cuts them."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -17,6 +18,7 @@ from fedloom.tasks import (
 )
 
 _TOKENISED_AT_ONCE = 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CHARACTERS_AT_ONCE = 1 << 20  # bounds the memory that a block of long texts takes
 TextTask = TextClassification | TokenClassification | CausalLanguageModelling
 _T = TypeVar("_T")
@@ -28,6 +30,15 @@ class Encoded(NamedTuple):
     ids: list[int]
     labels: list[int]
     cut: bool
+
+
+def checked_text(given: object) -> str:
+    """Return a text as it came in JSON, if it is one; raises Refused(MALFORMED)."""
+    if not isinstance(given, str):
+        raise Refused(Reason.MALFORMED, f"expected a text, found {type(given).__name__}")
+    if _SURROGATE.search(given):  # JSON can spell half a pair, which no encoding has
+        raise Refused(Reason.MALFORMED, "expected a text, found half a character")
+    return given
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -112,6 +123,11 @@ class TextEncoder:
         """Return the ids that an answer to this prompt follows, not cut."""
         ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         return self._beginning() + ids
+
+    def decode(self, ids: list[int], /) -> str:
+        """Return the text of ids; special tokens are none."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
 
     def _beginning(self) -> list[int]:
         """Return the special tokens that the tokenizer puts before a text, and none after it."""

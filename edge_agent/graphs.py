@@ -62,11 +62,13 @@ class GraphSession:
         threads: int,
         failure: Reason,
         providers: tuple[str, ...] = (CPU,),
+        prepack: bool = False,
     ) -> None:
         """Load the graph; Refused(PLAN_UNSUPPORTED) when it cannot be or breaks the contract.
 
         `failure` is the reason of a refusal because the graph could be loaded but not run. What no
-        provider of `providers` takes, or can be made for, the CPU computes.
+        provider of `providers` takes, or can be made for, the CPU computes. `prepack` costs a
+        second copy of the weights, which only runs of single tokens pay back.
         """
         self._graph = graph
         self._failure = failure
@@ -74,7 +76,7 @@ class GraphSession:
         try:
             self._session = ort.InferenceSession(
                 str(folder / graph.file),
-                _options(threads),
+                _options(threads, prepack),
                 providers=[(name, _PROVIDER_OPTIONS.get(name, {})) for name in wanted],
             )
         except _ORT_ERRORS as error:
@@ -101,14 +103,14 @@ class GraphSession:
         return found
 
 
-def _options(threads: int) -> ort.SessionOptions:
+def _options(threads: int, prepack: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only
     options.enable_mem_pattern = False  # a quarter less memory at the peak, at no cost
-    # Packed copies of the weights would not be shared with the mapped file, and gain nothing here.
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    # Packed copies of the weights would not be shared with the mapped file.
+    options.add_session_config_entry("session.disable_prepacking", "0" if prepack else "1")
     # Threads that wait must not keep a core busy: the device has other work, and agents share it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

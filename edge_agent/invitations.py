@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
+from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.plans import MAX_PLAN_BYTES
 from fedloom.privacy import PrivacyTerms
 from fedloom.terms import (
@@ -38,6 +39,7 @@ class Terms:
     previous_round: int = 0  # whose state is trained from; 0: the plan's
     attempt: int = 1  # that the round's next cohort will have
     rounds: int = 1  # that the run shall finish
+    gate: ActivationGate = OPEN_GATE
 
     @property
     def privacy(self) -> PrivacyTerms:
@@ -95,6 +97,7 @@ def read_terms(message: control_pb2.Invitation) -> Terms:
         message.previous_round,
         message.attempt,
         message.rounds,
+        ActivationGate.from_message(message.gate),
     )
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
+from edge_agent.activation import keep_state
 from edge_agent.applied_rounds import apply_round, forget_opened, return_sum
 from edge_agent.contribution import Contribution
-from edge_agent.engine import Engine
+from edge_agent.engine import Engine, Evaluation
 from edge_agent.global_state import GlobalState
 from edge_agent.identity import Identity
 from edge_agent.invitations import (
@@ -28,6 +29,7 @@ from edge_agent.invitations import (
 )
 from edge_agent.local_memory import LocalMemory, forget_memory
 from edge_agent.masking import Masking
+from edge_agent.model_versions import ModelMaker
 from edge_agent.protection import UpdateProtection
 from edge_agent.resources import Resources
 from edge_agent.run_keys import RunKeys
@@ -35,7 +37,6 @@ from edge_agent.status import StatusFile, Step
 from edge_agent.training import Training
 from edge_agent.transfer import Transfer
 from edge_agent.undertaking import Send, Surroundings, Undertaking
-from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused, refused_from_details
 from fedloom.plans import Plan
 from fedloom.strategies import RULES, update_length
@@ -43,7 +44,6 @@ from fedloom.terms import Protection, Release, weight_class
 from fedloom.v1 import control_pb2
 
 EngineFactory = Callable[[Path, Plan], Engine]  # (plan folder, plan)
-Exporter = Callable[[Path, Plan, Theta, Path], None]  # (plan folder, plan, theta, new folder)
 _log = structlog.get_logger()
 
 
@@ -55,7 +55,7 @@ class Device:
     identity: Identity
     minimum_protection: Protection
     engine: EngineFactory
-    export: Exporter
+    models: ModelMaker | None  # None: none are kept
     permitted_release: Release = Release.AGENTS
     crypto_processes: int = 1  # to encode and open in; 0: one for each core
     resources: Resources = field(default_factory=Resources)
@@ -252,14 +252,15 @@ class Participation:
             next_clip=last.next_clip,
             opened_sha256=last.opened_sha256,
         )
-        await self._evaluate(run, applied)
+        evaluation = await self._evaluate(run, applied)
         self._send(control_pb2.ConnectRequest(applied=applied))
+        await self._keep_model(run, evaluation)
         self._here.report(Step.WAITING, last.round, "the next round has not begun")
 
-    async def _evaluate(self, run: Undertaking, applied: control_pb2.Applied) -> None:
+    async def _evaluate(self, run: Undertaking, applied: control_pb2.Applied) -> Evaluation | None:
         evaluation = await asyncio.to_thread(run.engine.evaluate, run.state.theta)
         if evaluation is None:
-            return
+            return None
         applied.evaluation.count = evaluation.count
         applied.evaluation.correct = evaluation.correct
         applied.evaluation.loss = evaluation.mean_loss
@@ -268,15 +269,16 @@ class Participation:
             round=applied.round,
             accuracy=round(evaluation.correct / evaluation.count, 4),
         )
+        return evaluation
 
     async def return_sum(self, message: control_pb2.ReturnSum) -> None:
         """Upload the opened sum of a round that this device has applied."""
         await return_sum(self._here, await self._resume(), message.round)
 
     async def finished(self, message: control_pb2.Finished) -> None:
-        """Keep the run's model: versions in `models/`, the newest named in `models/current`."""
+        """Have the run's model among the versions, then forget what only an open run needs."""
         if message.outcome == control_pb2.RUN_OUTCOME_COMPLETED:
-            await self._export(message)
+            await self._complete(message)
         else:
             self._log.warning("run failed", reason=str(refused_from_details(message.reason)))
         forget_opened(self._folder)
@@ -285,7 +287,7 @@ class Participation:
         forget_memory(self._folder)
         self._here.report(Step.WAITING, 0, "the run is over")
 
-    async def _export(self, message: control_pb2.Finished) -> None:
+    async def _complete(self, message: control_pb2.Finished) -> None:
         if self._run is None and kept_invitation(self._folder) is None:
             self._log.warning("run completed without this device")
             return
@@ -294,8 +296,9 @@ class Participation:
             await self._keys.take(message.envelopes)
         for outcome in message.history:
             await apply_round(self._here, run, read_outcome(outcome))
-        folder = self._device.home / "models" / self.run_id.hex()
-        source, theta = self._plan_folder(run.terms), run.state.theta
-        await asyncio.to_thread(self._device.export, source, run.plan, theta, folder)
-        (folder.parent / "current").write_text(folder.name + "\n")
-        self._log.info("model exported", folder=str(folder))
+        await self._keep_model(run, None)
+
+    async def _keep_model(self, run: Undertaking, evaluation: Evaluation | None) -> None:
+        if self._device.models is not None:
+            folder = self._plan_folder(run.terms)
+            await keep_state(self._device.models, self._here, run, folder, evaluation)

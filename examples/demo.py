@@ -6,6 +6,7 @@ stays on loopback, all files in the folder given by --out.
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import shlex
@@ -163,9 +164,10 @@ class Demo:
         self._command(*self._agent(1, self._out / "agent-1"), "infer", *sentences)
 
     def _say_where(self, seconds: float) -> None:
-        model = self._out / "agent-1" / "models"
+        [pointer] = (self._out / "agent-1" / "models").glob("*/active")
+        model = pointer.parent / str(json.loads(pointer.read_text())["version"])
         self._title(f"Done in {seconds:.0f} s. What was made:")
-        self.console.print(f"  {model / (model / 'current').read_text().strip()}")
+        self.console.print(f"  {model}")
         self.console.print("      infer.onnx + base.safetensors + adapter_model.safetensors: any")
         self.console.print("      ONNX Runtime runs it, and torch users can load it with PEFT")
         self.console.print(f"  {self._out / 'plan'}: the plan, {self._coordinator}: the store")

@@ -1,9 +1,10 @@
 """An exported model: a plan folder's inference half with a trained adapter in it.
 
-The folder holds infer.onnx, base.safetensors, adapter_model.safetensors, adapter_config.json,
-tokenizer.json and plan.binpb. It needs nothing else, and any ONNX Runtime can load it: the graph
-takes theta from the adapter's file. Only that file differs from what plan.binpb pins. Agents make
-one when a run ends; a coordinator makes one from a run that it can read.
+The folder holds infer.onnx (and gen.onnx of a causal language model), base.safetensors,
+adapter_model.safetensors, adapter_config.json, tokenizer.json and plan.binpb. It needs nothing
+else, and any ONNX Runtime can load it: the graphs take theta from the adapter's file. Only that
+file differs from what plan.binpb pins. Agents make one after each round; a
+coordinator makes one from a run that it can read.
 """
 
 import secrets
@@ -15,7 +16,7 @@ import numpy as np
 from fedloom.adapters import Theta, write_adapter
 from fedloom.artifacts import link_or_copy
 from fedloom.errors import ConfigError, Reason, Refused
-from fedloom.graph_contracts import INFER_GRAPH
+from fedloom.graph_contracts import GEN_GRAPH, INFER_GRAPH
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -25,7 +26,7 @@ from fedloom.plans import (
     Plan,
 )
 
-INFERENCE_FILES = (INFER_GRAPH, BASE_FILE, ADAPTER_CONFIG_FILE, TOKENIZER_FILE)
+INFERENCE_FILES = (INFER_GRAPH, GEN_GRAPH, BASE_FILE, ADAPTER_CONFIG_FILE, TOKENIZER_FILE)
 _EXPORTED = frozenset((*INFERENCE_FILES, PLAN_FILE, ADAPTER_FILE))
 
 

@@ -1,5 +1,6 @@
 """`run.toml`: a good file becomes frozen values; of a bad one every problem is named at once."""
 
+import math
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from coordinator.config import (
     parse_run_config,
 )
 from fedloom.errors import ConfigError
+from fedloom.gates import ActivationGate
 from fedloom.schedules import effective_steps
 from fedloom.terms import (
     MAX_WEIGHT_CLASS,
@@ -185,6 +187,31 @@ def test_a_value_out_of_range_is_an_error(change: dict[str, Any], expected: str)
     assert expected in problems(**change)
 
 
+def test_a_gate_is_open_unless_it_is_stated() -> None:
+    assert parse_run_config(LEAST, PATH).gate.is_open
+    bounds = {"minimum_accuracy": 0.8, "maximum_loss_rise": 0}
+    gate = parse_run_config(LEAST | {"activation": bounds}, PATH).gate
+    assert gate == ActivationGate(minimum_accuracy=0.8, maximum_loss_rise=0.0)
+    gate = parse_run_config(LEAST | {"activation": {"maximum_perplexity": 20}}, PATH).gate
+    assert gate.maximum_loss == pytest.approx(math.log(20))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ({"minimum_accuracy": 80}, "activation.minimum_accuracy in 0..1"),
+        ({"maximum_loss": float("nan")}, "activation.maximum_loss finite"),
+        ({"maximum_perplexity": 0.5}, "expected at least 1"),
+        ({"maximum_perplexity": 20, "maximum_loss": 3}, "no maximum_loss beside it"),
+        ({"maximum_perplexity": float("nan")}, "expected at least 1"),
+        ({"accuracy": 0.8}, "activation.accuracy: unknown key"),
+        ({"minimum_accuracy": "high"}, "activation.minimum_accuracy: expected float"),
+    ],
+)
+def test_a_gate_that_means_nothing_is_an_error(bounds: dict[str, Any], expected: str) -> None:
+    assert expected in problems(activation=bounds)
+
+
 def test_a_proximal_term_needs_fed_prox() -> None:
     training = {"proximal_mu": 0.1}
     assert "proximal_mu 0 unless" in problems(training=training)
@@ -317,7 +344,18 @@ def test_the_example_in_the_docstring_is_a_good_file() -> None:
 
 
 _KEYS = st.sampled_from(
-    ["name", "plan", "rounds", "cohort", "training", "protection", "deadlines", "minimum", "size"]
+    [
+        "name",
+        "plan",
+        "rounds",
+        "cohort",
+        "training",
+        "protection",
+        "deadlines",
+        "activation",
+        "minimum",
+        "size",
+    ]
     + ["kind", "clip", "update_bits", "strategy", "optimizer", "", "a.b", "population"]
     + [field.name for field in (*fields(LocalTraining), *fields(Deadlines))]
 )
@@ -340,7 +378,7 @@ _LIKELY = st.fixed_dictionaries(
     {"plan": st.just("p"), "rounds": st.integers(0, 9)},
     optional={
         table: st.dictionaries(_KEYS, _VALUES, max_size=3)
-        for table in ("cohort", "training", "protection", "deadlines")
+        for table in ("cohort", "training", "protection", "deadlines", "activation")
     },
 )
 

@@ -31,6 +31,7 @@ from fedloom.artifacts import ArtifactReference
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.graph_contracts import INFER_GRAPH
 from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, TrainableTensor
+from fedloom.tasks import ArrayInput, ArrayLearning
 from fedloom.terms import Protection, Release
 from tests.coordinator.samples import LAYOUT, POLICY, PlanFolder
 
@@ -63,6 +64,20 @@ def around(plan: Plan | None = None, **known: object) -> Surroundings:
 
 
 # starting
+
+
+def test_a_gate_of_accuracy_needs_labels(plan_folder: PlanFolder) -> None:
+    inputs = (ArrayInput("features", (4,)),)
+    text = PLAIN.replace("plan =", "# plan =", 1) + "[activation]\nminimum_accuracy = 0.5\n"
+    text = f'plan = "{"ab" * 32}"\n' + text
+    for task, problems in (
+        (ArrayLearning(inputs, values=2), 1),
+        (ArrayLearning(inputs, ("a", "b")), 0),
+    ):
+        plan = replace(plan_folder.plan, task=task)
+        found = check(RunFile(text, "run.toml", plan_folder.folder.parent), around(plan))
+        assert len(found.problems) == problems, found.problems
+        assert all("bounds of the loss" in problem for problem in found.problems)
 
 
 def test_a_run_is_named_by_its_file_and_queued(

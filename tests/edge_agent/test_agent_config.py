@@ -86,6 +86,8 @@ def test_an_owner_who_says_nothing_permits_the_least(tmp_path: Path) -> None:
         ('[engine]\nkind = "torch"\nprecision = "float16"', "engine.precision"),
         ('[engine]\nkind = "torch"\ndevice = 0', "engine.device"),
         ("[unknown]", "[unknown]"),
+        ("[models]\nkeep = 0", "models.keep"),
+        ("[models]\nkeep = true", "models.keep"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, lines: str, where: str) -> None:

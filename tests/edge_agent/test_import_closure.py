@@ -26,13 +26,14 @@ checkpoint = edge_agent.checkpoints.Checkpoint(folder.parent, bytes(16), 1)
 theta = theta + engine.train(theta, LocalTraining(), 0, lambda share: None, checkpoint).delta
 engine.evaluate(theta)
 export_model(folder, plan, theta, folder.parent / "out")
-edge_agent.inference.Classifier(folder.parent / "out").classify(["lamp"])
+adapter = edge_agent.inference.load_exported(folder.parent / "out")
+adapter.model.answer(adapter.theta, ["lamp"])
 print(*sys.modules)
 """
 LIGHT = """
 import sys
 import edge_agent.batches, edge_agent.checkpoints, edge_agent.data, edge_agent.engine
-import edge_agent.optimisers, edge_agent.engines
+import edge_agent.optimisers, edge_agent.engines, edge_agent.app
 print(*sys.modules)
 """
 

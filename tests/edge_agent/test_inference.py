@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 
 from edge_agent.data import DataSource
-from edge_agent.inference import Classifier, Prediction
+from edge_agent.inference import Prediction, load_exported
 from edge_agent.onnx_engine import OnnxEngine
 from edge_agent.row_readers import classified_texts
 from fedloom.adapters import read_adapter, write_adapter
@@ -20,6 +20,11 @@ from fedloom.graph_contracts import INFER_GRAPH, TRAIN_GRAPH
 from fedloom.plans import ADAPTER_FILE, BASE_FILE, PLAN_FILE, load_plan
 from fedloom.terms import LocalTraining
 from tests.edge_agent.toy import Unkept
+
+
+def classify(folder: Path, texts: list[str]) -> list[Prediction]:
+    adapter = load_exported(folder)
+    return adapter.model.answer(adapter.theta, texts)
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def test_the_exported_model_answers_as_the_engine_evaluates(
 ) -> None:
     rows = list(classified_texts(held_out, toy.plan.task.labels))
     evaluation = OnnxEngine(toy.folder, toy.plan, held_out, held_out).evaluate(trained)
-    predictions = Classifier(exported).classify([row.text for row in rows])
+    predictions = classify(exported, [row.text for row in rows])
     expected = [toy.plan.task.labels[row.label] for row in rows]
     right = [p.label == label for p, label in zip(predictions, expected, strict=True)]
     assert evaluation is not None
@@ -57,22 +62,21 @@ def test_the_exported_graph_needs_no_theta_from_its_user(exported: Path, toy) ->
     tokens = {"input_ids": np.array([[2, 4, 5, 3]]), "attention_mask": np.ones((1, 4), np.int64)}
     (logits,) = session.run(None, tokens)
     probabilities = np.exp(logits[0]) / np.exp(logits[0]).sum()
-    (prediction,) = Classifier(exported).classify(["lamp bright"])
+    (prediction,) = classify(exported, ["lamp bright"])
     assert prediction.label == toy.plan.task.labels[int(probabilities.argmax())] == "lights"
     assert prediction.probability == pytest.approx(probabilities.max(), rel=1e-5)
 
 
 def test_answers_come_in_the_order_of_the_texts_whatever_their_length(exported: Path) -> None:
     texts = ["rain in the room now please", "lamp", "song for me please", "", "unheard-of words"]
-    classifier = Classifier(exported)
-    together = classifier.classify(texts)
+    together = classify(exported, texts)
     assert [p.label for p in together[:3]] == ["weather", "lights", "music"]
     for text, prediction in zip(texts, together, strict=True):
-        (alone,) = classifier.classify([text])
+        (alone,) = classify(exported, [text])
         assert alone.label == prediction.label
         assert alone.probability == pytest.approx(prediction.probability, rel=1e-5)
         assert 1 / 3 - 1e-6 <= alone.probability <= 1
-    assert classifier.classify([]) == []
+    assert classify(exported, []) == []
     assert isinstance(together[0], Prediction)
 
 
@@ -109,7 +113,7 @@ def test_without_hard_links_the_files_are_copied(
     monkeypatch.setattr(os, "link", refuse)
     export_model(toy.folder, toy.plan, toy.theta, tmp_path / "copy")
     assert not os.path.samefile(tmp_path / "copy" / BASE_FILE, toy.folder / BASE_FILE)
-    assert Classifier(tmp_path / "copy").classify(["lamp"])
+    assert classify(tmp_path / "copy", ["lamp"])
 
 
 def test_a_persons_files_are_never_replaced(toy, tmp_path: Path) -> None:
@@ -146,14 +150,14 @@ def test_an_adapter_of_another_plan_is_refused(toy, exported: Path) -> None:
     layout = toy.plan.layout[:1]
     write_adapter(exported / ADAPTER_FILE, layout, np.zeros(layout[0].size, np.float32))
     with pytest.raises(Refused) as caught:
-        Classifier(exported)
+        load_exported(exported)
     assert caught.value.reason is Reason.MALFORMED
 
 
 def test_a_folder_without_an_adapter_is_refused(exported: Path) -> None:
     (exported / ADAPTER_FILE).unlink()
     with pytest.raises(Refused) as caught:
-        Classifier(exported)
+        load_exported(exported)
     assert caught.value.reason is Reason.PLAN_MISMATCH
 
 
@@ -163,5 +167,5 @@ def test_a_graph_with_another_contract_is_refused(
     toy = make_toy(infer_edit=("(float[B,3] logits)", "(float[B,32] mean)"))
     export_model(toy.folder, toy.plan, toy.theta, tmp_path / "out")
     with pytest.raises(Refused) as caught:
-        Classifier(tmp_path / "out")
+        load_exported(tmp_path / "out")
     assert caught.value.reason is Reason.PLAN_UNSUPPORTED

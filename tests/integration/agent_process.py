@@ -6,9 +6,9 @@ from pathlib import Path
 
 from edge_agent.app import _run_session
 from edge_agent.identity import load_identity
+from edge_agent.model_versions import ModelMaker
 from edge_agent.participation import Device
 from edge_agent.session import Session
-from fedloom.exports import export_model
 from fedloom.logs import configure_logs
 from fedloom.terms import Protection
 from tests.integration.engines import FakeEngine
@@ -19,9 +19,9 @@ def main(home: Path, samples: int, seconds: float = 0.0) -> int:
     configure_logs(as_json=True)
     engine = FakeEngine(samples)
     engine.seconds = seconds
-    device = Device(
-        home, load_identity(home), Protection.ENCRYPTED, lambda folder, plan: engine, export_model
-    )
+    identity = load_identity(home)
+    models = ModelMaker(home / "models", identity.agent_id, identity.identity_key)
+    device = Device(home, identity, Protection.ENCRYPTED, lambda folder, plan: engine, models)
     return asyncio.run(_run_session(Session(device, frozenset(Protection)), once=True))
 
 

@@ -23,10 +23,11 @@ from coordinator.server import keep_conducting, serving
 from coordinator.store import RunRecord, Store
 from edge_agent.enrolment import join
 from edge_agent.identity import Identity
+from edge_agent.model_versions import ModelMaker
 from edge_agent.participation import Device
 from edge_agent.session import Session
+from edge_agent.statements import Statement
 from fedloom.adapters import Theta, adapter_header, read_adapter, write_adapter
-from fedloom.exports import export_model
 from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, PlanMember, PlanOrigin, TrainableTensor
 from fedloom.tasks import TextClassification
 from fedloom.terms import Protection, Release
@@ -105,6 +106,7 @@ class Agent:
         self.minimum_protection = Protection.PLAIN
         self.permitted_release = Release.AGENTS
         self.protections = frozenset(Protection)
+        self.models = ModelMaker(home / "models", identity.agent_id, identity.identity_key)
         self._session: Session | None = None
         self._running: asyncio.Task[None] | None = None
 
@@ -115,7 +117,7 @@ class Agent:
             self.identity,
             self.minimum_protection,
             lambda folder, plan: self.engine,
-            export_model,
+            self.models,
             self.permitted_release,
         )
         self._session = Session(device, self.protections)
@@ -155,8 +157,16 @@ class Agent:
         return told.result()
 
     def theta(self, run_id: bytes) -> Theta:
-        """Return the model that this device exported at the run's end."""
-        return read_adapter(self.home / "models" / run_id.hex() / ADAPTER_FILE, LAYOUT)
+        """Return the model that this device had at the run's end."""
+        return read_adapter(self.model(run_id) / ADAPTER_FILE, LAYOUT)
+
+    def model(self, run_id: bytes) -> Path:
+        """Return the folder of the run's last model."""
+        [adapter] = self.models.adapters()
+        said = self.models.versions(adapter)[-1]
+        assert isinstance(said, Statement)
+        assert said.run == run_id.hex()
+        return self.models.path(adapter, said.version)
 
 
 class Federation:

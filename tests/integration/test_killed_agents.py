@@ -77,7 +77,7 @@ async def test_an_agent_killed_at_random_ends_with_the_bits_of_one_that_was_not(
     delta = updates[-1].delta
     assert sha256(kept[-delta.nbytes :]) == sha256(delta.tobytes())
     assert loss == np.float32(updates[-1].mean_loss)
-    model = agent.home / "models" / run_id.hex() / ADAPTER_FILE
+    model = agent.model(run_id) / ADAPTER_FILE
     assert read_adapter(model, toy.plan.layout).tobytes() == theta.tobytes()
     assert sum("training resumed" in events(log) for log in logs) >= kills // 3
     assert checkpoints(agent) == []

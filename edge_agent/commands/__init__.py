@@ -1,0 +1,1 @@
+"""What a person types on the device, a module for each command; `edge_agent.app` wires them."""
