@@ -14,7 +14,7 @@ from edge_agent.batches import Examples, Indices, inference_batches
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.graph_contracts import GraphContract, check_session
-from fedloom.quantisation import BaseStorage
+from fedloom.plans import BaseStorage
 
 CPU = "CPUExecutionProvider"
 # Products in float32, as on the CPU: the default of this provider has 10 bits of mantissa.

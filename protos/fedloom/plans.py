@@ -15,7 +15,6 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from fedloom.errors import Reason, Refused
-from fedloom.quantisation import BaseStorage
 from fedloom.tasks import Task, read_task, write_task
 from fedloom.v1 import plan_pb2
 
@@ -54,6 +53,14 @@ class Role(IntEnum):
     @classmethod
     def _missing_(cls, value: object) -> "Role":
         return cls.WEIGHT
+
+
+class BaseStorage(IntEnum):
+    """How the matrices of `base.safetensors` are stored; numbers as in `plan.proto`."""
+
+    FP32 = 0
+    INT8 = 1
+    INT4 = 2
 
 
 @dataclass(frozen=True)
