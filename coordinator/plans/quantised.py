@@ -22,7 +22,6 @@ from fedloom.errors import ConfigError
 from fedloom.quantisation import (
     BLOCK,
     SCALE_SUFFIX,
-    BaseStorage,
     dequantise_blocks,
     dequantise_rows,
     quantise_blocks,
