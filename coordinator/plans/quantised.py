@@ -19,6 +19,7 @@ from coordinator.plans.base_file import Base, lay_out
 from coordinator.plans.model import AdaptedModel
 from coordinator.plans.onnx_rewrite import ALIAS, FROZEN
 from fedloom.errors import ConfigError
+from fedloom.plans import BaseStorage
 from fedloom.quantisation import (
     BLOCK,
     SCALE_SUFFIX,
