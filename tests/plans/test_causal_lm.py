@@ -19,6 +19,7 @@ from fedloom.plans import ADAPTER_FILE, BASE_FILE, Role, load_plan
 from tests.plans.conftest import Built
 from tests.plans.decoders import POSITIONS, save_decoder
 
+pytestmark = pytest.mark.timeout(900)  # exports take half a minute of one core, here shared
 SHAPES = ((4, 9), (8, 16), (3, 21), (5, 12))  # (rows, tokens)
 STEPS, LEARNING_RATE = 20, 1e-3
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
