@@ -5,6 +5,7 @@ CPU; constants that meet values of the device are copied there once; the frozen 
 from their file, and copied to an accelerator once.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedloom.plans import Plan
 
 MIN_OPSET, MAX_OPSET = 13, 21  # within them the functions of `torch_operators` hold
 _TYPE_NAMES = {1: "tensor(float)", 7: "tensor(int64)"}  # as contracts call them
+_PACKED = frozenset((onnx.TensorProto.INT4, onnx.TensorProto.UINT4))
 _MEASURES = frozenset(("Shape", "Size"))  # of a value anywhere they give one on the CPU
 
 # What torch and Python raise for values that an operation cannot take.
@@ -174,7 +176,11 @@ class _Weights:
             start, length = int(where.get("offset", "0")), int(where["length"])
             if start < 0 or length < 0 or start + length > len(mapped):
                 raise ValueError(f"bytes {start} to {start + length} of {len(mapped)}")
-            found = mapped[start : start + length].view(DTYPES[entry.data_type])
+            found = mapped[start : start + length]
+            if entry.data_type in _PACKED:
+                found = _unpacked(found, entry.data_type)[: math.prod(entry.dims)]
+            else:
+                found = found.view(DTYPES[entry.data_type])
             return found.reshape(tuple(entry.dims))
         except TORCH_ERRORS as error:
             what = f"{self._file} with its weight {entry.name[:64]!r} in {name}"
@@ -186,6 +192,15 @@ class _Weights:
             mapped = np.memmap(self._folder / name, np.uint8, "c")
             self._mapped[name] = torch.from_numpy(mapped)
         return self._mapped[name]
+
+
+def _unpacked(pairs: Tensor, data_type: int) -> Tensor:
+    """Return 4-bit values, the low half of each byte first, in 8 bits: torch has no such type."""
+    halves = torch.stack((pairs & 15, pairs >> 4), -1).reshape(-1)
+    if data_type == onnx.TensorProto.UINT4:
+        return halves
+    signed = halves.to(torch.int8)
+    return torch.where(signed > 7, signed - 16, signed)
 
 
 def _read(folder: Path, file: str) -> onnx.GraphProto:
@@ -265,7 +280,10 @@ def _attribute(entry: onnx.AttributeProto) -> Any:
 
 
 def _constant(entry: onnx.TensorProto) -> Tensor:
-    return torch.from_numpy(numpy_helper.to_array(entry).copy())
+    array = numpy_helper.to_array(entry)
+    if entry.data_type in _PACKED:
+        array = array.astype(np.int8)  # holds both kinds of 4 bits
+    return torch.from_numpy(array.copy())
 
 
 def _last_reads(graph: onnx.GraphProto) -> Iterable[list[str]]:

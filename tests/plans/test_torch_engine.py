@@ -4,17 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
 
 from coordinator.plans import PlanRequest, build_plan
 from edge_agent.data import DataSource
 from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import read_adapter
 from fedloom.errors import Reason
-from fedloom.graph_contracts import EVAL_GRAPH, TRAIN_GRAPH, eval_contract
-from fedloom.plans import ADAPTER_FILE, BASE_FILE, Plan
+from fedloom.graph_contracts import TRAIN_GRAPH, eval_contract
+from fedloom.plans import ADAPTER_FILE, BaseStorage, Plan
 from fedloom.tasks import IGNORED_LABEL
 from fedloom.terms import LocalTraining, Optimizer
 from tests.edge_agent.toy import Unkept, write_rows
@@ -122,51 +120,23 @@ def test_a_language_models_gradient_is_the_graphs(
     assert gradient_shape(folder, plan, feeds) == gradient.shape
 
 
-def quantise(folder: Path) -> int:
-    """Put int8 and DequantizeLinear in place of every frozen matrix; return their number."""
-    base = (folder / BASE_FILE).read_bytes()
-    stored = bytearray(base)
-    places: dict[str, tuple[int, int, np.ndarray]] = {}
-    for file in (TRAIN_GRAPH, EVAL_GRAPH):
-        model = onnx.load_model(folder / file, load_external_data=False)
-        graph = model.graph
-        for entry in [e for e in graph.initializer if len(e.dims) == 2 and e.external_data]:
-            where = {pair.key: pair for pair in entry.external_data}
-            start, length = int(where["offset"].value), int(where["length"].value)
-            if entry.name not in places:
-                weight = np.frombuffer(base[start : start + length], "<f4").reshape(entry.dims)
-                scale = (np.abs(weight).max(1) / 127 + 1e-12).astype(np.float32)
-                levels = np.rint(weight / scale[:, None]).astype(np.int8)
-                places[entry.name] = (len(stored), levels.nbytes, scale)
-                stored += levels.tobytes()
-            offset, size, scale = places[entry.name]
-            where["offset"].value, where["length"].value = str(offset), str(size)
-            entry.data_type = onnx.TensorProto.INT8
-            for node in graph.node:
-                node.input[:] = [f"{n}.f32" if n == entry.name else n for n in node.input]
-            graph.initializer.append(numpy_helper.from_array(scale, f"{entry.name}.scale"))
-            inputs = [entry.name, f"{entry.name}.scale"]
-            node = helper.make_node("DequantizeLinear", inputs, [f"{entry.name}.f32"], axis=0)
-            graph.node.insert(0, node)
-        (folder / file).write_bytes(model.SerializeToString())
-    (folder / BASE_FILE).write_bytes(bytes(stored))
-    return len(places)
-
-
+@pytest.mark.parametrize("base", [BaseStorage.INT8, BaseStorage.INT4], ids=str)
 def test_a_quantised_base_trains_as_in_onnx_runtime(
-    small, data: DataSource, tmp_path: Path
+    base: BaseStorage, small, data: DataSource, tmp_path: Path, graph_cache: Path
 ) -> None:
-    folder = tmp_path / "int8"
-    folder.mkdir()
-    for path in small.folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    assert quantise(folder) >= 12
-    theta = read_adapter(folder / ADAPTER_FILE, small.plan.layout)
-    expected, found, whole = (
-        engine_of(name, place, small.plan, data).train(
-            theta, TERMS, 1, lambda share: None, Unkept()
-        )
-        for name, place in (("onnx", folder), ("torch", folder), ("torch", small.folder))
+    request = PlanRequest(
+        model=str(small.model), labels=small.plan.task.labels, rank=4, max_tokens=32, base=base
     )
-    assert relative(found.delta, expected.delta) < UPDATE_TOLERANCE
-    assert relative(whole.delta, expected.delta) > UPDATE_TOLERANCE
+    folder = tmp_path / "plan"
+    plan = build_plan(request, folder, lambda line: None, graph_cache)
+    theta = read_adapter(folder / ADAPTER_FILE, plan.layout)
+    expected, found, whole = (
+        engine.train(theta, TERMS, 1, lambda share: None, Unkept()).delta
+        for engine in (
+            engine_of("onnx", folder, plan, data),
+            engine_of("torch", folder, plan, data),
+            engine_of("torch", small.folder, small.plan, data),
+        )
+    )
+    assert relative(found, expected) < UPDATE_TOLERANCE
+    assert relative(whole, expected) > UPDATE_TOLERANCE
