@@ -73,7 +73,8 @@ def _torch_maker(home: Path, config: AgentConfig, settings: TorchSettings) -> En
 
     def tokens(plan: Plan) -> int:
         budget = config.memory_mb * MEGABYTE
-        return training_tokens(plan, budget) if budget else 0  # 0: what suits the device
+        limited = budget and device.type == "cpu"  # an accelerator has memory of its own
+        return training_tokens(plan, budget) if limited else 0  # 0: what suits the device
 
     def make(folder: Path, plan: Plan) -> Engine:
         return TorchEngine(
