@@ -33,8 +33,7 @@ from edge_agent.resources import least_memory
 from fedloom.adapters import read_adapter
 from fedloom.errors import Reason
 from fedloom.graph_contracts import train_contract, train_dp_contract
-from fedloom.plans import ADAPTER_FILE, load_plan
-from fedloom.quantisation import BaseStorage
+from fedloom.plans import ADAPTER_FILE, BaseStorage, load_plan
 from fedloom.terms import LocalTraining
 
 HERE = Path(__file__).parents[1] / "examples" / "home_assistant"

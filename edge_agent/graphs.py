@@ -13,7 +13,7 @@ from edge_agent.batches import Examples, Indices, micro_batches
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.graph_contracts import GraphContract, check_session
-from fedloom.quantisation import BaseStorage
+from fedloom.plans import BaseStorage
 
 _MAX_INFERENCE_ROWS = 64
 _MAX_INFERENCE_TOKENS = 512  # padded tokens in one run: bounds the memory of activations

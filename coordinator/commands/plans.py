@@ -18,7 +18,7 @@ from coordinator.commands.connection import (
 )
 from coordinator.commands.output import say, say_json, say_table
 from fedloom.errors import ConfigError
-from fedloom.quantisation import BaseStorage
+from fedloom.plans import BaseStorage
 
 if TYPE_CHECKING:
     from coordinator.commands.training_needs import TrainingNeeds

@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coordinator.plans.measurement import StepFigures, measure_step, step_shape
-from fedloom.plans import Plan, TrainingMemory
-from fedloom.quantisation import BaseStorage
+from fedloom.plans import BaseStorage, Plan, TrainingMemory
 
 MEGABYTE = 10**6
 

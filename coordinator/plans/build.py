@@ -18,8 +18,7 @@ from coordinator.plans.onnx_rewrite import attach_weights, used_weights
 from coordinator.plans.quantised import quantise
 from coordinator.plans.request import PlanRequest
 from fedloom.errors import ConfigError
-from fedloom.plans import PLAN_FILE, Plan, TrainingMemory
-from fedloom.quantisation import BaseStorage
+from fedloom.plans import PLAN_FILE, BaseStorage, Plan, TrainingMemory
 from fedloom.tasks import ArrayLearning
 
 Report = Callable[[str], None]

@@ -19,10 +19,10 @@ from coordinator.plans.base_file import Base, lay_out
 from coordinator.plans.model import AdaptedModel
 from coordinator.plans.onnx_rewrite import ALIAS, FROZEN
 from fedloom.errors import ConfigError
+from fedloom.plans import BaseStorage
 from fedloom.quantisation import (
     BLOCK,
     SCALE_SUFFIX,
-    BaseStorage,
     dequantise_blocks,
     dequantise_rows,
     quantise_blocks,

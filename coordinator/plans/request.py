@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedloom.errors import ConfigError, FedloomError
-from fedloom.quantisation import BaseStorage
+from fedloom.plans import BaseStorage
 from fedloom.tasks import MAX_LABELS, MAX_TEMPLATE, MAX_TOKENS, template_fields
 
 MAX_RANK = 4096

@@ -15,7 +15,6 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from fedloom.errors import Reason, Refused
-from fedloom.quantisation import BaseStorage
 from fedloom.tasks import Task, read_task, write_task
 from fedloom.v1 import plan_pb2
 
@@ -80,6 +79,14 @@ class PlanOrigin:
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
     lora_a_frozen: bool = False
+
+
+class BaseStorage(IntEnum):
+    """How the matrices of `base.safetensors` are stored; numbers as in `plan.proto`."""
+
+    FP32 = 0
+    INT8 = 1
+    INT4 = 2
 
 
 @dataclass(frozen=True)

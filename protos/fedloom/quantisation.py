@@ -4,8 +4,6 @@ A matrix is (N, K), as in `base.safetensors`: for a linear layer N are its outpu
 trained: gradients flow through the values that come back.
 """
 
-from enum import IntEnum
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,14 +13,6 @@ _INT8_MAX = 127
 _INT4_MIN, _INT4_MAX = -8, 7
 
 Weights = NDArray[np.float32]  # (N, K)
-
-
-class BaseStorage(IntEnum):
-    """How the matrices of `base.safetensors` are stored; numbers as in `plan.proto`."""
-
-    FP32 = 0
-    INT8 = 1
-    INT4 = 2
 
 
 def quantise_rows(weights: Weights) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

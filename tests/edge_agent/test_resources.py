@@ -28,13 +28,13 @@ from fedloom.errors import Reason, Refused
 from fedloom.plans import (
     BASE_FILE,
     PLAN_FILE,
+    BaseStorage,
     Plan,
     PlanMember,
     PlanOrigin,
     TrainableTensor,
     TrainingMemory,
 )
-from fedloom.quantisation import BaseStorage
 from fedloom.tasks import ArrayInput, ArrayLearning, TextClassification
 from fedloom.terms import LocalTraining
 from tests.edge_agent.toy import Unkept

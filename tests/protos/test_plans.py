@@ -18,6 +18,7 @@ from fedloom.plans import (
     MAX_PARAMETERS,
     MAX_PLAN_BYTES,
     PLAN_FILE,
+    BaseStorage,
     Plan,
     PlanMember,
     PlanOrigin,
@@ -27,7 +28,6 @@ from fedloom.plans import (
     parse_plan,
     verify_members,
 )
-from fedloom.quantisation import BaseStorage
 from fedloom.tasks import MAX_LABELS, TextClassification
 from fedloom.v1 import plan_pb2
 
