@@ -102,9 +102,9 @@ def test_a_head_that_is_more_than_a_frozen_matrix_is_refused():
     head = torch.nn.Linear(2, 3)
     core = SimpleNamespace(get_output_embeddings=lambda: head)
     biased = SimpleNamespace(network=SimpleNamespace(get_base_model=lambda: core))
-    with pytest.raises(ConfigError, match="loss_pieces: .* without a bias"):
+    with pytest.raises(ConfigError, match=r"loss_pieces: .* without a bias"):
         _head(biased)
-    with pytest.raises(ConfigError, match="loss_pieces: .* trained"):
+    with pytest.raises(ConfigError, match=r"loss_pieces: .* trained"):
         _frozen_name(SimpleNamespace(network=head, frozen=()), head)
 
 
