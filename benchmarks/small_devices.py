@@ -26,10 +26,11 @@ from benchmarks.figures import MEGABYTE
 from benchmarks.processes import usage
 from coordinator.plans.measurement import random_batch, step_shape
 from edge_agent.checkpoints import Checkpoint, TrainingState
-from edge_agent.data import DataSource, read_texts
+from edge_agent.data import DataSource
 from edge_agent.graphs import GraphSession
 from edge_agent.onnx_engine import OnnxEngine
 from edge_agent.resources import least_memory
+from edge_agent.row_readers import read_texts
 from fedloom.adapters import read_adapter
 from fedloom.errors import Reason
 from fedloom.graph_contracts import train_contract, train_dp_contract

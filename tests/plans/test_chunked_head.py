@@ -1,5 +1,7 @@
 """A loss in pieces is the whole one, and takes less memory."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -92,17 +94,18 @@ def test_a_plan_in_pieces_trains_the_same_in_less_memory(llama, graph_cache, ope
     assert needs[1] < 0.6 * needs[0]
 
 
-def test_a_head_that_is_trained_is_refused(llama, tmp_path):
-    request = PlanRequest(
-        str(llama),
-        task="causal-lm",
-        rank=2,
-        max_tokens=32,
-        loss_pieces=2,
-        modules_to_save=("lm_head",),
-    )
-    with pytest.raises(ConfigError, match="loss_pieces"):
-        build_plan(request, tmp_path / "plan", lambda line: None)
+def test_a_head_that_is_more_than_a_frozen_matrix_is_refused():
+    import torch
+
+    from coordinator.plans.chunked_head import _frozen_name, _head
+
+    head = torch.nn.Linear(2, 3)
+    core = SimpleNamespace(get_output_embeddings=lambda: head)
+    biased = SimpleNamespace(network=SimpleNamespace(get_base_model=lambda: core))
+    with pytest.raises(ConfigError, match=r"loss_pieces: .* without a bias"):
+        _head(biased)
+    with pytest.raises(ConfigError, match=r"loss_pieces: .* trained"):
+        _frozen_name(SimpleNamespace(network=head, frozen=()), head)
 
 
 @pytest.mark.parametrize("changes", [{"loss_pieces": 0}, {"task": "classification"}])

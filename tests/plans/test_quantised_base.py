@@ -10,10 +10,9 @@ from safetensors.numpy import load_file
 from coordinator.plans import PlanExportError, PlanRequest, build_plan
 from fedloom.errors import ConfigError
 from fedloom.graph_contracts import EVAL_GRAPH, INFER_GRAPH, TRAIN_GRAPH
-from fedloom.plans import ADAPTER_FILE, BASE_FILE, load_plan, verify_members
+from fedloom.plans import ADAPTER_FILE, BASE_FILE, BaseStorage, load_plan, verify_members
 from fedloom.quantisation import (
     SCALE_SUFFIX,
-    BaseStorage,
     dequantise_blocks,
     dequantise_rows,
 )
