@@ -89,14 +89,6 @@ class PlanOrigin:
     lora_a_frozen: bool = False
 
 
-class BaseStorage(IntEnum):
-    """How the matrices of `base.safetensors` are stored; numbers as in `plan.proto`."""
-
-    FP32 = 0
-    INT8 = 1
-    INT4 = 2
-
-
 @dataclass(frozen=True)
 class TrainingMemory:
     """What a training step holds at once beside theta and the base, in bytes: an estimate."""
