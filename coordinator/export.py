@@ -22,9 +22,11 @@ from fedloom.adapters import Theta, adapter_header, read_adapter
 from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference
 from fedloom.errors import ConfigError
 from fedloom.exports import INFERENCE_FILES
+from fedloom.model_cards import CARD_FILE, RunFacts, describe
 from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan
 from fedloom.strategies import algorithm
 from fedloom.terms import Protection
+from fedloom.version import software
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Model:
     files: tuple[ModelFile, ...]
     rounds: int
 
+    def described(self, plan: Plan, run: RunFacts) -> "Model":
+        """Return the model with the first part of its card as one more file."""
+        content = describe(plan, run, software()).encode()
+        return replace(self, files=(*self.files, _made(CARD_FILE, content)))
+
     def parts(self, offset: int = 0) -> Iterator[bytes]:
         """Yield the bytes of all files, one after another, from `offset`."""
         for file in self.files:
@@ -67,8 +74,8 @@ def read_model(
     if config.encoding.protection.needs_tenseal and not config.returns_sums:
         raise ConfigError(
             run.name,
-            "this coordinator never could read the adapter; every agent has exported it to its "
-            "own `models` folder",
+            "this coordinator never could read the adapter; every agent has it in its own `models` "
+            "folder, and `fedloom-agent export` writes it in other forms",
         )
     rule = algorithm(config.training)
     rounds = _readable(store.rounds(run.run_id), config)
@@ -95,8 +102,11 @@ def read_model(
 
 def _adapter(plan: Plan, theta: Theta) -> ModelFile:
     content = adapter_header(plan.layout) + theta.astype("<f4", copy=False).tobytes()
-    reference = ArtifactReference(sha256(content).digest(), len(content))
-    return ModelFile(ADAPTER_FILE, reference, content)
+    return _made(ADAPTER_FILE, content)
+
+
+def _made(name: str, content: bytes) -> ModelFile:
+    return ModelFile(name, ArtifactReference(sha256(content).digest(), len(content)), content)
 
 
 def _readable(rounds: Sequence[RoundRecord], config: RunConfig) -> list[RoundRecord]:

@@ -9,7 +9,15 @@ from coordinator.admin_client import Unreachable
 from fedloom.adapters import read_adapter
 from fedloom.artifacts import ArtifactReference, PartialFile
 from fedloom.errors import Reason, Refused
-from fedloom.exports import export_model, require_replaceable
+from fedloom.export_forms import (
+    Exported,
+    Form,
+    TrainedModel,
+    export_forms,
+    require_installed,
+)
+from fedloom.exports import require_replaceable
+from fedloom.model_cards import CARD_FILE
 from fedloom.plans import ADAPTER_FILE, load_plan
 
 if TYPE_CHECKING:
@@ -19,13 +27,17 @@ RETRY_SECONDS, RETRIES = 1.0, 10
 Files = tuple[tuple[str, ArtifactReference], ...]
 
 
-def download_model(client: "AdminClient", run_id: bytes, out: Path) -> dict[str, int]:
-    """Fetch the run's model and make `out` a deployable folder; returns its files' sizes.
+def download_model(
+    client: "AdminClient", run_id: bytes, out: Path, forms: tuple[Form, ...] = (Form.ONNX,)
+) -> Exported:
+    """Fetch the run's model and make `out` a folder of it in these forms.
 
     A cut costs nothing but the parts on their way. Raises ConfigError for a run that the
-    coordinator cannot read, Refused for bytes that are not what their digests say.
+    coordinator cannot read, Refused for bytes that are not what their digests say or a merged
+    model that answers otherwise than the adapter.
     """
     require_replaceable(out)  # now, and not after gigabytes
+    require_installed(forms)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         download = _Download(Path(folder))
@@ -40,8 +52,8 @@ def download_model(client: "AdminClient", run_id: bytes, out: Path) -> dict[str,
                 time.sleep(RETRY_SECONDS)
         plan = load_plan(Path(folder))
         theta = read_adapter(Path(folder) / ADAPTER_FILE, plan.layout)
-        export_model(Path(folder), plan, theta, out)
-    return {name: reference.size_bytes for name, reference in download.files or ()}
+        description = (Path(folder) / CARD_FILE).read_text(encoding="utf-8")
+        return export_forms(TrainedModel(Path(folder), plan, theta, description), forms, out)
 
 
 class _Download:

@@ -181,12 +181,18 @@ class Operations:
     def model(self, run_id: bytes) -> "Model":
         """Return the run's model; raises ConfigError where the coordinator cannot read it."""
         from coordinator.export import read_model  # it computes; nothing else here does
+        from coordinator.model_facts import run_facts
 
         record = self._store.run(run_id)
         plan = self.plans.read(record.plan)
         if plan is None:
             raise Refused(Reason.NOT_FOUND, "expected the run's plan among the artifacts")
-        return read_model(self._store, self._published, record, _config(record.config), plan)
+        config = _config(record.config)
+        model = read_model(self._store, self._published, record, config, plan)
+        progress = ProgressReader(self._store, run_id).read(self._summary(record), "", 0)
+        terms = self._privacy_terms(config)
+        facts = run_facts(record, config, terms, progress.history, model.rounds)
+        return model.described(plan, facts)
 
     def _summary(self, record: RunRecord) -> RunSummary:
         config = _readable_config(record.config)

@@ -280,6 +280,10 @@ def privacy(
 def export(
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
     run: RunOrNewest = "",
+    form: Annotated[
+        list[str] | None,
+        typer.Option(help="onnx, merged, merged-int8, peft, safetensors; several: a,b. [onnx]"),
+    ] = None,
     home: Home = DEFAULT_HOME,
     coordinator: Coordinator = "",
     operator: Operator = None,
@@ -287,18 +291,23 @@ def export(
 ) -> None:
     """Write a run's model where the coordinator can read it.
 
-    Under the protections plain and masked, and with release = "coordinator".
+    Under the protections plain and masked, and with release = "coordinator". README.md in the
+    folder says what the model is, and how each form is loaded.
     """
     from coordinator.model_download import download_model
+    from fedloom.export_forms import read_forms
 
+    forms = read_forms(form or ())
     where = Where(home, coordinator, operator)
     with reached(where) as client:
         run_id = find_run(client, run).run_id
-        files = download_model(client, run_id, out)
+        exported = download_model(client, run_id, out, forms)
     if as_json:
-        say_json({"run": run_id.hex(), "folder": str(out), "files": files})
-    else:
-        say(f"{out}: infer.onnx answers with the adapter of this run")
+        said = {"files": exported.files, "compared": exported.compared}
+        say_json({"run": run_id.hex(), "folder": str(out), **said})
+        return
+    for line in exported.lines(out):
+        say(line)
 
 
 def find_run(client: "AdminClient", prefix: str) -> "RunSummary":

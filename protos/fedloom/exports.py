@@ -4,11 +4,12 @@ The folder holds infer.onnx (and gen.onnx of a causal language model), base.safe
 adapter_model.safetensors, adapter_config.json, tokenizer.json and plan.binpb. It needs nothing
 else, and any ONNX Runtime can load it: the graphs take theta from the adapter's file. Only that
 file differs from what plan.binpb pins. Agents make one after each round; a
-coordinator makes one from a run that it can read.
+coordinator makes one from a run that it can read. `fedloom.export_forms` makes other forms of it.
 """
 
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedloom.adapters import Theta, write_adapter
 from fedloom.artifacts import link_or_copy
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.graph_contracts import GEN_GRAPH, INFER_GRAPH
+from fedloom.model_cards import CARD_FILE, CARD_MARK
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -27,7 +29,17 @@ from fedloom.plans import (
 )
 
 INFERENCE_FILES = (INFER_GRAPH, GEN_GRAPH, BASE_FILE, ADAPTER_CONFIG_FILE, TOKENIZER_FILE)
-_EXPORTED = frozenset((*INFERENCE_FILES, PLAN_FILE, ADAPTER_FILE))
+LABELS_FILE = "labels.json"
+WEIGHTS_FILE = "weights.safetensors"  # of merged graphs
+TRAINED_FILE = "trained.safetensors"
+_MERGED = frozenset((INFER_GRAPH, GEN_GRAPH, WEIGHTS_FILE, TOKENIZER_FILE, LABELS_FILE))
+_EXPORTED = frozenset((*INFERENCE_FILES, PLAN_FILE, ADAPTER_FILE, LABELS_FILE))
+_FORMS = {  # what an export writes into folders of its own
+    "merged": _MERGED,
+    "merged-int8": _MERGED,
+    "peft": frozenset((ADAPTER_FILE, ADAPTER_CONFIG_FILE, TOKENIZER_FILE)),
+    "safetensors": frozenset((TRAINED_FILE, TOKENIZER_FILE)),
+}
 
 
 def export_model(plan_folder: Path, plan: Plan, theta: Theta, out: Path) -> None:
@@ -50,7 +62,7 @@ def export_model(plan_folder: Path, plan: Plan, theta: Theta, out: Path) -> None
         for name in (PLAN_FILE, *(name for name in INFERENCE_FILES if name in members)):
             link_or_copy(plan_folder / name, partial / name)
         write_adapter(partial / ADAPTER_FILE, plan.layout, theta)
-        _swap_in(partial, out)
+        swap_in(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -60,7 +72,7 @@ def require_replaceable(out: Path) -> None:
     """Refuse to replace what no export made: a wrong path must not cost a person's files."""
     if not out.exists():
         return
-    foreign = [] if not out.is_dir() else [p.name for p in out.iterdir() if p.name not in _EXPORTED]
+    foreign = list(_foreign(out)) if out.is_dir() else []
     if foreign or not out.is_dir():
         raise ConfigError(
             str(out),
@@ -69,7 +81,20 @@ def require_replaceable(out: Path) -> None:
         )
 
 
-def _swap_in(partial: Path, out: Path) -> None:
+def _foreign(out: Path) -> Iterator[str]:
+    """Yield what in a folder no export of ours has written."""
+    for path in out.iterdir():
+        if path.is_dir() and not path.is_symlink() and path.name in _FORMS:
+            known = _FORMS[path.name]
+            yield from (f"{path.name}/{p.name}" for p in path.iterdir() if p.name not in known)
+        elif path.name == CARD_FILE:
+            if not path.is_file() or CARD_MARK not in path.read_text(errors="replace"):
+                yield path.name
+        elif path.is_dir() or path.name not in _EXPORTED:
+            yield path.name
+
+
+def swap_in(partial: Path, out: Path) -> None:
     """Put the finished folder in place; a reader finds the old one, the new one, or for the instant
     between the two renames none, but never a mixture.
     """

@@ -37,7 +37,8 @@ def third_parties(prefix: str, without: str = " ") -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("prefix", "without", "extras"),
     [
-        ("fedloom", " ", []),
+        ("fedloom", "fedloom.merging", []),
+        ("fedloom.merging", " ", ["export"]),
         ("crypto", " ", ["he"]),
         ("edge_agent", "edge_agent.torch_", ["agent", "parquet", "scrub"]),
         ("edge_agent.torch_", " ", ["torch"]),
