@@ -23,6 +23,7 @@ RUN_ID_BYTES = 16
 MAX_ATTEMPT = (1 << 16) - 1  # u16 in everything that is bound to it
 MAX_UNFINISHED_RUNS = 16  # what a hello names at most
 _KEPT = "invitation.binpb"
+_AGREED = "terms.binpb"
 
 
 @dataclass(frozen=True)
@@ -131,22 +132,53 @@ def read_cohort(message: control_pb2.Cohort) -> Cohort:
 
 def keep_invitation(folder: Path, message: control_pb2.Invitation) -> None:
     """Remember the invitation: a process that is started again goes on from it."""
-    partial = folder / f"{_KEPT}.part"
+    _write(folder / _KEPT, message)
+
+
+def _write(path: Path, message: control_pb2.Invitation) -> None:
+    partial = path.with_name(f"{path.name}.part")
     partial.write_bytes(message.SerializeToString())
-    partial.replace(folder / _KEPT)
+    partial.replace(path)
 
 
 def kept_invitation(folder: Path) -> control_pb2.Invitation | None:
     """Return the run's last invitation; None when there was none."""
+    return _read(folder / _KEPT)
+
+
+def _read(path: Path) -> control_pb2.Invitation | None:
     try:
-        return control_pb2.Invitation.FromString((folder / _KEPT).read_bytes())
+        return control_pb2.Invitation.FromString(path.read_bytes())
     except (OSError, DecodeError):
         return None
 
 
 def forget_invitation(folder: Path) -> None:
-    """The run is over for this device: nothing goes on from there any more."""
+    """The run is over for this device: nothing goes on from there any more.
+
+    What was agreed stays, without keys and without anyone's name: models are described by it.
+    """
+    if (message := kept_invitation(folder)) is not None:
+        terms = control_pb2.Invitation(
+            run_id=message.run_id,
+            round=message.round,
+            plan=message.plan,
+            training=message.training,
+            encoding=message.encoding,
+            release=message.release,
+            minimum=message.minimum,
+        )
+        _write(folder / _AGREED, terms)
     (folder / _KEPT).unlink(missing_ok=True)
+
+
+def agreed_terms(folder: Path) -> Terms | None:
+    """Return what was agreed in a run, also in one that is over; None when it cannot be read."""
+    message = kept_invitation(folder) or _read(folder / _AGREED)
+    try:
+        return None if message is None else read_terms(message)
+    except Refused:  # kept by another version
+        return None
 
 
 def unfinished_runs(runs: Path) -> list[bytes]:

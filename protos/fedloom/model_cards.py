@@ -45,8 +45,8 @@ class RunFacts:
     """The run that a model comes from, as far as its exporter knows it."""
 
     run: str  # hexadecimal
-    name: str
-    rounds: int  # that the model has learned from
+    name: str  # "": not known
+    rounds: int  # that the model has learned from; 0: not known
     of: int  # rounds that the run was to have; 0: not known
     privacy: PrivacyTerms
     training: LocalTraining
@@ -132,9 +132,9 @@ def _run_lines(run: RunFacts) -> Iterator[str]:
     yield table(
         ("what", "value"),
         [
-            ("name", run.name),
+            ("name", run.name or "not known"),
             ("id", run.run),
-            ("rounds", f"{run.rounds}{of}"),
+            ("rounds", f"{run.rounds}{of}" if run.rounds else "not known"),
             ("protection", run.privacy.protection.name.lower()),
             ("sums are released to", f"the {run.privacy.release.name.lower()}"),
             ("fewest updates in a sum", run.privacy.fewest),

@@ -126,7 +126,7 @@ async def test_a_run_is_started_watched_and_exported(
     assert rounds == sorted(rounds)
 
     with local(federation) as client:
-        files = download_model(client, run_id, tmp_path / "model")
+        files = download_model(client, run_id, tmp_path / "model").files
     theta = read_adapter(tmp_path / "model" / ADAPTER_FILE, LAYOUT)
     assert files[ADAPTER_FILE] == (tmp_path / "model" / ADAPTER_FILE).stat().st_size
     for agent in agents:
@@ -395,7 +395,7 @@ async def test_a_download_that_is_cut_goes_on_where_it_ended(
     socket = find_socket(federation.home)
     assert socket is not None
     client = Cut.local(socket)
-    files = download_model(client, run_id, tmp_path / "model")
+    files = download_model(client, run_id, tmp_path / "model").files
     client.close()
     assert sum(files.values()) > 5000
     assert len(offsets) > 5
