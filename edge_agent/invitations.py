@@ -167,6 +167,7 @@ def forget_invitation(folder: Path) -> None:
             encoding=message.encoding,
             release=message.release,
             minimum=message.minimum,
+            rounds=message.rounds,
         )
         _write(folder / _AGREED, terms)
     (folder / _KEPT).unlink(missing_ok=True)

@@ -95,7 +95,7 @@ def _facts(home: Path, chosen: ChosenModel) -> RunFacts | None:
         run=chosen.run,
         name="",
         rounds=chosen.round,
-        of=0,
+        of=terms.rounds,
         privacy=terms.privacy,
         training=terms.training,
         encoding=terms.encoding,

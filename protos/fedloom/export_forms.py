@@ -23,6 +23,7 @@ from fedloom.adapters import Theta, write_adapter
 from fedloom.artifacts import link_or_copy
 from fedloom.errors import ConfigError
 from fedloom.exports import LABELS_FILE, TRAINED_FILE, export_model, require_replaceable, swap_in
+from fedloom.graph_contracts import INFER_GRAPH
 from fedloom.model_cards import CARD_FILE, table
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
@@ -162,6 +163,7 @@ def _write_forms(model: TrainedModel, forms: tuple[Form, ...], out: Path) -> dic
 def _write_merged(model: TrainedModel, folder: Path) -> str:
     from fedloom.merging import write_merged
 
+    model.plan.member(INFER_GRAPH)  # or it is refused here
     _write_labels(model.plan, _folder(model, folder))
     return str(write_merged(model.folder, model.plan, model.theta, folder))
 

@@ -1,5 +1,6 @@
 """An exported model is whole, new in one step, and never at the cost of a person's files."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 
 from fedloom.adapters import read_adapter
 from fedloom.errors import ConfigError, Reason, Refused
+from fedloom.export_forms import Form, TrainedModel, export_forms, read_forms
 from fedloom.exports import export_model
 from fedloom.graph_contracts import INFER_GRAPH
+from fedloom.model_cards import describe
 from fedloom.plans import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -68,6 +71,55 @@ def test_a_folder_of_someones_files_is_not_replaced(
     with pytest.raises(ConfigError, match=foreign):
         export_model(plan_folder.folder, plan_folder.plan, plan_folder.theta + 1, out)
     assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    "foreign", ["README.md", "merged/thesis.tex", "peft/README.md", "models/infer.onnx", "peft"]
+)
+def test_what_only_looks_like_an_export_is_not_replaced(
+    tmp_path: Path, plan_folder: PlanFolder, foreign: str
+) -> None:
+    out = tmp_path / "out"
+    (out / foreign).parent.mkdir(parents=True)
+    (out / foreign).write_bytes(b"years of work")
+    with pytest.raises(ConfigError, match="expected a new folder or an exported model"):
+        export_model(plan_folder.folder, plan_folder.plan, plan_folder.theta, out)
+    assert (out / foreign).read_bytes() == b"years of work"
+
+
+def test_an_export_in_several_forms_is_replaced_by_one_in_others(
+    tmp_path: Path, plan_folder: PlanFolder
+) -> None:
+    model = TrainedModel(
+        plan_folder.folder,
+        plan_folder.plan,
+        plan_folder.theta,
+        describe(plan_folder.plan, None, "fedloom"),
+    )
+    out = tmp_path / "out"
+    both = export_forms(model, (Form.ONNX, Form.SAFETENSORS), out)
+    assert both.files.keys() == {
+        *FILES,
+        "labels.json",
+        "README.md",
+        "safetensors/tokenizer.json",
+        "safetensors/trained.safetensors",
+    }
+    for name, size in both.files.items():
+        assert (out / name).stat().st_size == size
+        digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
+        row = f"| {name.replace('_', chr(92) + '_')} | {size} | {digest} |"
+        assert name == "README.md" or row in (out / "README.md").read_text()
+    export_forms(model, (Form.SAFETENSORS,), out)
+    assert {path.name for path in out.iterdir()} == {"README.md", "safetensors"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "plan"]
+
+
+def test_forms_are_read_from_repeated_and_joined_options() -> None:
+    assert read_forms(()) == (Form.ONNX,)
+    assert read_forms(("peft, merged", "onnx")) == (Form.ONNX, Form.MERGED, Form.PEFT)
+    with pytest.raises(ConfigError, match=r"merged-int8, peft, safetensors, found 'gguf'"):
+        read_forms(("peft,gguf",))
 
 
 def test_a_file_is_not_replaced(tmp_path: Path, plan_folder: PlanFolder) -> None:

@@ -22,6 +22,7 @@ from fedloom.tensor_files import Array
 
 _REARRANGING = {"Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 _KEEPING_ZERO = {"Cast", *_REARRANGING}
+_CONSTANT = {"Constant", "DequantizeLinear"}  # with constant inputs
 _PRODUCTS = {"Gemm", "MatMul"}
 _PEFT_PREFIX = "base_model.model."
 
@@ -58,7 +59,7 @@ def merge_graph(model: onnx.ModelProto, constants: Mapping[str, Array], shared: 
     Raises Refused(PLAN_UNSUPPORTED) when a trained value goes a way that nothing here knows.
     """
     graph = _Graph(model, dict(constants), shared)
-    graph.fold_dequantised()
+    graph.fold_constants()
     graph.fold_theta()
     graph.merge_adapters()
     graph.finish()
@@ -85,11 +86,11 @@ class _Graph:
         self._trained: dict[str, Indices] = {}  # values that are parts of theta
         self._nodes = list(model.graph.node)
 
-    def fold_dequantised(self) -> None:
-        """Make integer weights float where the graph did it at every run."""
+    def fold_constants(self) -> None:
+        """Read constants that are nodes, and make integer weights float once and for all."""
         kept = []
         for node in self._nodes:
-            if node.op_type == "DequantizeLinear" and set(node.input) <= set(self._constants):
+            if node.op_type in _CONSTANT and set(node.input) <= set(self._constants):
                 feeds = {name: self._constants[name] for name in node.input}
                 self._constants[node.output[0]] = _evaluated(node, feeds)[0]
             else:
