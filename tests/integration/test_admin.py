@@ -379,7 +379,7 @@ async def test_a_long_list_comes_in_pages(
 async def test_a_download_that_is_cut_goes_on_where_it_ended(
     federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coordinator.export.SENT_PART_BYTES", 1000)
+    monkeypatch.setattr("coordinator.export.SENT_PART_BYTES", 2000)
     monkeypatch.setattr("coordinator.model_download.RETRY_SECONDS", 0.0)
     run_id = federation.start_run("plain", rounds=1, minimum=1)
     offsets = []

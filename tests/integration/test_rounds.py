@@ -23,6 +23,7 @@ from tests.integration.federation import (
     command,
     weighted_mean,
 )
+from tests.integration.test_agent_commands import agent_command
 
 SAMPLES = (30, 50, 100)
 
@@ -122,3 +123,35 @@ async def test_the_store_knows_quality_and_bytes_of_every_round(
         assert entry["sent_bytes_per_agent"] >= 3 * PARAMETERS
         assert entry["received_bytes_per_agent"] >= sum_bytes
     assert [agent["progress"] for agent in progress["participants"]] == [1.0, 1.0, 1.0]
+
+
+async def test_both_sides_describe_the_same_run(federation: Federation, tmp_path: Path) -> None:
+    """The coordinator knows who took part, the device what it agreed to; the forms are the same."""
+    agents = await federation.enrol_all(SAMPLES)
+    run_id = federation.start_run("masked", rounds=2)
+    await complete(federation, run_id, agents)
+    await agents[0].stop()
+
+    forms = ("--form", "onnx,safetensors")
+    home = ("--home", federation.home)
+    command("run", "export", "--out", tmp_path / "central", *forms, *home)
+    central, device = tmp_path / "central", tmp_path / "device"
+    code, out, err = await agent_command(agents[0].home, "export", "--out", str(device), *forms)
+    assert (code, err) == (0, "")
+    assert f"{device / 'safetensors'}: the trained values" in out
+    name = "safetensors/trained.safetensors"
+    assert (central / name).read_bytes() == (device / name).read_bytes()
+    cards = [(folder / "README.md").read_text() for folder in (central, device)]
+    privacy = json.loads(command("run", "privacy", "--json", *home))
+    assumed = {party["learns"] for party in privacy["parties"] if party["party"] == "assuming"}
+    for party in privacy["parties"]:
+        line = f"| {party['party']} | {party['learns']} |"
+        assert line in cards[0]
+        assert line in cards[1] or party["learns"] in assumed
+    for card in cards:
+        assert f"| id | {run_id.hex()} |" in card
+        assert "| protection | masked |" in card
+        assert "| learning rate | " in card
+    assert "| rounds | 2 of 2 |" in cards[0]
+    assert "| 2 | 3 | 0.2500 | 0.7000 | not known | 30 |" in cards[0]
+    assert not any(agent.name in card for agent in agents for card in cards)
