@@ -89,9 +89,10 @@ class Library:
 
     def _plan(self, folder: Path, said: Statement) -> tuple[Plan, Model]:
         """Return the plan's model, loaded once; every file has its hash compared before."""
-        plan = verified_plan(folder, said)
-        if said.plan not in self._plans:
-            verify_members(_present(plan, folder), folder)
+        if said.plan in self._plans:
+            verified_plan(folder, said)
+        else:
+            plan = verified_files(folder, said)
             self._plans[said.plan] = (plan, self._load(folder, plan, self._threads))
         return self._plans[said.plan]
 
@@ -108,6 +109,13 @@ class Library:
         except OSError:
             return None
         return found.st_ino, found.st_mtime_ns
+
+
+def verified_files(folder: Path, said: Statement) -> Plan:
+    """Return a version's plan once every file is the one that was signed; raises Refused."""
+    plan = verified_plan(folder, said)
+    verify_members(_present(plan, folder), folder)
+    return plan
 
 
 def _present(plan: Plan, folder: Path) -> Plan:

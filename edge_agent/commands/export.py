@@ -6,34 +6,33 @@ and the card says no more.
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_agent.engine import Evaluation
+from edge_agent.identity import load_identity
 from edge_agent.invitations import agreed_terms
-from fedloom.errors import Reason, Refused
+from edge_agent.model_versions import ModelVersions
+from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.model_cards import RoundFacts, RunFacts
-from fedloom.plans import ADAPTER_FILE
+from fedloom.plans import ADAPTER_FILE, Plan, load_plan
 
 
 @dataclass(frozen=True)
-class ChosenModel:
-    """An exported model on this device, and where it comes from as far as that is known."""
+class _Chosen:
+    """An exported model, and where it comes from as far as that is known."""
 
     folder: Path
+    plan: Plan
     run: str = ""  # hexadecimal
-    round: int = 0  # 0: not known
+    round: int = 0
     evaluation: Evaluation | None = None  # after that round, on this device's held-out data
 
 
-Choose = Callable[[argparse.Namespace], ChosenModel]  # when no folder is named
-
-
-def add_parser(commands: Any, choose: Choose) -> None:
-    """Add the command; `choose` returns the model that answers on this device."""
-    command = commands.add_parser("export", help="write this device's model in other forms")
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    command = commands.add_parser("export", help="write a model of this device in other forms")
     command.add_argument("--out", type=Path, required=True, help="new folder for the model")
     command.add_argument(
         "--form",
@@ -41,21 +40,22 @@ def add_parser(commands: Any, choose: Choose) -> None:
         default=[],
         help="onnx (default), merged, merged-int8, peft, safetensors; several: a,b",
     )
+    command.add_argument("--adapter", help="name of the adapter; needed where there are several")
+    command.add_argument("--version", type=int, dest="number", help="default: the one that answers")
     command.add_argument("--model", type=Path, help="folder of an exported model instead")
-    command.set_defaults(command=lambda options: export(options, choose))
+    command.set_defaults(command=export)
 
 
-def export(options: argparse.Namespace, choose: Choose) -> int:
+def export(options: argparse.Namespace) -> int:
     """Write the forms."""
     from fedloom.adapters import read_adapter
     from fedloom.export_forms import TrainedModel, export_forms, read_forms
     from fedloom.model_cards import describe
-    from fedloom.plans import load_plan
     from fedloom.version import software
 
     forms = read_forms(options.form)
-    chosen = ChosenModel(options.model) if options.model else choose(options)
-    plan = load_plan(chosen.folder)
+    chosen = _Chosen(options.model, load_plan(options.model)) if options.model else _own(options)
+    plan = chosen.plan
     try:
         theta = read_adapter(chosen.folder / ADAPTER_FILE, plan.layout)
     except OSError as error:
@@ -75,7 +75,27 @@ def export(options: argparse.Namespace, choose: Choose) -> int:
     return 0
 
 
-def _facts(home: Path, chosen: ChosenModel) -> RunFacts | None:
+def _own(options: argparse.Namespace) -> _Chosen:
+    """Return a version that this device signed, with every file as it was signed."""
+    from edge_agent.library import verified_files
+
+    key = load_identity(options.home).identity_key.public_key()
+    models = ModelVersions(options.home / "models", key)
+    names = models.adapters()
+    name = options.adapter if options.adapter is not None or len(names) != 1 else names[0]
+    if name not in names:
+        raise ConfigError("--adapter", f"expected one of {names}, found {name or 'none'}")
+    if options.number is not None:
+        said = models.statement(name, options.number)
+    elif (active := models.active_statement(name)) is not None:
+        said = active
+    else:
+        raise ConfigError(name, "expected an active version: fedloom-agent models list")
+    folder = models.path(name, said.version)
+    return _Chosen(folder, verified_files(folder, said), said.run, said.round, said.evaluation)
+
+
+def _facts(home: Path, chosen: _Chosen) -> RunFacts | None:
     terms = agreed_terms(home / "runs" / chosen.run) if chosen.run else None
     if terms is None:
         return None

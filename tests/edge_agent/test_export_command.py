@@ -8,14 +8,15 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edge_agent.commands.export import ChosenModel, add_parser
+from edge_agent.commands.export import add_parser
 from edge_agent.engine import Evaluation
 from edge_agent.invitations import agreed_terms, forget_invitation, keep_invitation
+from edge_agent.model_versions import Candidate, ModelMaker
 from fedloom.errors import ConfigError, Refused
-from fedloom.exports import export_model
-from fedloom.plans import PLAN_FILE
+from fedloom.plans import PLAN_FILE, TOKENIZER_FILE
 from fedloom.terms import Encoding, LocalTraining, Protection
-from fedloom.v1 import artifact_pb2, control_pb2
+from fedloom.v1 import control_pb2
+from tests.edge_agent.devices import joined
 from tests.edge_agent.toy import Toy
 
 RUN = bytes(range(16))
@@ -23,16 +24,19 @@ RUN = bytes(range(16))
 
 @pytest.fixture
 def home(toy: Toy, tmp_path: Path) -> Path:
-    """A device that has made one model in a run that is over."""
-    home = tmp_path / "home"
-    theta = np.random.default_rng(1).standard_normal(len(toy.theta)).astype(np.float32)
-    export_model(toy.folder, toy.plan, theta, home / "models" / RUN.hex())
-    run = home / "runs" / RUN.hex()
+    """A device that has made two versions of a model in a run that is over."""
+    identity = joined(tmp_path / "home")
+    models = ModelMaker(tmp_path / "home" / "models", identity.agent_id, identity.identity_key)
+    for number in (2, 3):
+        theta = np.random.default_rng(number).standard_normal(len(toy.theta)).astype(np.float32)
+        measured = Evaluation(10, 4 + number, 0.5)
+        models.add(Candidate(toy.folder, toy.plan, theta, RUN, number, measured))
+    run = tmp_path / "home" / "runs" / RUN.hex()
     run.mkdir(parents=True)
     message = control_pb2.Invitation(
         run_id=RUN,
         round=3,
-        plan=artifact_pb2.ArtifactReference(sha256=bytes(32), size_bytes=10),
+        plan=control_pb2.ArtifactReference(sha256=bytes(32), size_bytes=10),
         training=LocalTraining(epochs=5).to_message(),
         encoding=Encoding(Protection.SEALED).to_message(),
         envelopes=[control_pb2.KeyEnvelope(key_id=7)],
@@ -42,20 +46,20 @@ def home(toy: Toy, tmp_path: Path) -> Path:
     )
     keep_invitation(run, message)
     forget_invitation(run)
-    return home
-
-
-def newest(options: argparse.Namespace) -> ChosenModel:
-    return ChosenModel(options.home / "models" / RUN.hex(), RUN.hex(), 3, Evaluation(10, 7, 0.5))
+    return tmp_path / "home"
 
 
 def export(home: Path, *arguments: str | Path) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--home", type=Path)
     parser.add_argument("--json", action="store_true")
-    add_parser(parser.add_subparsers(), newest)
+    add_parser(parser.add_subparsers())
     options = parser.parse_args(["--home", str(home), *map(str, arguments)])
     return options.command(options)
+
+
+def version(home: Path, number: int) -> Path:
+    return home / "models" / "toy" / str(number)
 
 
 def test_the_merged_form_answers_as_the_model_does(
@@ -72,7 +76,7 @@ def test_the_merged_form_answers_as_the_model_does(
     feeds = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64)}
     found, expected = (
         onnxruntime.InferenceSession(folder / "infer.onnx").run(None, feeds)[0]
-        for folder in (out / "merged", home / "models" / RUN.hex())
+        for folder in (out / "merged", version(home, 2))
     )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     card = (out / "README.md").read_text()
@@ -92,7 +96,7 @@ def test_what_was_agreed_outlives_the_run_and_its_keys_do_not(home: Path) -> Non
 
 
 def test_a_folder_of_an_unknown_run_is_exported_all_the_same(home: Path, tmp_path: Path) -> None:
-    model = home / "models" / RUN.hex()
+    model = version(home, 1)
     out = tmp_path / "out"
     assert export(home, "export", "--model", model, "--form", "safetensors", "--out", out) == 0
     assert "Not known where this was exported." in (out / "README.md").read_text()
@@ -103,6 +107,8 @@ def test_a_folder_of_an_unknown_run_is_exported_all_the_same(home: Path, tmp_pat
     [
         (("--form", "gguf"), "found 'gguf'"),
         (("--form", "peft"), "expected a plan with LoRA"),
+        (("--version", "7"), "of version 7"),
+        (("--adapter", "other"), r"expected one of \['toy'\], found other"),
         (("--model", "nowhere"), f"expected {PLAN_FILE} in the plan folder"),
     ],
 )
@@ -113,3 +119,14 @@ def test_what_cannot_be_exported_is_said(
     with pytest.raises((ConfigError, Refused), match=problem):
         export(home, "export", "--out", out, *arguments)
     assert not out.exists()
+
+
+def test_files_that_were_not_signed_are_not_exported(home: Path, tmp_path: Path) -> None:
+    path = version(home, 2) / TOKENIZER_FILE
+    content = path.read_bytes().replace(b"lamp", b"damp")
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(Refused, match=TOKENIZER_FILE):
+        export(home, "export", "--out", tmp_path / "out")
+    assert export(home, "export", "--version", "1", "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out" / TOKENIZER_FILE).read_bytes() != content
