@@ -30,6 +30,7 @@ from fedloom.plans import (
     ADAPTER_FILE,
     BASE_FILE,
     TOKENIZER_FILE,
+    BaseStorage,
     Plan,
     Role,
 )
@@ -219,6 +220,11 @@ def _card(model: TrainedModel, forms: tuple[Form, ...], found: dict[str, str], o
         parts.append(f"### {form.value}")
         if form.value in found:
             parts.append(f"Compared with the adapter's own answers: {found[form.value]}.")
+        if form is Form.PEFT and model.plan.base_storage is not BaseStorage.FP32:
+            parts.append(
+                f"Trained on weights stored as {model.plan.base_storage.name.lower()}: on the base "
+                "model's own it answers a little otherwise. The form `merged` does not."
+            )
         parts.append(f"```python\n{snippet(model.plan, form.value)}\n```")
     parts += ["## Files", table(("file", "bytes", "SHA-256"), list(_file_rows(out)))]
     return "\n\n".join([*parts, f"Exported by {software()}."]) + "\n"

@@ -93,6 +93,7 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
         ("base model", origin.base_model),
         ("task", task_name(plan.task).replace("_", " ")),
         *_task_rows(plan.task),
+        ("frozen weights", plan.base_storage.name.lower()),
         ("trained values", f"{plan.parameter_count:,} in {len(plan.layout)} tensors"),
     ]
     if origin.lora_rank:

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, external_data_helper, numpy_helper
 
+from fedloom.errors import Reason, Refused
 from fedloom.exports import WEIGHTS_FILE
 from fedloom.tensor_files import Array, write_tensors
 
@@ -20,11 +21,22 @@ def read_constants(model: onnx.ModelProto, folder: Path) -> dict[str, Array]:
 
 
 def _values(tensor: TensorProto, folder: Path) -> Array:
-    if tensor.data_location != TensorProto.EXTERNAL or tensor.data_type != TensorProto.FLOAT:
-        return numpy_helper.to_array(tensor, str(folder))
+    """Read a weight; not by onnx, which refuses files that have several names, as ours do."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor)
     where = external_data_helper.ExternalDataInfo(tensor)
-    shape = tuple(tensor.dims)
-    return np.memmap(folder / where.location, "<f4", "r", where.offset or 0, shape)
+    if Path(where.location).name != where.location:
+        raise Refused(
+            Reason.PLAN_UNSUPPORTED,
+            f"expected {tensor.name} in a file beside its graph, found {where.location[:80]!r}",
+        )
+    shape, start = tuple(tensor.dims), where.offset or 0
+    if tensor.data_type == TensorProto.FLOAT:
+        return np.memmap(folder / where.location, "<f4", "r", start, shape)
+    with (folder / where.location).open("rb") as file:
+        file.seek(start)
+        data = file.read(-1 if where.length is None else where.length)
+    return numpy_helper.to_array(TensorProto(data_type=tensor.data_type, dims=shape, raw_data=data))
 
 
 def write_weights(
