@@ -16,7 +16,7 @@ from fedloom.plans import Plan
 from fedloom.tasks import ArrayLearning, CausalLanguageModelling
 from fedloom.tensor_files import Array
 
-_SHAPES = ((2, 8), (5, 24), (7, 11))  # (batch, sequence)
+_SHAPES = ((2, 8), (5, 24), (64, 11), (64, 18))  # (batch, sequence)
 _ROWS = 64  # of arrays
 _FEW_IDS = 2  # any vocabulary has more
 
