@@ -219,7 +219,10 @@ def _card(model: TrainedModel, forms: tuple[Form, ...], found: dict[str, str], o
     for form in forms:
         parts.append(f"### {form.value}")
         if form.value in found:
-            parts.append(f"Compared with the adapter's own answers: {found[form.value]}.")
+            parts.append(
+                "Compared with the adapter's own answers, on inputs drawn at random: "
+                f"{found[form.value]}."
+            )
         if form is Form.PEFT and model.plan.base_storage is not BaseStorage.FP32:
             parts.append(
                 f"Trained on weights stored as {model.plan.base_storage.name.lower()}: on the base "
