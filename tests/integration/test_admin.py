@@ -207,9 +207,8 @@ async def test_commands_do_the_same_whether_or_not_somebody_serves(
     assert (private["coordinator_reads"], private["minimum"]) == ("nothing", 3)
     (plan,) = json.loads(command("plan", "list", "--json", *home))
     assert json.loads(command("plan", "show", plan["id"][:8], "--json", *home)) == plan
-    assert plan | {"runs": 0} == json.loads(
-        command("plan", "show", federation.folder / "plan", "--json")
-    )
+    shown = json.loads(command("plan", "show", federation.folder / "plan", "--json"))
+    assert {key: shown.get(key) for key in plan} == plan | {"runs": 0}
     invited = json.loads(command("invite", "--name", "pi", "--json", *home))
     assert invited["token"].startswith("fl1_")
     assert json.loads(command("agents", "list", "--json", *home)) == []
