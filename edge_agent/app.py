@@ -117,6 +117,7 @@ def _run(options: argparse.Namespace) -> int:
         config.permitted_release,
         config.crypto_processes,
         Resources(config.memory_mb * MEGABYTE),
+        config.permitted_report,
     )
     session = Session(device, _available_protections(config.minimum_protection))
     return asyncio.run(_run_session(session, options.once))

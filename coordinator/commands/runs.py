@@ -92,7 +92,7 @@ def list_runs(
             (
                 run.run_id.hex()[:SHORT_ID],
                 run.name,
-                run.state if run.state != "failed" else f"failed: {_reason(run)}",
+                _state(run),
                 f"{run.completed} of {run.rounds}",
                 run.agents,
                 age(run.created_at, now),
@@ -102,8 +102,10 @@ def list_runs(
     )
 
 
-def _reason(run: "RunSummary") -> str:
-    return "" if run.reason is None else run.reason.name
+def _state(run: "RunSummary") -> str:
+    if run.state == "failed" and run.reason is not None:
+        return f"failed: {run.reason.name}"
+    return f"{run.state} early: {run.early_end}" if run.early_end else run.state
 
 
 @run_app.command("watch")
