@@ -143,7 +143,7 @@ def _agent(terms: PrivacyTerms) -> str:
 def _sum(terms: PrivacyTerms) -> str:
     what = "updates and of their agents' quality" if _is_summed(terms) else "updates"
     if terms.fewest == 1:
-        return f"the mean of each round's {what}, which may be one alone"
+        return f"the mean of each round's {what}, which may be one update alone"
     return f"the mean of each round's {what}, at least {terms.fewest} of them"
 
 
