@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from edge_agent.commands import bench, infer, models
+from edge_agent.commands import bench, evaluate, infer, models
 from edge_agent.config import AgentConfig, load_agent_config, write_agent_config
 from edge_agent.data_check import add_data_command
 from edge_agent.data_options import add_data_options, chosen_sources
@@ -258,6 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     infer.add_parser(commands)
     models.add_parser(commands)
     bench.add_parser(commands)
+    evaluate.add_parser(commands)
 
     command = commands.add_parser(
         "status", help="say what this device is doing and why, and who learns what"

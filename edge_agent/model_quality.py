@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.batches import Examples
+from edge_agent.batches import Examples, inference_batches
 from edge_agent.data import DataSource
 from edge_agent.examples import read_examples
-from edge_agent.graphs import GraphSession, inference_batches
+from edge_agent.graphs import GraphSession
 from edge_agent.metrics import Tally
 from fedloom.adapters import read_adapter
 from fedloom.errors import Reason, Refused
@@ -100,9 +100,7 @@ def _sums(task: Task, labels: NDArray[Any], logits: NDArray[Any]) -> tuple[float
             return _cross_entropy(labels[learned], logits[learned].astype(np.float64))
 
 
-def _cross_entropy(
-    labels: NDArray[Any], logits: NDArray[np.float64]
-) -> tuple[float, float, float]:
+def _cross_entropy(labels: NDArray[Any], logits: NDArray[np.float64]) -> tuple[float, float, float]:
     """`labels` (N,), `logits` (N, C)."""
     if not len(labels):
         return 0.0, 0.0, 0.0

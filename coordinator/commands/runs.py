@@ -303,6 +303,43 @@ def export(
         say(f"{out}: infer.onnx answers with the adapter of this run")
 
 
+@run_app.command(
+    "evaluate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def evaluate(
+    context: typer.Context,
+    run: Run,
+    data: Annotated[Path, typer.Option(help="Labelled file, or folder of them, on this machine.")],
+    home: Home = DEFAULT_HOME,
+    coordinator: Coordinator = "",
+    operator: Operator = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run's model on a labelled file, where the coordinator can read it.
+
+    Other options, such as --text and --label for the columns, are those of `fedloom-agent evaluate`,
+    which this starts on the exported model.
+    """
+    from tempfile import TemporaryDirectory
+
+    from coordinator.commands.evaluation import evaluated
+    from coordinator.model_download import download_model
+
+    with TemporaryDirectory(prefix="fedloom-evaluate-") as folder:
+        model = Path(folder) / "model"
+        with reached(Where(home, coordinator, operator)) as client:
+            run_id = find_run(client, run).run_id
+            download_model(client, run_id, model)
+        found = evaluated(model, data, context.args)
+    if as_json:
+        say_json({"run": run_id.hex(), **found})
+        return
+    say(f"{found['rows']:,} rows, {found['labels']:,} labels")
+    say_table(
+        ("metric", "value"), ((name, f"{value:.4f}") for name, value in found["metrics"].items())
+    )
+
+
 def find_run(client: "AdminClient", prefix: str) -> "RunSummary":
     """Return the one run whose id starts so, or the newest one."""
     found: list[RunSummary] = []
