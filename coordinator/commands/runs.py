@@ -317,8 +317,8 @@ def evaluate(
 ) -> None:
     """Measure a run's model on a labelled file, where the coordinator can read it.
 
-    Other options, such as --text and --label for the columns, are those of `fedloom-agent evaluate`,
-    which this starts on the exported model.
+    Other options, such as --text and --label for the columns, are those of the command that this
+    starts on the exported model, `fedloom-agent evaluate`.
     """
     from tempfile import TemporaryDirectory
 
