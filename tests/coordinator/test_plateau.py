@@ -1,4 +1,4 @@
-"""A run ends when its models get no better: a law of the rule, and of the machine with its journal."""
+"""A run ends when its models get no better: the rule, and the machine with its journal."""
 
 from dataclasses import replace
 

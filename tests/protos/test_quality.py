@@ -1,4 +1,4 @@
-"""Qualities in, their weighted mean out: through the protections' own arithmetic, nobody's alone."""
+"""Qualities in, their weighted mean out, also through a protection's own arithmetic."""
 
 import io
 from dataclasses import replace
