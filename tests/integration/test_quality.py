@@ -69,7 +69,6 @@ async def test_each_device_s_own_quality_is_told_where_all_permit_it(
 async def test_devices_that_do_not_permit_it_decline(federation: Federation) -> None:
     agents = await federation.enrol_all(SAMPLES)
     run_id = start_run(federation, "sealed", 'report = "each"\n[deadlines]\ngathering = 1')
-    await federation.start()
     for agent in agents:
         agent.start()
     for agent in agents:
@@ -86,6 +85,8 @@ async def test_the_coordinator_measures_a_model_that_it_can_read(
     shutil.rmtree(federation.folder / "plan")
     save_toy(federation.folder / "plan")
     agents = await federation.enrol_all(SAMPLES)
+    for agent in agents:
+        agent.engine.evaluation = None
     run_id = start_run(federation, kind, 'report = "mean"')
     await complete(federation, run_id, agents)
     data: DataSource = write_rows(federation.folder / "test.csv", toy_rows(40, seed=3))
