@@ -140,7 +140,7 @@ class Fleet:
         run_file.write_text(
             f'name = "fleet"\nplan = "plan"\nrounds = {rounds + 1}\n'
             f"[cohort]\nminimum = {self._agents}\nsize = {self._agents}\n"
-            f'[protection]\nkind = "{protection}"\nclip = 0.01\n'
+            f'[protection]\nkind = "{protection}"\nclip = 0.01\n[evaluation]\nreport = "none"\n'
         )
         run([_COORDINATOR, "run", "start", str(run_file), f"--home={self._home}"])
         pid, log = self._serve()

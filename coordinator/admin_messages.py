@@ -72,6 +72,7 @@ def run_message(run: RunSummary) -> admin_pb2.Run:
         plan_id=run.plan_id,
         protection=control_pb2.Protection.ValueType(run.protection or 0),
         release=control_pb2.Release.ValueType(run.release or 0),
+        early_end=run.early_end,
     )
 
 
@@ -91,6 +92,7 @@ def read_run(message: admin_pb2.Run) -> RunSummary:
         message.plan_id,
         _enum(Protection, message.protection) if message.protection else None,
         _enum(Release, message.release) if message.release else None,
+        message.early_end,
     )
 
 
@@ -280,6 +282,7 @@ def _round(entry: RoundProgress) -> admin_pb2.RoundProgress:
         senders=entry.senders,
         received_bytes=entry.received_bytes,
         receivers=entry.receivers,
+        quality=[admin_pb2.NamedMetric(name=name, value=value) for name, value in entry.quality],
     )
 
 
@@ -298,6 +301,7 @@ def _read_round(message: admin_pb2.RoundProgress) -> RoundProgress:
         message.senders,
         message.received_bytes,
         message.receivers,
+        tuple((metric.name, metric.value) for metric in message.quality),
     )
 
 

@@ -60,6 +60,7 @@ def invitation(
         release=control_pb2.Release.ValueType(config.release),
         minimum=config.cohort.minimum,
         gate=config.gate.to_message(),
+        evaluation=config.evaluation.to_message(),
     )
     return Message(invitation=message)
 

@@ -32,6 +32,14 @@ minimum_accuracy = 0.8
 maximum_loss = 1.0             # nats for each label; or maximum_perplexity
 maximum_accuracy_drop = 0.02   # against the model in use
 maximum_loss_rise = 0.1
+[evaluation]                   # quality on what agents hold out
+report = "mean"                # summed with the updates; or "each": every agent's, in clear, the
+                               # default under "plain"; or "none"
+tell = true                    # agents tell the coordinator the mean that they have opened
+loss_bound = 0.0               # larger losses count as this; 0: by the plan's task
+patience = 0                   # end the run after as many rounds without a better mean; 0: never
+metric = "loss"                # that decides: fedloom.quality names them
+minimum_delta = 0.0            # by less than this it is no better
 
 [deadlines]                    # seconds
 training = 3600
@@ -45,9 +53,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from coordinator.plateau import NO_PLATEAU, PlateauRule
 from coordinator.run_state import RunPolicy
 from fedloom.errors import ConfigError, Refused
 from fedloom.gates import OPEN_GATE, ActivationGate
+from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Metric, Report
 from fedloom.schedules import effective_steps
 from fedloom.terms import (
     MAX_STEPS,
@@ -103,6 +113,8 @@ class RunConfig:
     deadlines: Deadlines
     release: Release = Release.AGENTS
     gate: ActivationGate = OPEN_GATE
+    evaluation: EvaluationTerms = DEFAULT_EVALUATION
+    plateau: PlateauRule = NO_PLATEAU
 
     @property
     def returns_sums(self) -> bool:
@@ -125,6 +137,7 @@ class RunConfig:
             has_masks=self.encoding.protection.has_masks,
             quorum=self.cohort.quorum,
             returns_sums=self.returns_sums,
+            plateau=self.plateau,
         )
 
 
@@ -161,6 +174,10 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     training = reader.checked(lambda: _training(reader, cohort, encoding), LocalTraining())
     release = reader.member("protection.release", Release, Release.AGENTS)
     gate = reader.checked(lambda: _gate(reader), OPEN_GATE)
+    plateau = _plateau(reader)
+    evaluation = reader.checked(
+        lambda: _evaluation(reader, encoding.protection, plateau), DEFAULT_EVALUATION
+    )
     reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
@@ -208,7 +225,41 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         deadlines,
         release,
         gate,
+        evaluation,
+        plateau,
     )
+
+
+def _plateau(reader: "_Reader") -> PlateauRule:
+    default = NO_PLATEAU
+    rule = PlateauRule(
+        reader.value("evaluation.patience", int, default.patience),
+        reader.member("evaluation.metric", Metric, default.metric),
+        reader.value("evaluation.minimum_delta", float, default.minimum_delta),
+    )
+    reader.require(
+        rule.patience >= 0, f"evaluation.patience: expected 0 or more, found {rule.patience}"
+    )
+    reader.require(
+        0 <= rule.minimum_delta < math.inf,
+        f"evaluation.minimum_delta: expected 0 or more, found {rule.minimum_delta}",
+    )
+    return rule
+
+
+def _evaluation(reader: "_Reader", protection: Protection, plateau: PlateauRule) -> EvaluationTerms:
+    in_clear = protection is Protection.PLAIN and not plateau.patience
+    report = reader.member(
+        "evaluation.report", Report, Report.EACH if in_clear else EvaluationTerms.report
+    )
+    tell = reader.value("evaluation.tell", bool, EvaluationTerms.tell)
+    reader.require(
+        not plateau.patience or (report is Report.MEAN and tell),
+        'evaluation.patience: expected report = "mean" and tell = true, because only a mean that '
+        "agents tell shows the coordinator a plateau",
+    )
+    bound = reader.value("evaluation.loss_bound", float, EvaluationTerms.loss_bound)
+    return EvaluationTerms(report, tell, bound)
 
 
 def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:

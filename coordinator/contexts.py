@@ -5,8 +5,15 @@ from coordinator.config import RunConfig
 from coordinator.run_state import RunState
 from coordinator.store import RoundRecord
 from fedloom.plans import Plan
+from fedloom.quality import tail_length
 from fedloom.strategies import update_length
 from fedloom.terms import clip_of
+
+
+def encoded_length(config: RunConfig, plan: Plan) -> int:
+    """Return how many values an update has: what the strategy sends, and the tail of quality."""
+    rule = update_length(config.training, plan.parameter_count)
+    return rule + tail_length(config.evaluation, plan.task)
 
 
 def context_of_cohort(
@@ -19,12 +26,13 @@ def context_of_cohort(
         run_id=run_id,
         round=state.round,
         attempt=state.attempt,
-        parameter_count=update_length(config.training, plan.parameter_count),
+        parameter_count=encoded_length(config, plan),
         capacity=encoding.capacity,
         weight_cap=state.weight_cap,
         clip=derived or clip_of(encoding, config.training, state.weight_cap),
         update_bits=encoding.update_bits,
         cohort=cohort_digest,
+        tail_length=tail_length(config.evaluation, plan.task),
     )
 
 
@@ -36,10 +44,11 @@ def context_of_round(
         run_id=run_id,
         round=record.round,
         attempt=record.attempt,
-        parameter_count=update_length(config.training, plan.parameter_count),
+        parameter_count=encoded_length(config, plan),
         capacity=config.encoding.capacity,
         weight_cap=record.weight_cap,
         clip=record.clip,
         update_bits=config.encoding.update_bits,
         cohort=record.cohort_digest,
+        tail_length=tail_length(config.evaluation, plan.task),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from coordinator.run_keys import Grant
 from coordinator.run_state import Wish
 from fedloom.errors import Reason
+from fedloom.quality import Quality
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Ready:
     agent: str
     round: int
     weight_class: int
-    training_loss: float = 0.0
+    training_loss: float | None = None
     training_seconds: float = 0.0
     advertisement: bytes = b""  # under masks, with the identity that signed it
     identity: bytes = b""  # IdentityKey, serialised
@@ -101,6 +102,7 @@ class Applied:
     saturated: int = 0
     next_clip: float = 0.0
     opened_sha256: bytes = b""
+    quality: Quality | None = None  # of the state before, over the round's agents
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,9 @@ class AbandonRound:
 
 @dataclass(frozen=True)
 class CloseRound:
-    """The round is part of the run's history."""
+    """The round is part of the run's history; agents told what quality it opened to."""
+
+    quality: Quality | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from coordinator.attempts import Attempts
 from coordinator.audit import COORDINATOR, Action, AuditLog
 from coordinator.clock import Clock
 from coordinator.config import RunConfig
+from coordinator.contexts import encoded_length
 from coordinator.correspondence import Correspondence
 from coordinator.events import (
     AbandonRound,
@@ -53,7 +54,7 @@ from coordinator.store import RunRecord
 from coordinator.uploads import Uploads
 from fedloom.errors import Refused
 from fedloom.plans import Plan
-from fedloom.strategies import update_length
+from fedloom.quality import Quality, named
 from fedloom.v1 import control_pb2
 
 _log = structlog.get_logger()
@@ -76,7 +77,7 @@ class Execution:
         self._meter = RunMeter(facilities.metrics, self._clock.now())
         self._journal = Journal(facilities.store, record.run_id)
         self._log = _log.bind(run=record.name)
-        length = update_length(config.training, plan.parameter_count)
+        length = encoded_length(config, plan)
         self._reports = RoundReports(facilities.store, record.run_id, length, self._log)
         self._attempts = Attempts(self, facilities)
         self.uploads = Uploads(self, self._attempts, facilities, self._log)
@@ -278,8 +279,8 @@ class Execution:
             case AbandonRound():
                 self._log.warning("round abandoned", round=before.round)
                 self._attempts.discard()
-            case CloseRound():
-                self._close_round(before.round, now)
+            case CloseRound(quality):
+                self._close_round(before.round, quality, now)
             case FinishRun():
                 self._finish()
             case Reject(agent, reason, subject):
@@ -309,19 +310,25 @@ class Execution:
         if not self.agents.muted:
             self._attempts.store()
 
-    def _close_round(self, number: int, now: float) -> None:
+    def _close_round(self, number: int, quality: Quality | None, now: float) -> None:
         seconds = now - self._round_started
-        self._reports.close_round(number, seconds)
+        found = {} if quality is None else named(quality, self.plan.task)
+        loss = None if quality is None else quality.training_loss
+        self._reports.close_round(number, seconds, found, loss)
+        if not self.agents.muted:
+            self._meter.measured(found)
         self._attempts.discard()
         self._attempts.begin_round()
         self._journal.restart(now, self.state)
-        self._log.info("round finished", round=number, seconds=round(seconds, 3))
+        self._log.info("round finished", round=number, seconds=round(seconds, 3), **found)
 
     def _finish(self) -> None:
         state = self.state
         self._attempts.discard()
         self.agents.finished(state)
         reason = None if state.reason is None else state.reason.name
+        if state.plateau.is_reached(state.policy.plateau):
+            self._log.info("plateau reached", what=str(state.policy.plateau))
         self._log.info("run finished", phase=state.phase.value, reason=reason)
         self._audit.append(
             COORDINATOR,

@@ -86,7 +86,8 @@ def read_model(
         for record in rounds:
             context = context_of_round(run.run_id, config, plan, record)
             opened = _read_sum(config, context, record, published, scratch)
-            state = rule.apply(state, opened.mean, opened.count)
+            sent = opened.mean[: len(opened.mean) - context.tail_length]
+            state = rule.apply(state, sent, opened.count)
     members = {member.name: member for member in plan.members}
     linked = (members[name] for name in INFERENCE_FILES if name in members)
     files = (

@@ -7,7 +7,7 @@ run is the business of `progress` and `audit`.
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Any
@@ -22,6 +22,7 @@ from coordinator.faults import StorageFault
 from coordinator.run_state import Phase, RunState
 from coordinator.sessions import Sessions
 from fedloom.errors import Reason
+from fedloom.quality import Metric as Measure
 from fedloom.version import software
 
 LAG_SECONDS = 0.5  # between looks at the event loop
@@ -82,6 +83,12 @@ class Metrics:
         )
         self.loop_lag_seconds = self._histogram(
             "event_loop_lag_seconds", "How late the event loop was.", _LAG_BUCKETS
+        )
+        self.quality = prometheus.Gauge(
+            "fedloom_quality",
+            "Mean quality that the last finished round reported, of the model it began with.",
+            ["metric"],
+            registry=self.registry,
         )
         self._name_series()
         prometheus.ProcessCollector(registry=self.registry)
@@ -179,6 +186,13 @@ class RunMeter:
             self._since = now
         if (outcome := _outcome(before, after)) is not None:
             self._metrics.round_ended(outcome)
+
+    def measured(self, quality: Mapping[str, float]) -> None:
+        """Show what a finished round told, and nothing older beside it."""
+        self._metrics.quality.clear()
+        for metric in Measure:
+            if metric.value in quality:
+                self._metrics.quality.labels(metric.value).set(quality[metric.value])
 
 
 def _outcome(before: RunState, after: RunState) -> RoundOutcome | None:

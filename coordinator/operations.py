@@ -18,7 +18,7 @@ from coordinator.membership import Membership, Presence
 from coordinator.progress import OpenPhase, ProgressReader, RunProgress, open_phase
 from coordinator.published import Published
 from coordinator.run_checks import CheckedRun, RunFile, Surroundings, check
-from coordinator.run_state import RunState, Wish
+from coordinator.run_state import Phase, RunState, Wish
 from coordinator.store import RunRecord, Store
 from coordinator.summaries import Page, PrivacyReport, RunSummary, page
 from fedloom.artifacts import ArtifactReference
@@ -155,6 +155,7 @@ class Operations:
             config.release,
             config.cohort.minimum,
             self._authority_is_offline,
+            config.evaluation,
         )
 
     def watch(self, run_id: bytes, agent_limit: int) -> Callable[[], RunProgress]:
@@ -215,7 +216,14 @@ class Operations:
             record.plan.sha256,
             None if config is None else config.encoding.protection,
             None if config is None else config.release,
+            _early_end(record.phase, len(rounds), config),
         )
+
+
+def _early_end(phase: Phase, completed: int, config: RunConfig | None) -> str:
+    """Say why a run is completed before its rounds are done: nothing but a plateau does that."""
+    early = phase is Phase.COMPLETED and config is not None and completed < config.rounds
+    return str(config.plateau) if early and config is not None else ""
 
 
 @lru_cache(maxsize=1024)

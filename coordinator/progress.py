@@ -37,10 +37,11 @@ class RoundProgress:
     senders: int = 0
     received_bytes: int = 0
     receivers: int = 0
+    quality: tuple[tuple[str, float], ...] = ()  # means by metric, of the model it began with
 
     @property
     def accuracy(self) -> float | None:
-        """Over the held-out rows of all agents that have some."""
+        """Over the held-out rows of all agents that reported theirs, after the round."""
         return self.correct / self.evaluated if self.evaluated else None
 
     def to_json(self) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class RoundProgress:
             "saturated_share": self.saturated_share,
             "sent_bytes_per_agent": mean(self.sent_bytes, self.senders),
             "received_bytes_per_agent": mean(self.received_bytes, self.receivers),
+            "began_with": dict(self.quality) or None,
         }
 
 
@@ -203,7 +205,7 @@ def _round(
         round=number,
         seconds=None if record is None or not record.seconds else record.seconds,
         agents=len(rows),
-        training_loss=sum(losses) / len(losses) if losses else None,
+        training_loss=_training_loss(losses, record),
         evaluated=sum(row["evaluated"] or 0 for row in rows),
         correct=sum(row["correct"] or 0 for row in rows),
         summed=0 if record is None else len(record.slots),
@@ -213,7 +215,15 @@ def _round(
         senders=len(sent),
         received_bytes=sum(received),
         receivers=len(received),
+        quality=() if record is None else record.quality,
     )
+
+
+def _training_loss(losses: Sequence[float], record: "RoundRecord | None") -> float | None:
+    """Return the mean that the sum opened to, or that of what agents said each."""
+    if losses:
+        return sum(losses) / len(losses)
+    return None if record is None else record.training_loss
 
 
 def _agents(rows: Sequence[dict[str, Any]], state: RunState | None) -> list[AgentProgress]:

@@ -1,6 +1,7 @@
 """What agents report of an open round, remembered for whoever watches the run."""
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
@@ -84,9 +85,15 @@ class RoundReports:
         if event.agent not in state.excluded:
             self._write(state, event.round, event.agent, refusal=event.reason.value)
 
-    def close_round(self, number: int, seconds: float) -> None:
-        """Remember how long the round took and what it moved."""
-        self._store.set_round_seconds(self._run_id, number, seconds)
+    def close_round(
+        self,
+        number: int,
+        seconds: float,
+        quality: Mapping[str, float],
+        training_loss: float | None,
+    ) -> None:
+        """Remember how long the round took, what it moved, and the means that it opened to."""
+        self._store.close_round(self._run_id, number, seconds, quality, training_loss)
         rows = [
             {"agent_id": agent, "sent_bytes": sent, "received_bytes": received}
             for agent, (sent, received) in self._traffic.items()

@@ -7,7 +7,8 @@
         └─next round─ (RETURNING ◀─) APPLYING ◀──sum stored── SUMMING ◀──all uploaded, deadline┘
 
 A round whose masks could not be taken out of its sum is void: the run goes on under the next
-number. A run ends COMPLETED when enough rounds are history, or FAILED with a reason. An agent's
+number. A run ends COMPLETED when enough rounds are history or its models get no better
+(`coordinator.plateau`), or FAILED with a reason. An agent's
 message that does not fit the state is answered with a `Reject` and changes nothing; an event of
 ours that does not fit is a bug and raises `IllegalEvent`.
 """

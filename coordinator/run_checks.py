@@ -13,6 +13,7 @@ from typing import Any
 from coordinator.config import RunConfig, parse_run_config, unencodable
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.plans import Plan, load_plan, verify_members
+from fedloom.quality import metrics_of
 from fedloom.tasks import ArrayLearning
 
 MAX_FILE_BYTES = 1 << 20
@@ -133,9 +134,11 @@ def _warnings(config: RunConfig, around: Surroundings) -> Iterator[str]:
 
 
 def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: CheckedRun) -> None:
-    from fedloom.strategies import update_length  # and numpy with it, as `unencodable` does
+    from coordinator.contexts import encoded_length  # and numpy with it, as `unencodable` does
 
-    length = update_length(config.training, plan.parameter_count)
+    if problem := _unmeasured(config, plan):
+        found.problems.append(problem)
+    length = encoded_length(config, plan)
     if problem := unencodable(config.encoding, config.training, length):
         found.problems.append(f"this plan cannot be encoded for such a cohort: {problem}")
     if config.gate.bounds_accuracy and isinstance(plan.task, ArrayLearning) and plan.task.values:
@@ -150,3 +153,11 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
         found.problems.append(f"the disk of the spool is too full: up to {told}")
     elif around.free_bytes < most:
         found.warnings.append(f"the disk of the spool may become full: up to {told}")
+
+
+def _unmeasured(config: RunConfig, plan: Plan) -> str:
+    metric, known = config.plateau.metric, metrics_of(plan.task)
+    if not config.plateau.patience or metric in known:
+        return ""
+    names = ", ".join(one.value for one in known)
+    return f"evaluation.metric: expected one of this plan's, {names}; found {metric.value}"

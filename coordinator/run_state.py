@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from coordinator.plateau import BEGINNING, NO_PLATEAU, Plateau, PlateauRule
 from coordinator.run_keys import Grant, RunKeys
 from fedloom.errors import Reason
+from fedloom.quality import Quality
 
 
 class Phase(Enum):
@@ -50,6 +52,7 @@ class RunPolicy:
     has_masks: bool = False
     quorum: int = 0  # ready agents that suffice for a cohort; 0: all who were invited
     returns_sums: bool = False  # agents hand the opened sums over
+    plateau: PlateauRule = NO_PLATEAU
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class StateReport:
     state_sha256: bytes
     next_clip: float = 0.0  # 0: the run states its own
     opened_sha256: bytes = b""  # of the opened sum, where it is returned
+    quality: Quality | None = None  # that the sum opened to, where it is told
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class RunState:
     past_keys: frozenset[int] = frozenset()  # that the run's history is encrypted under
     grant: Grant | None = None  # that an agent was asked for and has not given
     grant_deadline: float = 0.0
+    plateau: Plateau = BEGINNING
     clip: float = 0.0  # of the next cohort; 0: follows from its weight cap
     invited: frozenset[str] = frozenset()
     ready: Mapping[str, int] = field(default_factory=dict)  # agent -> weight class

@@ -21,8 +21,16 @@ from coordinator.progress import (
 from coordinator.run_state import Phase, Wish
 from coordinator.summaries import Stage
 from fedloom.errors import Reason
+from fedloom.quality import Metric
 
 MAX_ROUNDS_SHOWN = 50
+_NAMES = {
+    Metric.MACRO_F1.value: "macro F1",
+    Metric.ENTITY_F1.value: "entity F1",
+    Metric.MEAN_SQUARED_ERROR.value: "squared error",
+    Metric.LOSS.value: "held-out loss",
+}
+_SHARES = frozenset(metric.value for metric in Metric if metric.rises)
 WIDE = 100  # columns, from which on there is room for what is nice to know
 _ROUNDS_LIVE, _AGENTS_LIVE, _OTHER_ROWS = 5, 4, 12
 _DONE = {
@@ -54,7 +62,9 @@ def draw(progress: RunProgress, width: int, rounds: int, agents: int, now: float
 def _rounds_table(progress: RunProgress, width: int, limit: int, title: Text) -> Table:
     is_wide = width >= WIDE
     table = Table(title=title)
-    headings = ["round", "accuracy", "loss", "seconds", "up/agent", "down/agent"]
+    metrics = _metrics(progress)[: None if is_wide else 1]
+    told = [f"{_NAMES.get(name, name)}\nbefore" for name in metrics] or ["accuracy"]
+    headings = ["round", *told, "loss", "seconds", "up/agent", "down/agent"]
     for heading in [*headings, *(["agents", "clipped"] if is_wide else [])]:
         table.add_column(heading, justify="right")
     table.add_column("coordinator\ncould read", no_wrap=True)
@@ -63,7 +73,7 @@ def _rounds_table(progress: RunProgress, width: int, limit: int, title: Text) ->
         wide = [str(entry.summed or ""), _share(entry.saturated_share)] if is_wide else []
         table.add_row(
             labels[entry.round],
-            _percent(entry.accuracy),
+            *_told(entry, metrics),
             "" if entry.training_loss is None else f"{entry.training_loss:.3f}",
             "" if entry.seconds is None else f"{entry.seconds:.1f}",
             _megabytes(entry.sent_bytes, entry.senders),
@@ -74,6 +84,23 @@ def _rounds_table(progress: RunProgress, width: int, limit: int, title: Text) ->
     if (hidden := len(progress.history) - limit) > 0:
         table.caption = Text(f"{hidden:,} earlier rounds are not shown")
     return table
+
+
+def _metrics(progress: RunProgress) -> list[str]:
+    """Return the metrics that any round told the mean of, in order."""
+    return list(dict.fromkeys(name for entry in progress.history for name, _ in entry.quality))
+
+
+def _told(entry: RoundProgress, metrics: Sequence[str]) -> list[str]:
+    """Return the cells of quality: of the model that the round began with, or of the round's."""
+    if not metrics:
+        return [_percent(entry.accuracy)]
+    values = dict(entry.quality)
+    return [_number(name, values[name]) if name in values else "" for name in metrics]
+
+
+def _number(metric: str, value: float) -> str:
+    return _percent(value) if metric in _SHARES else f"{value:.3f}"
 
 
 def round_labels(progress: RunProgress) -> dict[int, str]:
@@ -135,6 +162,8 @@ def _why(progress: RunProgress) -> str:
     """Say what the run waits for, or why it failed."""
     run, phase = progress.run, progress.open_phase
     if run.phase.over:
+        if run.early_end:
+            return f" early: {run.early_end}"
         told = run.reason is None or run.reason is Reason.RUN_CANCELLED
         return "" if told or run.reason is None else f": {run.reason.name}"
     if phase is None:
@@ -191,6 +220,9 @@ def _facts(entry: RoundProgress) -> Iterator[str]:
     yield f"finished in {entry.seconds:.1f} s"
     if entry.accuracy is not None:
         yield f"accuracy {entry.accuracy:.1%}"
+    if entry.quality:
+        told = (f"{_NAMES.get(name, name)} {_number(name, value)}" for name, value in entry.quality)
+        yield f"began with {', '.join(told)}"
     if entry.training_loss is not None:
         yield f"loss {entry.training_loss:.3f}"
     if entry.senders and entry.receivers:

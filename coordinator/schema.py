@@ -81,6 +81,8 @@ rounds = sa.Table(
     sa.Column("clip", sa.Float, nullable=False),
     sa.Column("opened_sha256", sa.LargeBinary),  # of the sum that agents returned, or NULL
     sa.Column("opened_size", sa.BigInteger),
+    sa.Column("quality", sa.String),  # JSON object: metric -> mean before the round; NULL: not told
+    sa.Column("training_loss", sa.Float),  # mean that the sum opened to; NULL: not told
 )
 journal = sa.Table(  # what happened to an open run since its last finished round
     "journal",

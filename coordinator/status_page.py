@@ -40,6 +40,7 @@ def _run(operations: Operations, run: RunSummary) -> str:
         return f"<h2>{escape(run.name)} <small>its file cannot be read</small></h2>"
     found = operations.watch(run.run_id, SHOWN_AGENTS)()
     state = run.state + (f": {run.reason.name}" if run.reason else "")
+    state += f" early: {run.early_end}" if run.early_end else ""
     rounds = "".join(_round(entry, run.rounds) for entry in found.history[-SHOWN_ROUNDS:])
     return (
         f"<h2>{escape(run.name)} <small>{escape(state)}</small></h2><p>{run.run_id.hex()}, "
@@ -60,6 +61,7 @@ def _round(entry: RoundProgress, rounds: int) -> str:
     cells = (
         f"{entry.round}/{rounds}",
         "" if entry.accuracy is None else f"{entry.accuracy:.1%}",
+        ", ".join(f"{name} {value:.4g}" for name, value in entry.quality),
         "" if entry.training_loss is None else f"{entry.training_loss:.3f}",
         "" if entry.seconds is None else f"{entry.seconds:.1f}",
         str(entry.agents),
@@ -67,7 +69,7 @@ def _round(entry: RoundProgress, rounds: int) -> str:
     return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
 
 
-_HEADINGS = "<tr><th>round<th>accuracy<th>loss<th>seconds<th>agents</tr>"
+_HEADINGS = "<tr><th>round<th>accuracy<th>model before the round<th>loss<th>seconds<th>agents</tr>"
 _FRAME = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="5">
 <meta name="viewport" content="width=device-width"><title>Fedloom</title>

@@ -61,6 +61,8 @@ class RoundRecord:
     previous_round: int = 0
     clip: float = 0.0
     opened: ArtifactReference | None = None  # the sum as agents returned it
+    quality: tuple[tuple[str, float], ...] = ()  # means by metric, of the state before the round
+    training_loss: float | None = None  # mean, where the sum opened to it
 
 
 class Store:
@@ -169,11 +171,23 @@ class Store:
         with self._engine.begin() as db:
             db.execute(database.insert(db, schema.rounds).values(row).on_conflict_do_nothing())
 
-    def set_round_seconds(self, run_id: bytes, round_number: int, seconds: float) -> None:
-        """Remember how long a round took, from its invitations to its last agent."""
+    def close_round(
+        self,
+        run_id: bytes,
+        round_number: int,
+        seconds: float,
+        quality: Mapping[str, float] | None = None,
+        training_loss: float | None = None,
+    ) -> None:
+        """Remember how long a round took, from its invitations to its last agent, and its means."""
         row = (schema.rounds.c.run_id == run_id) & (schema.rounds.c.round == round_number)
+        values = {
+            "seconds": seconds,
+            "quality": json.dumps(dict(quality)) if quality else None,
+            "training_loss": training_loss,
+        }
         with self._engine.begin() as db:
-            db.execute(sa.update(schema.rounds).where(row).values(seconds=seconds))
+            db.execute(sa.update(schema.rounds).where(row).values(values))
 
     def set_opened(self, run_id: bytes, round_number: int, opened: ArtifactReference) -> None:
         """Remember the sum that agents returned."""
@@ -204,6 +218,8 @@ class Store:
                 row.previous_round,
                 row.clip,
                 _opened(row),
+                tuple(json.loads(row.quality or "{}").items()),
+                row.training_loss,
             )
             for row in rows
         )

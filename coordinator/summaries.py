@@ -43,6 +43,7 @@ class RunSummary:
     plan_id: bytes
     protection: Protection | None  # None: its stored file cannot be read by this version
     release: Release | None
+    early_end: str = ""  # why it is completed before its rounds are done
 
     @property
     def state(self) -> str:
@@ -71,6 +72,7 @@ class RunSummary:
             "plan": self.plan_id.hex(),
             "protection": _name(self.protection),
             "release": _name(self.release),
+            "early_end": self.early_end or None,
         }
 
 

@@ -50,7 +50,9 @@ def packed(
     counters[COUNTER_SUMMANDS] = 1
     counters[COUNTER_WEIGHT] = weight
     counters[COUNTER_SATURATED] = saturated
-    counters[COUNTER_EXPONENTS + bucket(update, parameters.clip)] = 1
+    context = parameters.context
+    ranged = update[: context.parameter_count - context.tail_length]
+    counters[COUNTER_EXPONENTS + bucket(ranged, parameters.clip)] = 1
     yield last, counters
 
 

@@ -2,7 +2,7 @@
 
 The clip must be known before anything is encrypted, and be the same for all. Round 0 takes a bound
 that needs no data; later rounds take it from the round before. Device half (`bucket`): with m the
-largest |value| of an update and c the clip,
+largest |value| of an update without its tail (`UpdateContext`) and c the clip,
 
     e = ⌈log2(m/c)⌉, forced into -10 .. 2,
 

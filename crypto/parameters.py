@@ -81,6 +81,9 @@ class UpdateContext:
     clip: float  # encrypted: values beyond ±clip saturate; rounded to float32 before use
     update_bits: int = 16  # encrypted: 16 (v = 2 values per coefficient) or 8 (v = 3)
     cohort: bytes = b""  # masked, sealed: digest of the cohort (`cohort.Cohort.digest`), 32 bytes
+    # How many of the last values are no parameters and fill the clip: the histogram of exponents, a
+    # member's own statement, leaves them out. Not bound: it changes nothing in how a sum is read.
+    tail_length: int = 0
 
     def __post_init__(self) -> None:
         if len(self.run_id) != 16:
@@ -98,6 +101,10 @@ class UpdateContext:
             raise InvalidContext("update_bits", "16 or 8", self.update_bits)
         if len(self.cohort) not in (0, COHORT_DIGEST_SIZE):
             raise InvalidContext("cohort's digest", "0 or 32 bytes", f"{len(self.cohort)} bytes")
+        if not 0 <= self.tail_length < self.parameter_count:
+            raise InvalidContext(
+                "tail_length", f"0 .. {self.parameter_count - 1}", self.tail_length
+            )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from edge_agent.commands import bench, export, infer, models
+from edge_agent.commands import bench, evaluate, export, infer, models
 from edge_agent.config import AgentConfig, load_agent_config, write_agent_config
 from edge_agent.data_check import add_data_command
 from edge_agent.data_options import add_data_options, chosen_sources
@@ -117,6 +117,7 @@ def _run(options: argparse.Namespace) -> int:
         config.permitted_release,
         config.crypto_processes,
         Resources(config.memory_mb * MEGABYTE),
+        config.permitted_report,
     )
     session = Session(device, _available_protections(config.minimum_protection))
     return asyncio.run(_run_session(session, options.once))
@@ -258,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_parser(commands)
     bench.add_parser(commands)
     export.add_parser(commands)
+    evaluate.add_parser(commands)
 
     command = commands.add_parser(
         "status", help="say what this device is doing and why, and who learns what"

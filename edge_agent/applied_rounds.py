@@ -14,6 +14,7 @@ from edge_agent.status import Step
 from edge_agent.undertaking import Surroundings, Undertaking
 from fedloom.artifacts import ArtifactReference, reference_of
 from fedloom.errors import Reason, Refused
+from fedloom.quality import mean_quality
 from fedloom.v1 import artifact_pb2
 
 _SUM_FILE = "sum.bin"
@@ -56,15 +57,17 @@ def _take_in(
     kept = _opened_path(here.folder, outcome.round)
     if run.terms.privacy.sums_are_returned:  # first: applying uses up the mean's memory
         digest = run.protection.write_opened(outcome, clip, opened, kept).sha256
+    mean, tail = run.protection.split(opened.mean)
     applied = LastRound(
         outcome.round,
         outcome.attempt,
         opened.saturated,
         run.protection.next_clip(clip, opened),
         digest,
+        mean_quality(run.terms.evaluation, run.plan.task, tail.tolist(), clip),
     )
     run.memory.settle(outcome.round, outcome.attempt, outcome.slots)
-    run.state.apply(opened.mean, opened.count, applied)
+    run.state.apply(mean, opened.count, applied)
     forget_opened(here.folder, but=kept)
 
 

@@ -25,6 +25,7 @@ names_model = "ner"          # folder of an exported model that tags names of pe
 [policy]
 minimum_protection = "sealed"      # runs with less are declined
 release = "agents"                 # or "coordinator": who may get the opened sums
+evaluation = "mean"                # or "each": whether a run may ask for this device's own quality
 
 [engine]
 kind = "onnx"                # or "torch", of fedloom[torch]
@@ -59,6 +60,7 @@ from edge_agent.data_config import (
 )
 from edge_agent.model_versions import DEFAULT_KEPT, MAX_KEPT
 from fedloom.errors import ConfigError
+from fedloom.quality import Report
 from fedloom.terms import Protection, Release
 
 CONFIG_FILE = "agent.toml"
@@ -66,7 +68,7 @@ _MAX_MEMORY_MB = 2**24
 _E = TypeVar("_E", bound=Enum)
 _KEYS = {
     **DATA_KEYS,
-    "policy": {"minimum_protection", "release"},
+    "policy": {"minimum_protection", "release", "evaluation"},
     "engine": {
         *("kind", "provider", "device", "precision"),
         *("threads", "crypto_processes", "memory_mb"),
@@ -106,6 +108,7 @@ class AgentConfig:
     memory_mb: int = 0  # 10^6 bytes
     engine: OnnxSettings | TorchSettings = OnnxSettings()
     kept_models: int = DEFAULT_KEPT
+    permitted_report: Report = Report.MEAN
 
 
 def load_agent_config(home: Path) -> AgentConfig:
@@ -139,6 +142,7 @@ def load_agent_config(home: Path) -> AgentConfig:
         held_out_share=read_held_out_share(path, table),
         engine=_engine(path, table.get("engine", {})),
         kept_models=_kept_models(path, table),
+        permitted_report=_report(path, policy),
     )
 
 
@@ -153,6 +157,7 @@ def write_agent_config(home: Path, config: AgentConfig) -> None:
         "[policy]",
         f'minimum_protection = "{config.minimum_protection.name.lower()}"',
         f'release = "{config.permitted_release.name.lower()}"',
+        f'evaluation = "{config.permitted_report.name.lower()}"',
         "",
         "[engine]",
         *_engine_lines(config.engine),
@@ -217,6 +222,13 @@ def _providers(path: Path, engine: Mapping[str, Any]) -> tuple[str, ...]:
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(str(path), f"engine.provider: expected names, found {found!r}")
     return tuple(names)
+
+
+def _report(path: Path, policy: Mapping[str, Any]) -> Report:
+    found = _named(path, policy, "evaluation", Report.MEAN)
+    if found is Report.NONE:  # no run learns more of a device than its part in a mean anyway
+        raise ConfigError(str(path), "policy.evaluation: expected each or mean, found 'none'")
+    return found
 
 
 def _count(path: Path, table: Mapping[str, Any], key: str, default: int, most: int) -> int:

@@ -6,7 +6,10 @@ from typing import Protocol
 
 from edge_agent.checkpoints import Checkpoint
 from fedloom.adapters import Theta
+from fedloom.quality import Evaluation
 from fedloom.terms import LocalTraining
+
+__all__ = ["Engine", "Evaluation", "LocalUpdate", "Progress"]
 
 Progress = Callable[[float], None]  # share done, 0..1; may raise to interrupt the training
 
@@ -18,15 +21,6 @@ class LocalUpdate:
     delta: Theta
     samples: int
     mean_loss: float  # over the round, nats per sample
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Quality of an adapter on this device's held-out data."""
-
-    count: int
-    correct: int
-    mean_loss: float
 
 
 class Engine(Protocol):
@@ -54,5 +48,5 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, theta: Theta) -> Evaluation | None:
-        """Evaluate on held-out data; None when the agent has none."""
+        """Evaluate on held-out data, with what `edge_agent.metrics` counts; None without any."""
         ...

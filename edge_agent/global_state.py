@@ -8,7 +8,8 @@ one: the history gives the state again.
 """
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import structlog
 from fedloom.adapters import Theta, read_adapter, read_annotated_adapter, write_vectors
 from fedloom.errors import Refused
 from fedloom.plans import ADAPTER_FILE, Plan, TrainableTensor
+from fedloom.quality import Quality
 from fedloom.strategies import RULES, ServerState, algorithm
 from fedloom.terms import LocalTraining
 
@@ -33,6 +35,7 @@ class LastRound:
     saturated: int = 0  # values that were clipped before encoding, over all members
     next_clip: float = 0.0  # range of values that its histogram implies; 0: none is derived
     opened_sha256: bytes = b""  # of the opened sum, where the coordinator may ask for it
+    quality: Quality | None = None  # what its tail says, where updates have one
 
 
 class GlobalState:
@@ -100,7 +103,7 @@ class GlobalState:
                 rounds, last = _noted(notes)
                 theta, *vectors = values.reshape(-1, self._plan.parameter_count)
                 found.append((ServerState(theta, rounds, tuple(vectors)), last))
-            except (Refused, ValueError, KeyError) as error:
+            except (Refused, ValueError, KeyError, TypeError) as error:
                 _log.warning("state discarded", file=path.name, problem=str(error))
                 path.unlink()
         return max(found, key=lambda pair: pair[1].round, default=None)
@@ -124,7 +127,18 @@ def _notes(rounds: int, last: LastRound) -> dict[str, str]:
         "saturated": str(last.saturated),
         "next_clip": last.next_clip.hex(),  # to the bit
         "opened_sha256": last.opened_sha256.hex(),
+        "quality": _told(last.quality),
     }
+
+
+def _told(quality: Quality | None) -> str:
+    """Floats as JSON writes them lose no bit."""
+    return json.dumps(None if quality is None else asdict(quality))
+
+
+def _read(text: str) -> Quality | None:
+    values = json.loads(text)
+    return None if values is None else Quality(**values)
 
 
 def _noted(notes: dict[str, str]) -> tuple[int, LastRound]:
@@ -134,6 +148,7 @@ def _noted(notes: dict[str, str]) -> tuple[int, LastRound]:
         int(notes["saturated"]),
         float.fromhex(notes["next_clip"]),
         bytes.fromhex(notes["opened_sha256"]),
+        _read(notes["quality"]),
     )
     if notes != _notes(int(notes["rounds"]), last):
         raise ValueError(f"expected the notes of a state, found {sorted(notes)}")

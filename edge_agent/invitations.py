@@ -10,6 +10,7 @@ from fedloom.errors import Reason, Refused
 from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.plans import MAX_PLAN_BYTES
 from fedloom.privacy import PrivacyTerms
+from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms
 from fedloom.terms import (
     MAX_CAPACITY,
     MAX_WEIGHT_CLASS,
@@ -41,11 +42,14 @@ class Terms:
     attempt: int = 1  # that the round's next cohort will have
     rounds: int = 1  # that the run shall finish
     gate: ActivationGate = OPEN_GATE
+    evaluation: EvaluationTerms = DEFAULT_EVALUATION
 
     @property
     def privacy(self) -> PrivacyTerms:
         """What each party's knowledge follows from; who has the authority's key is not told."""
-        return PrivacyTerms(self.encoding.protection, self.release, self.minimum)
+        return PrivacyTerms(
+            self.encoding.protection, self.release, self.minimum, evaluation=self.evaluation
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ def read_terms(message: control_pb2.Invitation) -> Terms:
         message.attempt,
         message.rounds,
         ActivationGate.from_message(message.gate),
+        EvaluationTerms.from_message(message.evaluation),
     )
 
 

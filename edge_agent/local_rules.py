@@ -12,7 +12,8 @@ strategy's terms are no outliers.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,22 +30,39 @@ from fedloom.terms import LocalTraining, steps_of, weight_of
 class Outgoing:
     """What leaves the device after a round's training, before it is encoded.
 
-    `values` (U,) float32 is the update vector (`fedloom.strategies.update_length`), `weight` what
-    it counts for, `memory` what the device remembers once the update is in a stored sum.
+    `values` (U + M,) float32 is the update vector (`fedloom.strategies.update_length`) and room for
+    the tail, whose shares (M,) in 0..1 are scaled into it by each cohort's clip; `weight` what it
+    counts for, `memory` what the device remembers once the update is in a stored sum.
     """
 
     values: Vector
     weight: int
     memory: Memory = ()
+    shares: Vector = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def scaled(self, clip: float) -> Vector:
+        """Return `values`, the array itself, with the tail for a cohort of this clip."""
+        tail = self.values[len(self.values) - len(self.shares) :]
+        np.multiply(self.shares, np.float32(clip), out=tail)
+        return self.values
 
 
 def outgoing(
-    terms: LocalTraining, state: ServerState, memory: Memory, update: LocalUpdate
+    terms: LocalTraining,
+    state: ServerState,
+    memory: Memory,
+    update: LocalUpdate,
+    shares: Sequence[float] = (),
 ) -> Outgoing:
-    """Return what a round's training gives, under that round's terms; uses `update.delta` up."""
+    """Return what a round's training gives, under that round's terms; uses `update.delta` up.
+
+    `shares` are the tail (`fedloom.quality`).
+    """
     steps = effective_steps(terms, steps_of(terms, update.samples))
     sent = algorithm(terms).sent(state, memory, update.delta, steps)
-    return Outgoing(sent.values, weight_of(terms, update.samples), sent.memory)
+    tail = np.array(shares, np.float32)
+    values = np.concatenate([sent.values, tail]) if shares else sent.values
+    return Outgoing(values, weight_of(terms, update.samples), sent.memory, tail)
 
 
 class LocalSteps:

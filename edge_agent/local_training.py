@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +31,15 @@ from edge_agent.data import DataSource
 from edge_agent.engine import Evaluation, LocalUpdate, Progress
 from edge_agent.examples import read_examples, read_held_out
 from edge_agent.local_rules import LocalSteps
+from edge_agent.metrics import Tally
 from edge_agent.optimisers import Gradient
 from edge_agent.prefetching import prefetched
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
 from fedloom.terms import LocalTraining, steps_of
+
+_T = TypeVar("_T")
 
 
 class Step(Protocol):
@@ -52,7 +55,9 @@ class Step(Protocol):
         ...
 
     def sums(self, theta: Theta, placed: Any) -> Sequence[NDArray[Any]]:
-        """Return loss_sum, weight_sum and grad_sum (P,) float32; to evaluate: correct, not that.
+        """Return loss_sum, weight_sum and grad_sum (P,) float32.
+
+        To evaluate: what `edge_agent.metrics.evaluation_outputs` names.
 
         Raises Refused when the computation fails; values that are not finite are the caller's.
         """
@@ -186,18 +191,16 @@ class LocalEngine(ABC):
         if samples is None:
             return None
         step = self._evaluation_step()
-        sums = np.zeros(3)
+        tally = Tally(self._plan.task)
         batches = inference_batches(samples, self._micro_batch, self._micro_batch_tokens)
-        with closing(_stream(step, ((feeds(samples, rows), True) for rows in batches))) as parts:
-            for placed, _ in parts:
-                sums += step.sums(theta, placed)
-        loss, weight, correct = sums.tolist()
-        if not (math.isfinite(loss) and weight > 0):
-            raise Refused(
-                Reason.TRAINING_FAILED,
-                f"expected a finite loss on held-out data, found {loss} over {weight:.0f} labels",
-            )
-        return Evaluation(round(weight), round(correct), loss / weight)
+        fed = ((feeds(samples, rows), rows) for rows in batches)
+        with closing(_stream(step, fed)) as parts:
+            for placed, rows in parts:
+                loss, weight, correct, *logits = step.sums(theta, placed)
+                tally.add_sums(float(loss), float(weight), float(correct))
+                if logits:
+                    tally.add_logits(samples.labels(rows), logits[0])
+        return tally.evaluation()
 
     @functools.cached_property
     def _training_samples(self) -> Examples:
@@ -215,9 +218,7 @@ class LocalEngine(ABC):
         return examples
 
 
-def _stream(
-    step: Step, parts: Iterator[tuple[Feeds, bool]]
-) -> Generator[tuple[Any, bool], None, None]:
+def _stream(step: Step, parts: Iterator[tuple[Feeds, _T]]) -> Generator[tuple[Any, _T], None, None]:
     """Yield the micro-batches placed, with what came with each."""
     placed = ((step.place(feeds), last) for feeds, last in parts)
     return prefetched(placed) if step.ahead else placed

@@ -10,6 +10,7 @@ from edge_agent.batches import Feeds
 from edge_agent.data import DataSource
 from edge_agent.graphs import CPU, GraphSession, require_runtime
 from edge_agent.local_training import LocalEngine, Step
+from edge_agent.metrics import evaluation_outputs
 from edge_agent.resources import MAX_TRAINING_ROWS, MAX_TRAINING_TOKENS
 from fedloom.adapters import Theta
 from fedloom.errors import Reason
@@ -17,7 +18,6 @@ from fedloom.graph_contracts import GraphContract, eval_contract, train_contract
 from fedloom.plans import Plan
 
 _SUMS = ("loss_sum", "weight_sum", "grad_sum")
-_EVAL_SUMS = ("loss_sum", "weight_sum", "correct")
 
 
 class OnnxEngine(LocalEngine):
@@ -50,7 +50,7 @@ class OnnxEngine(LocalEngine):
 
     def _evaluation_step(self) -> Step:
         contract = eval_contract(self._plan.task, self._plan.parameter_count)
-        return self._step(contract, _EVAL_SUMS, Reason.PLAN_UNSUPPORTED)
+        return self._step(contract, evaluation_outputs(self._plan.task), Reason.PLAN_UNSUPPORTED)
 
     def _step(self, graph: GraphContract, outputs: Sequence[str], failure: Reason) -> Step:
         session = GraphSession(self._folder, graph, self._threads, failure, self._providers)

@@ -17,6 +17,7 @@ from edge_agent.activation import keep_state
 from edge_agent.applied_rounds import apply_round, forget_opened, return_sum
 from edge_agent.contribution import Contribution
 from edge_agent.engine import Engine, Evaluation
+from edge_agent.evaluations import Evaluations, told
 from edge_agent.global_state import GlobalState
 from edge_agent.identity import Identity
 from edge_agent.invitations import (
@@ -39,6 +40,7 @@ from edge_agent.transfer import Transfer
 from edge_agent.undertaking import Send, Surroundings, Undertaking
 from fedloom.errors import Reason, Refused, refused_from_details
 from fedloom.plans import Plan
+from fedloom.quality import Report, tail_length
 from fedloom.strategies import RULES, update_length
 from fedloom.terms import Protection, Release, weight_class
 from fedloom.v1 import control_pb2
@@ -59,6 +61,7 @@ class Device:
     permitted_release: Release = Release.AGENTS
     crypto_processes: int = 1  # to encode and open in; 0: one for each core
     resources: Resources = field(default_factory=Resources)
+    permitted_report: Report = Report.MEAN
 
 
 class Participation:
@@ -81,7 +84,8 @@ class Participation:
         self._masking: Masking | None = None
         self._ground: tuple[Plan, Engine, GlobalState] | None = None  # what one plan led to
         self._run: Undertaking | None = None
-        self._training = Training(self._here)
+        self._evaluations = Evaluations()
+        self._training = Training(self._here, self._evaluations)
         self.round = 0  # that this device was invited to last
 
     @property
@@ -94,6 +98,7 @@ class Participation:
         if self._ground is not None:
             _, _, state = self._ground
             state.reset()
+        self._evaluations.forget()
         self._forget_update()
 
     def interrupt(self) -> None:
@@ -124,9 +129,10 @@ class Participation:
             run_id=terms.run_id,
             round=terms.round,
             weight_class=weight_class(trained.update.weight),
-            training_loss=trained.mean_loss,
             training_time=Duration(seconds=int(trained.seconds)),
         )
+        if terms.evaluation.report is Report.EACH:
+            ready.training_loss = trained.mean_loss
         if run.masking is not None:
             ready.advertisement = await run.masking.advertise(terms.round, terms.attempt)
             ready.identity.CopyFrom(self._device.identity.advertised_identity_key())
@@ -155,6 +161,7 @@ class Participation:
             update_length(terms.training, plan.parameter_count),
             self._here.agent_id,
             self._device.crypto_processes,
+            tail_length(terms.evaluation, plan.task),
         )
         self._run = Undertaking(
             terms,
@@ -191,6 +198,14 @@ class Participation:
                 Reason.PROTECTION_TOO_WEAK,
                 "expected sums that are released to agents only, found a run that returns them "
                 "to the coordinator: policy.release in agent.toml decides",
+            )
+        protected = terms.encoding.protection is not Protection.PLAIN
+        clear = terms.evaluation.report is Report.EACH
+        if clear and protected and self._device.permitted_report is not Report.EACH:
+            raise Refused(
+                Reason.PROTECTION_TOO_WEAK,
+                "expected quality that is summed under the run's protection, found a run that asks "
+                "for each device's: policy.evaluation in agent.toml decides",
             )
 
     async def _take_up_plan(self, terms: Terms) -> tuple[Plan, Engine, GlobalState]:
@@ -252,23 +267,30 @@ class Participation:
             next_clip=last.next_clip,
             opened_sha256=last.opened_sha256,
         )
-        evaluation = await self._evaluate(run, applied)
-        self._send(control_pb2.ConnectRequest(applied=applied))
+        terms = run.terms.evaluation
+        if terms.tell and last.quality is not None:
+            applied.quality.CopyFrom(last.quality.to_message())
+        if terms.report is Report.EACH:
+            evaluation = await self._evaluate(run)
+            if evaluation is not None:
+                applied.evaluation.count = evaluation.count
+                applied.evaluation.correct = evaluation.correct
+                applied.evaluation.loss = evaluation.mean_loss
+            self._send(control_pb2.ConnectRequest(applied=applied))
+        else:  # nobody waits for what this device alone learns, or gives to the next round
+            self._send(control_pb2.ConnectRequest(applied=applied))
+            try:
+                evaluation = await self._evaluate(run)
+            except Refused as refused:  # said again when the next round asks for it
+                evaluation = None
+                self._log.warning("not evaluated", problem=str(refused))
         await self._keep_model(run, evaluation)
         self._here.report(Step.WAITING, last.round, "the next round has not begun")
 
-    async def _evaluate(self, run: Undertaking, applied: control_pb2.Applied) -> Evaluation | None:
-        evaluation = await asyncio.to_thread(run.engine.evaluate, run.state.theta)
-        if evaluation is None:
-            return None
-        applied.evaluation.count = evaluation.count
-        applied.evaluation.correct = evaluation.correct
-        applied.evaluation.loss = evaluation.mean_loss
-        self._log.info(
-            "evaluated",
-            round=applied.round,
-            accuracy=round(evaluation.correct / evaluation.count, 4),
-        )
+    async def _evaluate(self, run: Undertaking) -> Evaluation | None:
+        evaluation = await asyncio.to_thread(self._evaluations.of_state, run)
+        if evaluation is not None:
+            self._log.info("evaluated", round=run.state.last.round, **told(evaluation, run))
         return evaluation
 
     async def return_sum(self, message: control_pb2.ReturnSum) -> None:

@@ -14,6 +14,7 @@ from crypto import plain
 from crypto.masks import Mask
 from edge_agent.invitations import Cohort, Outcome, Terms
 from edge_agent.local_rules import Outgoing
+from edge_agent.optimisers import Vector
 from fedloom.artifacts import ArtifactReference, write_artifact
 from fedloom.errors import Reason, Refused
 from fedloom.terms import Protection, clip_of
@@ -50,9 +51,17 @@ class SumRefused(Refused):
 class UpdateProtection:
     """Encodes and opens under one run's terms. Constant memory in the update's size."""
 
-    def __init__(self, terms: Terms, update_length: int, agent_id: str, processes: int = 1) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        update_length: int,
+        agent_id: str,
+        processes: int = 1,
+        tail_length: int = 0,
+    ) -> None:
         self._terms = terms
-        self._update_length = update_length  # U, what the context calls its parameters
+        self._update_length = update_length  # U, of what the strategy sends
+        self._tail_length = tail_length  # M; the context calls both together its parameters
         self._agent_id = agent_id
         self._processes = processes
         with _refusing():
@@ -62,6 +71,10 @@ class UpdateProtection:
         """Return the range of values in a round; `derived` follows from the round before it."""
         stated = self._terms.encoding.clip
         return stated or derived or clip_of(self._terms.encoding, self._terms.training, weight_cap)
+
+    def split(self, mean: Vector) -> tuple[Vector, Vector]:
+        """Return what the strategy is given of an opened mean, (U,), and the tail, (M,)."""
+        return mean[: self._update_length], mean[self._update_length :]
 
     def next_clip(self, clip: float, opened: crypto.OpenedSum) -> float:
         """Return what the round's histogram implies for the next one; 0 where nothing does."""
@@ -90,7 +103,7 @@ class UpdateProtection:
                 place.masks,
                 self._processes,
             )
-            return write_artifact(path, encoder.encode(update.values, update.weight))
+            return write_artifact(path, encoder.encode(update.scaled(cohort.clip), update.weight))
 
     def _rounding(self, round_number: int) -> np.random.Generator:
         """Return what rounds values up or down, and does nothing else: nothing secret.
@@ -137,7 +150,8 @@ class UpdateProtection:
                 run_id=self._terms.run_id,
                 round=round_number,
                 attempt=attempt,
-                parameter_count=self._update_length,
+                parameter_count=self._update_length + self._tail_length,
+                tail_length=self._tail_length,
                 capacity=self._terms.encoding.capacity,
                 weight_cap=weight_cap,
                 clip=clip,

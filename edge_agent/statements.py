@@ -21,6 +21,7 @@ STATEMENT_FILE = "version.json"
 SIGNATURE_FILE = "version.sig"
 MAX_STATEMENT_BYTES = 1 << 16
 _LABEL = b"fedloom v1 model version\0"
+_MEASURED = ("count", "correct", "mean_loss")  # what is said of an evaluation
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Statement:
 
 def write_statement(folder: Path, statement: Statement, key: Ed25519PrivateKey) -> None:
     """Put the statement and its signature into a version's folder."""
-    text = json.dumps(asdict(statement), sort_keys=True, indent=1).encode()
+    values = asdict(statement)
+    if statement.evaluation is not None:
+        values["evaluation"] = {name: values["evaluation"][name] for name in _MEASURED}
+    text = json.dumps(values, sort_keys=True, indent=1).encode()
     write_secret(folder / STATEMENT_FILE, text)  # on the disk before the version has its name
     write_secret(folder / SIGNATURE_FILE, key.sign(_LABEL + text))
 

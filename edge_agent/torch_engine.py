@@ -5,7 +5,7 @@ float32's rounding; with `bfloat16` within that of bfloat16.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from edge_agent.batches import Feeds
 from edge_agent.data import DataSource
 from edge_agent.local_training import LocalEngine, Step
+from edge_agent.metrics import evaluation_outputs
 from edge_agent.torch_graph import TORCH_ERRORS, TorchGraph
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
@@ -65,7 +66,8 @@ class TorchEngine(LocalEngine):
         return _TrainingStep(self._graph, self._device, self._bfloat16)
 
     def _evaluation_step(self) -> Step:
-        return _EvaluationStep(self._graph, self._device, self._bfloat16)
+        outputs = evaluation_outputs(self._plan.task)
+        return _EvaluationStep(self._graph, self._device, self._bfloat16, outputs)
 
     @functools.cached_property
     def _graph(self) -> TorchGraph:
@@ -99,30 +101,35 @@ class _GraphStep:
         return tensor.to(self._device, non_blocking=True)
 
     def _run(
-        self, third: str, theta: Tensor, placed: Placed, failure: Reason
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = ("loss_sum", "weight_sum", third)
+        self, outputs: Sequence[str], theta: Tensor, placed: Placed, failure: Reason
+    ) -> list[Tensor]:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
-            loss, weight, found = self._graph.run(outputs, {"theta": theta, **placed}, failure)
-        return loss, weight, found
+            return self._graph.run(outputs, {"theta": theta, **placed}, failure)
 
 
 class _TrainingStep(_GraphStep):
     def sums(self, theta: Theta, placed: Placed) -> list[NDArray[np.float32]]:
         """See Step."""
         values = torch.tensor(theta, device=self._device, requires_grad=True)
-        loss, weight, _ = self._run("correct", values, placed, Reason.TRAINING_FAILED)
+        sums = ("loss_sum", "weight_sum")
+        loss, weight = self._run(sums, values, placed, Reason.TRAINING_FAILED)
         gradient = _gradient(loss, values)
         return [value.detach().cpu().numpy() for value in (loss, weight, gradient)]
 
 
 class _EvaluationStep(_GraphStep):
+    def __init__(
+        self, graph: TorchGraph, device: torch.device, bfloat16: bool, outputs: Sequence[str]
+    ) -> None:
+        super().__init__(graph, device, bfloat16)
+        self._outputs = outputs
+
     def sums(self, theta: Theta, placed: Placed) -> list[NDArray[np.float32]]:
         """See Step."""
         with torch.inference_mode():
             values = torch.tensor(theta, device=self._device)
-            sums = self._run("correct", values, placed, Reason.PLAN_UNSUPPORTED)
-        return [value.cpu().numpy() for value in sums]
+            found = self._run(self._outputs, values, placed, Reason.PLAN_UNSUPPORTED)
+        return [value.cpu().numpy() for value in found]
 
 
 def _gradient(loss: Tensor, theta: Tensor) -> Tensor:

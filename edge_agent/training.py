@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 
 from edge_agent.checkpoints import Checkpoint, discard_checkpoint
+from edge_agent.evaluations import Evaluations
 from edge_agent.invitations import Terms
 from edge_agent.local_rules import Outgoing, outgoing
 from edge_agent.status import Step
 from edge_agent.undertaking import Interrupted, Surroundings, Undertaking
 from fedloom.errors import Reason, Refused
+from fedloom.quality import Report, tail_shares
 from fedloom.strategies import algorithm
 
 
@@ -27,8 +29,9 @@ class Trained:
 class Training:
     """This device's training in one run."""
 
-    def __init__(self, here: Surroundings) -> None:
+    def __init__(self, here: Surroundings, evaluations: Evaluations) -> None:
         self._here = here
+        self._evaluations = evaluations
         self._trained: Trained | None = None
         self._interrupted = False
         self._closed_round = 0  # the last one that went on without this device
@@ -96,6 +99,10 @@ class Training:
     def _trained_update(self, run: Undertaking, checkpoint: Checkpoint) -> Trained:
         """Train, and make of the movement what the run's strategy sends."""
         terms, state, memory = run.round_terms, run.state.server, run.memory.vectors()
+        evaluation = None
+        if run.terms.evaluation.report is Report.MEAN:
+            evaluation = self._evaluations.of_state(run)  # which training begins with
+            self._heed(0.0)
         update = run.engine.train(
             state.theta,
             terms,
@@ -115,7 +122,9 @@ class Training:
             loss=round(update.mean_loss, 4),
             seconds=round(checkpoint.seconds, 1),
         )
-        sent = outgoing(terms, state, memory, update)
+        task, loss = run.plan.task, update.mean_loss
+        shares = tail_shares(run.terms.evaluation, task, loss, evaluation)
+        sent = outgoing(terms, state, memory, update, shares)
         return Trained(run.terms.round, sent, update.mean_loss, checkpoint.seconds)
 
     def _heed(self, share: float) -> None:

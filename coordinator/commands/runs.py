@@ -92,7 +92,7 @@ def list_runs(
             (
                 run.run_id.hex()[:SHORT_ID],
                 run.name,
-                run.state if run.state != "failed" else f"failed: {_reason(run)}",
+                _state(run),
                 f"{run.completed} of {run.rounds}",
                 run.agents,
                 age(run.created_at, now),
@@ -102,8 +102,10 @@ def list_runs(
     )
 
 
-def _reason(run: "RunSummary") -> str:
-    return "" if run.reason is None else run.reason.name
+def _state(run: "RunSummary") -> str:
+    if run.state == "failed" and run.reason is not None:
+        return f"failed: {run.reason.name}"
+    return f"{run.state} early: {run.early_end}" if run.early_end else run.state
 
 
 @run_app.command("watch")
@@ -308,6 +310,43 @@ def export(
         return
     for line in exported.lines(out):
         say(line)
+
+
+@run_app.command(
+    "evaluate", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def evaluate(
+    context: typer.Context,
+    run: Run,
+    data: Annotated[Path, typer.Option(help="Labelled file, or folder of them, on this machine.")],
+    home: Home = DEFAULT_HOME,
+    coordinator: Coordinator = "",
+    operator: Operator = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run's model on a labelled file, where the coordinator can read it.
+
+    Other options, such as --text and --label for the columns, are those of the command that this
+    starts on the exported model, `fedloom-agent evaluate`.
+    """
+    from tempfile import TemporaryDirectory
+
+    from coordinator.commands.evaluation import evaluated
+    from coordinator.model_download import download_model
+
+    with TemporaryDirectory(prefix="fedloom-evaluate-") as folder:
+        model = Path(folder) / "model"
+        with reached(Where(home, coordinator, operator)) as client:
+            run_id = find_run(client, run).run_id
+            download_model(client, run_id, model)
+        found = evaluated(model, data, context.args)
+    if as_json:
+        say_json({"run": run_id.hex(), **found})
+        return
+    say(f"{found['rows']:,} rows, {found['labels']:,} labels")
+    say_table(
+        ("metric", "value"), ((name, f"{value:.4f}") for name, value in found["metrics"].items())
+    )
 
 
 def find_run(client: "AdminClient", prefix: str) -> "RunSummary":

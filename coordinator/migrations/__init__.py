@@ -17,7 +17,7 @@ from fedloom.errors import ConfigError
 if TYPE_CHECKING:
     from alembic.config import Config
 
-REVISION = "0001"
+REVISION = "0002"
 SCRIPTS = "coordinator:migrations"
 _LOCK = 0x6665646C6F6F6D  # PostgreSQL's advisory lock of whoever changes the schema: any number
 _VERSION = sa.Table(  # as Alembic makes it

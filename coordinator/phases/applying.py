@@ -73,7 +73,7 @@ def applied(state: RunState, event: Applied, now: float) -> Step:
     """Count an agent's state."""
     if event.round != state.round or event.agent not in state.invited:
         return wrong_round(state, event.agent)
-    report = StateReport(event.state_sha256, event.next_clip, event.opened_sha256)
+    report = StateReport(event.state_sha256, event.next_clip, event.opened_sha256, event.quality)
     reports = {**state.applied, event.agent: report}
     return close_when_all_applied(replace(state, applied=reports), now)
 
@@ -118,17 +118,19 @@ def _agree(state: RunState, now: float) -> Step:
 
 
 def _close_round(state: RunState, now: float) -> Step:
+    policy, quality = state.policy, None if state.agreed is None else state.agreed.quality
     closed = replace(
         state,
         completed=state.completed + 1,
         previous_round=state.round,
+        plateau=state.plateau.after(policy.plateau, quality),
         clip=0.0 if state.agreed is None else state.agreed.next_clip,
         failures=0,
     )
-    if closed.completed == state.policy.rounds:
-        return replace(closed, phase=Phase.COMPLETED), (CloseRound(), FinishRun())
+    if closed.completed == policy.rounds or closed.plateau.is_reached(policy.plateau):
+        return replace(closed, phase=Phase.COMPLETED), (CloseRound(quality), FinishRun())
     following, effects = start_gathering(replace(closed, round=state.round + 1, attempt=0), now)
-    return following, (CloseRound(), *effects)
+    return following, (CloseRound(quality), *effects)
 
 
 # RETURNING

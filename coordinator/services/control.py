@@ -19,6 +19,7 @@ from coordinator.services.turns import OneByOne
 from coordinator.sessions import Session, Sessions
 from fedloom.chains import MAX_CERTIFICATE_BYTES, MAX_ISSUERS
 from fedloom.errors import Reason, Refused, refused_from_details
+from fedloom.quality import Quality
 from fedloom.terms import MAX_CAPACITY, MAX_WEIGHT_CLASS, Protection
 from fedloom.v1 import control_pb2, control_pb2_grpc
 from fedloom.version import OLDEST_SERVED_PROTOCOL, PROTOCOL_VERSION
@@ -227,7 +228,8 @@ def _key_shared(agent: str, request: control_pb2.ConnectRequest) -> KeyShared:
 
 def _ready(agent: str, message: control_pb2.Ready) -> Ready:
     _require(message.weight_class <= MAX_WEIGHT_CLASS, f"a weight class up to {MAX_WEIGHT_CLASS}")
-    _require(math.isfinite(message.training_loss), "a finite training loss")
+    loss = message.training_loss if message.HasField("training_loss") else None
+    _require(loss is None or math.isfinite(loss), "a finite training loss")
     seconds = message.training_time.ToTimedelta().total_seconds()
     identity = message.identity
     _require(_small(identity), "an identity with a certificate")
@@ -235,7 +237,7 @@ def _ready(agent: str, message: control_pb2.Ready) -> Ready:
         agent,
         message.round,
         message.weight_class,
-        message.training_loss,
+        loss,
         seconds,
         message.advertisement,
         identity.SerializeToString(),
@@ -263,4 +265,5 @@ def _applied(agent: str, message: control_pb2.Applied) -> Applied:
         message.saturated,
         clip,
         message.opened_sha256,
+        Quality.from_message(message.quality) if message.HasField("quality") else None,
     )

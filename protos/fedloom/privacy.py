@@ -6,6 +6,7 @@ It says what crypto/README.md proves, for the terms of one run; the same terms g
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Report
 from fedloom.terms import MINIMUM_SUM, Protection, Release
 
 
@@ -17,6 +18,7 @@ class PrivacyTerms:
     release: Release
     minimum: int  # fewest updates in a sum of the run
     authority_is_offline: bool | None = None  # None: not known on this side
+    evaluation: EvaluationTerms = DEFAULT_EVALUATION
 
     @property
     def fewest(self) -> int:
@@ -52,15 +54,6 @@ class PrivacyStatement:
             yield "assuming", assumption
 
 
-_CLEAR = (
-    "the coordinator is told who takes part and when, how long training took, each agent's "
-    "training loss, its accuracy on held-out data and its number of samples up to a power of two, "
-    "and after each round how many values were clipped, their range for the next one, and the "
-    "model's SHA-256; agents see the names in their cohort and the largest number of samples up "
-    "to a power of two"
-)
-
-
 def privacy_statement(terms: PrivacyTerms) -> PrivacyStatement:
     """Return what each party can learn from a run of these terms."""
     return PrivacyStatement(
@@ -73,9 +66,32 @@ def privacy_statement(terms: PrivacyTerms) -> PrivacyStatement:
             if terms.protection is Protection.PLAIN
             else "as much as the coordinator, and no more"
         ),
-        clear=_CLEAR,
+        clear=_clear(terms),
         assumptions=_assumptions(terms),
     )
+
+
+def _clear(terms: PrivacyTerms) -> str:
+    return (
+        "the coordinator is told who takes part and when, how long training took, each agent's "
+        f"number of samples up to a power of two, {_told_quality(terms.evaluation)}, and after "
+        "each round how many values were clipped, their range for the next one, and the model's "
+        "SHA-256; agents see the names in their cohort and the largest number of samples up to a "
+        "power of two"
+    )
+
+
+def _told_quality(evaluation: EvaluationTerms) -> str:
+    match evaluation.report:
+        case Report.MEAN if evaluation.tell:
+            return (
+                "the mean quality of the model that a round began with, on held-out data, and the "
+                "mean training loss, but no agent's own"
+            )
+        case Report.EACH:
+            return "each agent's training loss and its accuracy and loss on held-out data"
+        case Report.MEAN | Report.NONE:
+            return "nothing of quality"
 
 
 def _coordinator_reads(terms: PrivacyTerms) -> str:
@@ -91,7 +107,8 @@ def _coordinator_reads(terms: PrivacyTerms) -> str:
 def _coordinator(terms: PrivacyTerms) -> str:
     match terms.protection:
         case Protection.PLAIN:
-            return "every update and its number of samples"
+            quality = "its agent's quality, " if _is_summed(terms) else ""
+            return f"every update, {quality}and its number of samples"
         case Protection.MASKED:
             return f"{_sum(terms)}, and the total number of samples"
         case Protection.ENCRYPTED | Protection.SEALED if terms.sums_are_returned:
@@ -124,9 +141,14 @@ def _agent(terms: PrivacyTerms) -> str:
 
 
 def _sum(terms: PrivacyTerms) -> str:
+    what = "updates and of their agents' quality" if _is_summed(terms) else "updates"
     if terms.fewest == 1:
-        return "the mean of each round's updates, which may be one update alone"
-    return f"the mean of each round's updates, at least {terms.fewest} of them"
+        return f"the mean of each round's {what}, which may be one update alone"
+    return f"the mean of each round's {what}, at least {terms.fewest} of them"
+
+
+def _is_summed(terms: PrivacyTerms) -> bool:
+    return terms.evaluation.report is Report.MEAN
 
 
 def _assumptions(terms: PrivacyTerms) -> tuple[str, ...]:

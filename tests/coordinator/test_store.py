@@ -81,7 +81,7 @@ def test_a_round_is_added_once(store: Store, run_id: bytes) -> None:
     store.add_round(run_id, ROUND)
     store.add_round(run_id, replace(ROUND, attempt=9, slots=(1,)))
     assert store.rounds(run_id) == (ROUND,)
-    store.set_round_seconds(run_id, 1, 2.5)
+    store.close_round(run_id, 1, 2.5)
     assert store.rounds(run_id) == (replace(ROUND, seconds=2.5),)
     store.set_opened(run_id, 1, OPENED)
     assert store.rounds(run_id) == (replace(ROUND, seconds=2.5, opened=OPENED),)

@@ -332,3 +332,21 @@ def test_the_header_is_what_the_readme_says(bench, random_update):
     expected = struct.pack("<4sBBHIHHI", b"FDLM", 1, kind, 258, 7, 1, count, 0)
     assert upload[:PARAMETERS_OFFSET] == expected
     assert upload[RUN_OFFSET:52] == context.run_id
+
+
+def test_a_tail_that_fills_the_clip_tells_nothing_of_the_parameters_range(tagging, random_update):
+    update = random_update() * np.float32(1e-4)
+    short, long = (tagging.context(parameter_count=len(update) + more) for more in (0, 4))
+    alone = tagging.through(short, [update], [5])
+    tail = np.full(4, short.clip, np.float32)
+    context = replace(long, tail_length=4)
+    found = tagging.through(context, [np.concatenate([update, tail])], [5])
+    assert found.exponents == alone.exponents
+    assert found.saturated == 0
+    np.testing.assert_allclose(found.mean[-4:], tail, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [-1, 5000])
+def test_an_update_is_not_all_tail(plain, length):
+    with pytest.raises(InvalidContext, match="tail_length"):
+        plain.context(tail_length=length)

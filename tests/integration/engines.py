@@ -11,6 +11,7 @@ from edge_agent.checkpoints import Checkpoint, TrainingState
 from edge_agent.engine import Evaluation, LocalUpdate, Progress
 from fedloom.adapters import Theta
 from fedloom.errors import Refused
+from fedloom.quality import Counts
 from fedloom.terms import LocalTraining
 
 LARGEST_VALUE = 2.0**-6  # of an update; below every clip that the runs of these tests imply
@@ -25,6 +26,12 @@ class Trained:
     theta: Theta
     update: LocalUpdate
     linear: Theta | None = None  # what it was told to add to every gradient
+
+
+def two_classes(count: int, correct: int, mean_loss: float) -> Evaluation:
+    """Return a quality of two labels: what is not right was taken for the first."""
+    wrong = count - correct
+    return Evaluation(count, correct, mean_loss, Counts((correct, 0), (wrong, 0), (0, wrong)))
 
 
 class Gate:
@@ -53,7 +60,7 @@ class FakeEngine:
         self.pauses_at = 0  # number of the training that clears `may_finish`, from 1
         self.refusal: Refused | None = None  # raised instead of training
         self.evaluation_gate: Gate | None = None  # holds evaluations until it is open
-        self.evaluation: Evaluation | None = Evaluation(count=10, correct=7, mean_loss=0.5)
+        self.evaluation: Evaluation | None = two_classes(count=10, correct=7, mean_loss=0.5)
         self.seconds = 0.0  # that a training takes, and an evaluation
         self._spoil = spoil or (lambda update: update)
 

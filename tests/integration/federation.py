@@ -29,6 +29,7 @@ from edge_agent.session import Session
 from edge_agent.statements import Statement
 from fedloom.adapters import Theta, adapter_header, read_adapter, write_adapter
 from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, PlanMember, PlanOrigin, TrainableTensor
+from fedloom.quality import Report
 from fedloom.tasks import TextClassification
 from fedloom.terms import Protection, Release
 from fedloom.v1 import control_pb2
@@ -105,6 +106,7 @@ class Agent:
         self.name = identity.agent_id
         self.minimum_protection = Protection.PLAIN
         self.permitted_release = Release.AGENTS
+        self.permitted_report = Report.MEAN
         self.protections = frozenset(Protection)
         self.models = ModelMaker(home / "models", identity.agent_id, identity.identity_key)
         self._session: Session | None = None
@@ -119,6 +121,7 @@ class Agent:
             lambda folder, plan: self.engine,
             self.models,
             self.permitted_release,
+            permitted_report=self.permitted_report,
         )
         self._session = Session(device, self.protections)
         self._running = asyncio.create_task(self._session.run())

@@ -21,6 +21,7 @@ from edge_agent.identity import Identity
 from fedloom.adapters import Theta
 from fedloom.errors import RULES, Reason, Refused, refusal_trailers
 from fedloom.plans import PLAN_FILE
+from fedloom.quality import EvaluationTerms, Report
 from fedloom.terms import Encoding, LocalTraining, Protection, Release
 from fedloom.v1 import artifact_pb2, artifact_pb2_grpc, control_pb2, control_pb2_grpc
 from tests.integration.federation import PARAMETERS, PATIENCE_SECONDS, Federation
@@ -177,6 +178,7 @@ def invitation(
         "encoding": Encoding(kind, clip=clip).to_message(),
         "release": control_pb2.Release.ValueType(Release.AGENTS),
         "minimum": 1,
+        "evaluation": EvaluationTerms(Report.NONE).to_message(),
     }
     return control_pb2.Invitation(**(values | fields))
 

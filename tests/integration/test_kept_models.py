@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.engine import Evaluation
 from edge_agent.model_versions import Active
 from edge_agent.statements import Statement
 from fedloom.adapters import read_adapter
 from fedloom.plans import ADAPTER_FILE
+from tests.integration.engines import two_classes
 from tests.integration.federation import LAYOUT, Agent, Federation, command
 from tests.integration.test_rounds import SAMPLES, complete
 
@@ -63,8 +63,8 @@ async def test_each_device_refuses_what_is_bad_on_its_own_data(
 ) -> None:
     agents = await federation.enrol_all(SAMPLES)
     good, bad, unmeasured = agents
-    good.engine.evaluation = Evaluation(10, 9, 0.2)
-    bad.engine.evaluation = Evaluation(10, 3, 2.0)
+    good.engine.evaluation = two_classes(10, 9, 0.2)
+    bad.engine.evaluation = two_classes(10, 3, 2.0)
     unmeasured.engine.evaluation = None
     run_id = start_run(federation, bound)
     await complete(federation, run_id, agents)  # the run itself does not depend on it

@@ -9,12 +9,12 @@ import pytest
 
 import crypto
 from coordinator.run_state import Phase
-from edge_agent.engine import Evaluation
 from fedloom.adapters import read_adapter
 from fedloom.errors import ConfigError
 from fedloom.plans import ADAPTER_FILE
 from fedloom.terms import Encoding, LocalTraining, Protection, clip_of
 from fedloom.v1 import control_pb2
+from tests.integration.engines import two_classes
 from tests.integration.federation import (
     LAYOUT,
     PARAMETERS,
@@ -108,16 +108,24 @@ async def test_the_store_knows_quality_and_bytes_of_every_round(
 ) -> None:
     agents = await federation.enrol_all(SAMPLES)
     agents[0].engine.evaluation = None
-    agents[1].engine.evaluation = Evaluation(10, 10, 0.25)
+    agents[1].engine.evaluation = two_classes(10, 10, 0.25)
     run_id = federation.start_run(kind, rounds=2)
     await complete(federation, run_id, agents)
 
     progress = json.loads(command("run", "watch", "--json", "--home", federation.home))
     assert [entry["round"] for entry in progress["history"]] == [1, 2]
+    reports = federation.store.reports(run_id)
+    assert all((row["training_loss"] is None) == (kind != "plain") for row in reports)
     sums = [record.sum.size_bytes for record in federation.store.rounds(run_id)]
     for entry, sum_bytes in zip(progress["history"], sums, strict=True):
-        assert (entry["evaluated"], entry["accuracy"]) == (20, 17 / 20)
-        assert entry["training_loss"] == pytest.approx(0.25)
+        if kind == "plain":
+            assert (entry["evaluated"], entry["accuracy"]) == (20, 17 / 20)
+            assert entry["began_with"] is None
+        else:  # weighed as updates are: 50 and 100 samples, and 30 without held-out rows
+            assert (entry["evaluated"], entry["accuracy"]) == (0, None)
+            expected = {"accuracy": 0.8, "macro_f1": 4 / 9, "loss": 62.5 / 150}
+            assert entry["began_with"] == pytest.approx(expected, abs=1e-4)
+        assert entry["training_loss"] == pytest.approx(0.25, abs=1e-4)
         assert entry["seconds"] > 0
         assert (entry["summed"], entry["saturated"], entry["saturated_share"]) == (3, 0, 0.0)
         assert entry["sent_bytes_per_agent"] >= 3 * PARAMETERS
