@@ -20,6 +20,9 @@ learning_rate = 1e-3
 step_schedule = "constant"     # or "cosine", over a round's steps, after warmup_steps
 round_schedule = "constant"    # or "cosine", over the run's rounds, after warmup_rounds
 gradient_clip = 0.0            # largest L2 norm of a gradient; 0: any
+lora = "fedit"                 # or "ffa", "rolora", "fedsa": which factors are trained and sent
+personal = "none"              # or "fedper", "fedrep" (head_steps), "ditto" (personal_lambda)
+fine_tune_steps = 0            # that each agent makes alone with the finished run's model
 
 [protection]
 kind = "sealed"                # or "encrypted", "masked", "plain"
@@ -46,6 +49,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.run_state import RunPolicy
+from coordinator.strategies.unsupported import LORA_RULES
 from fedloom.errors import ConfigError, Refused
 from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.schedules import effective_steps
@@ -219,7 +223,7 @@ def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> Loc
             continue
         key, default = f"training.{field.name}", field.default
         if isinstance(default, IntEnum):
-            values[field.name] = reader.member(key, type(default), default)
+            values[field.name] = reader.member(key, type(default), default, LORA_RULES)
         else:
             default = STRATEGY_DEFAULTS.get(strategy, {}).get(field.name, default)
             values[field.name] = reader.value(key, type(default), default)
@@ -343,12 +347,16 @@ class _Reader:
         self._asked.add(key)
         return self.value(key, float, 0.0) if key in self._values else None
 
-    def member(self, key: str, kind: Any, default: Any) -> Any:
+    def member(
+        self, key: str, kind: Any, default: Any, known: Mapping[str, str] | None = None
+    ) -> Any:
+        """Take a member of an enum; `known` says of other names why they cannot be had."""
         name = self.value(key, str, default.name.lower())
         by_name = {member.name.lower(): member for member in kind}
         if name in by_name:
             return by_name[name]
-        self._problems.append(f"{key}: expected one of {sorted(by_name)}, found {name!r}")
+        why = f"; {known[name]}" if known and name in known else ""
+        self._problems.append(f"{key}: expected one of {sorted(by_name)}, found {name!r}{why}")
         return default
 
     def checked(self, make: Callable[[], Any], default: Any) -> Any:

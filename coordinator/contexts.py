@@ -19,7 +19,7 @@ def context_of_cohort(
         run_id=run_id,
         round=state.round,
         attempt=state.attempt,
-        parameter_count=update_length(config.training, plan.parameter_count),
+        parameter_count=update_length(config.training, plan.layout, state.completed),
         capacity=encoding.capacity,
         weight_cap=state.weight_cap,
         clip=derived or clip_of(encoding, config.training, state.weight_cap),
@@ -29,14 +29,14 @@ def context_of_cohort(
 
 
 def context_of_round(
-    run_id: bytes, config: RunConfig, plan: Plan, record: RoundRecord
+    run_id: bytes, config: RunConfig, plan: Plan, record: RoundRecord, before: int
 ) -> crypto.UpdateContext:
-    """Return the context of a round in the run's history."""
+    """Return the context of a round that `before` others precede in the run's history."""
     return crypto.UpdateContext(
         run_id=run_id,
         round=record.round,
         attempt=record.attempt,
-        parameter_count=update_length(config.training, plan.parameter_count),
+        parameter_count=update_length(config.training, plan.layout, before),
         capacity=config.encoding.capacity,
         weight_cap=record.weight_cap,
         clip=record.clip,

@@ -76,13 +76,19 @@ class Execution:
         self._meter = RunMeter(facilities.metrics, self._clock.now())
         self._journal = Journal(facilities.store, record.run_id)
         self._log = _log.bind(run=record.name)
-        length = update_length(config.training, plan.parameter_count)
-        self._reports = RoundReports(facilities.store, record.run_id, length, self._log)
+        self._reports = RoundReports(
+            facilities.store, record.run_id, self._update_length, self._log
+        )
         self._attempts = Attempts(self, facilities)
         self.uploads = Uploads(self, self._attempts, facilities, self._log)
         self._broken: StorageFault | None = None
         self._round_started = 0.0
         self.state = RunState(config.policy, self._clock.now() + config.policy.gathering_seconds)
+
+    def _update_length(self) -> int:
+        """Return U of the last round in the run's history."""
+        before = len(self.agents.history) - 1
+        return update_length(self.config.training, self.plan.layout, before)
 
     # starting and starting again
 

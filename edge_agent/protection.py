@@ -1,7 +1,7 @@
 """The device's side of a run's protection: updates out as files, sums in from files."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,9 +50,16 @@ class SumRefused(Refused):
 class UpdateProtection:
     """Encodes and opens under one run's terms. Constant memory in the update's size."""
 
-    def __init__(self, terms: Terms, update_length: int, agent_id: str, processes: int = 1) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        update_length: Callable[[], int],
+        agent_id: str,
+        processes: int = 1,
+    ) -> None:
+        """`update_length` gives U of the round after the state: what a context calls parameters."""
         self._terms = terms
-        self._update_length = update_length  # U, what the context calls its parameters
+        self._update_length = update_length
         self._agent_id = agent_id
         self._processes = processes
         with _refusing():
@@ -137,7 +144,7 @@ class UpdateProtection:
                 run_id=self._terms.run_id,
                 round=round_number,
                 attempt=attempt,
-                parameter_count=self._update_length,
+                parameter_count=self._update_length(),
                 capacity=self._terms.encoding.capacity,
                 weight_cap=weight_cap,
                 clip=clip,

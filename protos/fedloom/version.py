@@ -6,12 +6,13 @@ messages cannot be read any more. History:
 1  2026-11-20  first version
 2  2026-11-20  run keys rotate, the cohort states its clip, rounds may be void, sums may be returned
 3  2026-11-20  strategies whose updates have a length of their own, weights, schedules, local steps
+4  2026-11-20  updates that hold parts of theta, models of a device's own
 """
 
 from importlib.metadata import version
 
-PROTOCOL_VERSION = 3
-OLDEST_SERVED_PROTOCOL = 3  # the coordinator serves OLDEST_SERVED_PROTOCOL..PROTOCOL_VERSION
+PROTOCOL_VERSION = 4
+OLDEST_SERVED_PROTOCOL = 4  # the coordinator serves OLDEST_SERVED_PROTOCOL..PROTOCOL_VERSION
 
 # Of the operator's service, with every change of its meaning: both sides come from one release.
 # 1  2026-11-20  first version
