@@ -36,6 +36,9 @@ maximum_loss = 1.0             # nats for each label; or maximum_perplexity
 maximum_accuracy_drop = 0.02   # against the model in use
 maximum_loss_rise = 0.1
 
+[aggregation]                  # what is made of a round's updates
+rule = "mean"                  # "plain" alone: one of those in coordinator/strategies/README.md
+
 [deadlines]                    # seconds
 training = 3600
 """
@@ -48,6 +51,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from coordinator.aggregation import DEFAULTS, MEAN, Aggregation
+from coordinator.aggregation import Rule as AggregationRule
 from coordinator.run_state import RunPolicy
 from coordinator.strategies.unsupported import LORA_RULES
 from fedloom.errors import ConfigError, Refused
@@ -107,6 +112,7 @@ class RunConfig:
     deadlines: Deadlines
     release: Release = Release.AGENTS
     gate: ActivationGate = OPEN_GATE
+    aggregation: Aggregation = MEAN
 
     @property
     def returns_sums(self) -> bool:
@@ -165,6 +171,9 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     training = reader.checked(lambda: _training(reader, cohort, encoding), LocalTraining())
     release = reader.member("protection.release", Release, Release.AGENTS)
     gate = reader.checked(lambda: _gate(reader), OPEN_GATE)
+    aggregation = _aggregation(reader)
+    for problem in aggregation.problems(encoding, training, cohort.minimum):
+        reader.require(False, problem)
     reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
@@ -212,7 +221,17 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         deadlines,
         release,
         gate,
+        aggregation,
     )
+
+
+def _aggregation(reader: "_Reader") -> Aggregation:
+    rule = reader.member("aggregation.rule", AggregationRule, AggregationRule.MEAN)
+    values: dict[str, Any] = {}
+    for field in fields(Aggregation)[1:]:
+        default: Any = DEFAULTS.get(rule, {}).get(field.name, field.default)
+        values[field.name] = reader.value(f"aggregation.{field.name}", type(default), default)
+    return Aggregation(rule, **values)
 
 
 def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:
