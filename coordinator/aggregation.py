@@ -25,7 +25,7 @@ class Rule(IntEnum):
 
 
 _KRUM = (Rule.KRUM, Rule.MULTI_KRUM)
-_OWNERS: dict[str, tuple[Rule, ...]] = {
+OWNERS: dict[str, tuple[Rule, ...]] = {
     "trim": (Rule.TRIMMED_MEAN,),
     "faulty": _KRUM,
     "selected": (Rule.MULTI_KRUM,),
@@ -68,7 +68,7 @@ class Aggregation:
     def problems(self, encoding: Encoding, training: LocalTraining, minimum: int) -> Iterator[str]:
         """Say what keeps the rule from this run, each time with the nearest choice that works."""
         name = self.rule.name.lower()
-        for key, owners in _OWNERS.items():
+        for key, owners in OWNERS.items():
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):
                 yield f"aggregation.{key}: expected a finite number of at least 0, found {value}"
