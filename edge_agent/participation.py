@@ -103,6 +103,10 @@ class Participation:
         """Stop the training in hand: the run goes on without it."""
         self._training.interrupt()
 
+    def overtaken(self) -> None:
+        """Stop training for a round: the run went on, or another has begun."""
+        self._training.overtaken()
+
     def round_closed(self, round_number: int) -> None:
         """Stop training for a round that was closed without this device, and drop its update."""
         if round_number == self.round:

@@ -40,6 +40,7 @@ class Training:
         self._here = here
         self._trained: Trained | None = None
         self._interrupted = False
+        self._alone = False  # what is trained is nobody else's
         self._closed_round = 0  # the last one that went on without this device
         self.progress = 0.0  # of the training in hand, 0..1
 
@@ -50,6 +51,11 @@ class Training:
     def interrupt(self) -> None:
         """Stop the training in hand: the run goes on without it."""
         self._interrupted = True
+
+    def overtaken(self) -> None:
+        """The run went on, or another has begun: stop what was trained for a round."""
+        if not self._alone:
+            self.interrupt()
 
     def close(self, round_number: int) -> None:
         """Stop the training for a round that was closed without this device, and drop it."""
@@ -162,11 +168,14 @@ class Training:
             return theta
         self.begin()
         self._here.report(Step.TRAINING, run.terms.round, "fine-tuning on this device's own data")
+        self._alone = True
         try:
             return await asyncio.to_thread(self._fine_tuned, run, theta)
         except Refused as refused:
             self._here.log.warning("not fine-tuned", problem=str(refused))
             return theta
+        finally:
+            self._alone = False
 
     def _fine_tuned(self, run: Undertaking, theta: Theta) -> Theta:
         """Train every value: nothing is sent, so no part has to rest."""

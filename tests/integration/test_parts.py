@@ -164,3 +164,20 @@ async def test_a_device_evaluates_the_model_that_it_will_use(federation: Federat
         assert np.array_equal(seen[agent.name][-1], model)
         own = federation.initial_theta() + sum(moved(agent))
         np.testing.assert_allclose(model[HEAD], own[HEAD], rtol=0, atol=1e-6)
+
+
+async def test_another_run_waits_for_a_device_that_fine_tunes(federation: Federation) -> None:
+    agents = await federation.enrol_all()
+    agents[0].engine.pauses_at = ROUNDS + 1
+    run_id = start(federation, "plain", "fine_tune_steps = 2")
+    for agent in agents:
+        agent.start()
+    await until("fine-tuning", lambda: agents[0].engine.begun == ROUNDS + 1)
+    second = start(federation, "plain", "")
+    await until("the next run", lambda: agents[1].engine.begun == ROUNDS + 2)
+    agents[0].engine.may_finish.set()
+    tuned = await completed(federation, run_id, agents)
+    for agent, model in zip(agents, tuned, strict=True):
+        last = agent.engine.history[ROUNDS]
+        np.testing.assert_array_equal(model, last.theta + last.update.delta)
+    await completed(federation, second, agents)
