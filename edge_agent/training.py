@@ -161,9 +161,14 @@ class Training:
     async def fine_tuned(self, run: Undertaking) -> Theta:
         """Return the finished run's model for this device, trained on its data where terms say so.
 
-        A device whose data does not train any more keeps the model as the run left it.
+        A device whose data does not train any more keeps the model as the run left it, and one that
+        has lost what was its own the model of all.
         """
-        theta = await asyncio.to_thread(lambda: run.own_model)
+        try:
+            theta = await asyncio.to_thread(lambda: run.own_model)
+        except Refused as refused:
+            self._here.log.warning("own model lost", problem=str(refused))
+            return run.state.theta
         if not run.terms.training.fine_tune_steps:
             return theta
         self.begin()
