@@ -91,7 +91,7 @@ def trimmed_mean(x: Float64, a: Aggregation, p: Float64) -> Float64:
 
 
 def krum_scores(x: Float64, f: int) -> list[float]:
-    """Blanchard et al., section 4."""
+    """Blanchard et al., the Krum function."""
     n, scores = len(x), []
     for i in range(n):
         distances = sorted(float(np.sum((x[i] - x[j]) ** 2)) for j in range(n) if j != i)
@@ -264,7 +264,7 @@ def test_krum_leaves_out_what_is_far_from_everybody(rule: Rule, data: st.DataObj
 @settings(max_examples=60)
 @given(st.data())
 def test_the_geometric_median_stays_near_the_honest(data: st.DataObject) -> None:
-    """Pillutla et al., section 2: with q < 1/2 of the weight corrupted, z is within 2 (1-q)/(1-2q)
+    """Pillutla et al.: with q < 1/2 of the weight corrupted, z is within 2 (1-q)/(1-2q)
     radii of any point, of a ball about it that holds all that is honest."""
     x, faulty, _, _ = data.draw(attacks(Rule.GEOMETRIC_MEDIAN))
     aggregation = aggregation_of(Rule.GEOMETRIC_MEDIAN, iterations=1000)

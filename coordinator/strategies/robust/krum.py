@@ -1,10 +1,10 @@
-"""Krum and Multi-Krum: Blanchard et al., arXiv:1703.02757, section 4.
+"""Krum and Multi-Krum: Blanchard et al., NIPS 2017; Krum also in arXiv:1703.02757.
 
     s(i) = sum { |x_i - x_j|^2 : the n - f - 2 nearest x_j, j != i }
 
 Krum is the x_i of the least score, the first of them in ascending order of slots; Multi-Krum the
-mean of the m of least score. Both need n > 2f + 2. m is n - f - 2 where nothing is stated, the most
-for which El Mhamdi et al., arXiv:1802.07927, prove the same resilience. Weights do not count.
+mean of the m of least score. Both need n > 2f + 2. Deviation: m is n - f - 2, as many as a score
+counts, or fewer; the paper leaves m open up to n. Weights do not count.
 
 Distances are summed from differences, not from products: what is common to all cancels exactly.
 That takes K^2/2 passes over a block in memory.
@@ -56,7 +56,7 @@ def _multi_krum(updates: Updates, aggregation: Aggregation) -> Iterator[Numbers]
 KRUM = RobustRule(
     Rule.KRUM,
     "Krum",
-    "arXiv:1703.02757, section 4",
+    "arXiv:1703.02757",
     "`faulty`, fewer than n/2 - 1",
     weighs=False,
     reads="twice",
@@ -65,7 +65,7 @@ KRUM = RobustRule(
 MULTI_KRUM = RobustRule(
     Rule.MULTI_KRUM,
     "Multi-Krum",
-    "arXiv:1703.02757, section 4",
+    "Blanchard et al., NIPS 2017",
     "`faulty`, fewer than n/2 - 1",
     weighs=False,
     reads="twice",

@@ -1,4 +1,4 @@
-"""Norm bounding: Sun et al., arXiv:1911.07963, section 3 ("norm thresholding of updates").
+"""Norm bounding: Sun et al., arXiv:1911.07963, norm thresholding of updates.
 
     w <- w + sum_k p_k Delta_k / max(1, |Delta_k|_2 / M)
 
@@ -25,7 +25,7 @@ def _combine(updates: Updates, aggregation: Aggregation) -> Iterator[Numbers]:
 RULE = RobustRule(
     Rule.NORM_BOUND,
     "norm bounding",
-    "arXiv:1911.07963, section 3",
+    "arXiv:1911.07963",
     "any, each as a step of `bound`",
     weighs=True,
     reads="twice",
