@@ -15,6 +15,7 @@ from fedloom.adapters import Theta
 from fedloom.logs import configure_logs
 from fedloom.memory import limit_arenas
 from fedloom.plans import Plan
+from fedloom.strategies.parts import Parts
 from fedloom.terms import LocalTraining, Protection
 
 SAMPLES = 64
@@ -39,9 +40,10 @@ class ConstantEngine:
         progress: Progress,
         checkpoint: Checkpoint,
         linear: Theta | None = None,
+        parts: Parts | None = None,
     ) -> LocalUpdate:
         """Return the update."""
-        del theta, terms, order_seed, progress, checkpoint, linear
+        del theta, terms, order_seed, progress, checkpoint, linear, parts
         return self._update
 
     def evaluate(self, theta: Theta) -> Evaluation | None:

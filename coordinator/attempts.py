@@ -107,6 +107,7 @@ class Attempts:
             masking,
             self._facilities.metrics,
             self._facilities.crypto_processes,
+            run.config.aggregation,
         )
         run.agents.cohort(state.cohort, state, self.open, run.seconds_left())
         late = state.invited - set(state.cohort)

@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 
 import crypto
+from coordinator.aggregation import MEAN, Aggregation
 from coordinator.faults import StorageFault
 from coordinator.masking import Masking
 from coordinator.metrics import CryptoStep, Metrics
@@ -38,11 +39,12 @@ class Collection:
         masking: Masking | None,
         metrics: Metrics,
         crypto_processes: int = 1,
+        aggregation: Aggregation = MEAN,
     ) -> None:
         self.context = context
         self._metrics = metrics
         self.masking = masking
-        self.sum = RoundSum(context, protection, members, spool, crypto_processes)
+        self.sum = RoundSum(context, protection, members, spool, crypto_processes, aggregation)
         self._members = members
         self._one_by_one = asyncio.Lock()
         self._closed = False

@@ -20,6 +20,9 @@ learning_rate = 1e-3
 step_schedule = "constant"     # or "cosine", over a round's steps, after warmup_steps
 round_schedule = "constant"    # or "cosine", over the run's rounds, after warmup_rounds
 gradient_clip = 0.0            # largest L2 norm of a gradient; 0: any
+lora = "fedit"                 # or "ffa", "rolora", "fedsa": which factors are trained and sent
+personal = "none"              # or "fedper", "fedrep" (head_steps), "ditto" (personal_lambda)
+fine_tune_steps = 0            # that each agent makes alone with the finished run's model
 
 [protection]
 kind = "sealed"                # or "encrypted", "masked", "plain"
@@ -41,6 +44,9 @@ patience = 0                   # end the run after as many rounds without a bett
 metric = "loss"                # that decides: fedloom.quality names them
 minimum_delta = 0.0            # by less than this it is no better
 
+[aggregation]                  # what is made of a round's updates
+rule = "mean"                  # "plain" alone: one of those in coordinator/strategies/README.md
+
 [deadlines]                    # seconds
 training = 3600
 """
@@ -53,8 +59,11 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from coordinator.aggregation import DEFAULTS, MEAN, Aggregation
+from coordinator.aggregation import Rule as AggregationRule
 from coordinator.plateau import NO_PLATEAU, PlateauRule
 from coordinator.run_state import RunPolicy
+from coordinator.strategies.unsupported import LORA_RULES
 from fedloom.errors import ConfigError, Refused
 from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Metric, Report
@@ -115,6 +124,7 @@ class RunConfig:
     gate: ActivationGate = OPEN_GATE
     evaluation: EvaluationTerms = DEFAULT_EVALUATION
     plateau: PlateauRule = NO_PLATEAU
+    aggregation: Aggregation = MEAN
 
     @property
     def returns_sums(self) -> bool:
@@ -178,6 +188,14 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     evaluation = reader.checked(
         lambda: _evaluation(reader, encoding.protection, plateau), DEFAULT_EVALUATION
     )
+    aggregation = _aggregation(reader)
+    for problem in aggregation.problems(encoding, training, cohort.minimum):
+        reader.require(False, problem)
+    reader.require(
+        aggregation.is_mean or evaluation.report is not Report.MEAN,
+        'evaluation.report: expected "each" or "none", because aggregation.rule = '
+        f'"{aggregation.rule.name.lower()}" makes no mean of what travels with the updates',
+    )
     reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
@@ -227,6 +245,7 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         gate,
         evaluation,
         plateau,
+        aggregation,
     )
 
 
@@ -262,6 +281,15 @@ def _evaluation(reader: "_Reader", protection: Protection, plateau: PlateauRule)
     return EvaluationTerms(report, tell, bound)
 
 
+def _aggregation(reader: "_Reader") -> Aggregation:
+    rule = reader.member("aggregation.rule", AggregationRule, AggregationRule.MEAN)
+    values: dict[str, Any] = {}
+    for field in fields(Aggregation)[1:]:
+        default: Any = DEFAULTS.get(rule, {}).get(field.name, field.default)
+        values[field.name] = reader.value(f"aggregation.{field.name}", type(default), default)
+    return Aggregation(rule, **values)
+
+
 def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
     values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
@@ -270,7 +298,7 @@ def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> Loc
             continue
         key, default = f"training.{field.name}", field.default
         if isinstance(default, IntEnum):
-            values[field.name] = reader.member(key, type(default), default)
+            values[field.name] = reader.member(key, type(default), default, LORA_RULES)
         else:
             default = STRATEGY_DEFAULTS.get(strategy, {}).get(field.name, default)
             values[field.name] = reader.value(key, type(default), default)
@@ -394,12 +422,16 @@ class _Reader:
         self._asked.add(key)
         return self.value(key, float, 0.0) if key in self._values else None
 
-    def member(self, key: str, kind: Any, default: Any) -> Any:
+    def member(
+        self, key: str, kind: Any, default: Any, known: Mapping[str, str] | None = None
+    ) -> Any:
+        """Take a member of an enum; `known` says of other names why they cannot be had."""
         name = self.value(key, str, default.name.lower())
         by_name = {member.name.lower(): member for member in kind}
         if name in by_name:
             return by_name[name]
-        self._problems.append(f"{key}: expected one of {sorted(by_name)}, found {name!r}")
+        why = f"; {known[name]}" if known and name in known else ""
+        self._problems.append(f"{key}: expected one of {sorted(by_name)}, found {name!r}{why}")
         return default
 
     def checked(self, make: Callable[[], Any], default: Any) -> Any:

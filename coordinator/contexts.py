@@ -10,9 +10,12 @@ from fedloom.strategies import update_length
 from fedloom.terms import clip_of
 
 
-def encoded_length(config: RunConfig, plan: Plan) -> int:
-    """Return how many values an update has: what the strategy sends, and the tail of quality."""
-    rule = update_length(config.training, plan.parameter_count)
+def encoded_length(config: RunConfig, plan: Plan, before: int) -> int:
+    """Return how many values an update has in the round that `before` others precede.
+
+    They are what the strategy sends, and the tail of quality.
+    """
+    rule = update_length(config.training, plan.layout, before)
     return rule + tail_length(config.evaluation, plan.task)
 
 
@@ -26,7 +29,7 @@ def context_of_cohort(
         run_id=run_id,
         round=state.round,
         attempt=state.attempt,
-        parameter_count=encoded_length(config, plan),
+        parameter_count=encoded_length(config, plan, state.completed),
         capacity=encoding.capacity,
         weight_cap=state.weight_cap,
         clip=derived or clip_of(encoding, config.training, state.weight_cap),
@@ -37,14 +40,14 @@ def context_of_cohort(
 
 
 def context_of_round(
-    run_id: bytes, config: RunConfig, plan: Plan, record: RoundRecord
+    run_id: bytes, config: RunConfig, plan: Plan, record: RoundRecord, before: int
 ) -> crypto.UpdateContext:
-    """Return the context of a round in the run's history."""
+    """Return the context of a round that `before` others precede in the run's history."""
     return crypto.UpdateContext(
         run_id=run_id,
         round=record.round,
         attempt=record.attempt,
-        parameter_count=encoded_length(config, plan),
+        parameter_count=encoded_length(config, plan, before),
         capacity=config.encoding.capacity,
         weight_cap=record.weight_cap,
         clip=record.clip,

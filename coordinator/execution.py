@@ -77,13 +77,19 @@ class Execution:
         self._meter = RunMeter(facilities.metrics, self._clock.now())
         self._journal = Journal(facilities.store, record.run_id)
         self._log = _log.bind(run=record.name)
-        length = encoded_length(config, plan)
-        self._reports = RoundReports(facilities.store, record.run_id, length, self._log)
+        self._reports = RoundReports(
+            facilities.store, record.run_id, self._update_length, self._log
+        )
         self._attempts = Attempts(self, facilities)
         self.uploads = Uploads(self, self._attempts, facilities, self._log)
         self._broken: StorageFault | None = None
         self._round_started = 0.0
         self.state = RunState(config.policy, self._clock.now() + config.policy.gathering_seconds)
+
+    def _update_length(self) -> int:
+        """Return how many values an update had in the last round of the run's history."""
+        before = len(self.agents.history) - 1
+        return encoded_length(self.config, self.plan, before)
 
     # starting and starting again
 

@@ -77,14 +77,14 @@ def read_model(
             "this coordinator never could read the adapter; every agent has it in its own `models` "
             "folder, and `fedloom-agent export` writes it in other forms",
         )
-    rule = algorithm(config.training)
+    rule = algorithm(config.training, plan.layout)
     rounds = _readable(store.rounds(run.run_id), config)
     with TemporaryDirectory(prefix="fedloom-export-") as name:
         scratch = Path(name) / "artifact"
         published.fetch(plan.member(ADAPTER_FILE).sha256, scratch)
         state = rule.init(read_adapter(scratch, plan.layout))
         for record in rounds:
-            context = context_of_round(run.run_id, config, plan, record)
+            context = context_of_round(run.run_id, config, plan, record, state.rounds)
             opened = _read_sum(config, context, record, published, scratch)
             sent = opened.mean[: len(opened.mean) - context.tail_length]
             state = rule.apply(state, sent, opened.count)

@@ -1,7 +1,7 @@
 """What agents report of an open round, remembered for whoever watches the run."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
@@ -16,8 +16,13 @@ class RoundReports:
     """Writes reports to the store; only of the state's round and of those invited to it."""
 
     def __init__(
-        self, store: Store, run_id: bytes, update_length: int, log: structlog.stdlib.BoundLogger
+        self,
+        store: Store,
+        run_id: bytes,
+        update_length: Callable[[], int],
+        log: structlog.stdlib.BoundLogger,
     ) -> None:
+        """`update_length` gives U of the last round in the run's history."""
         self._store = store
         self._run_id = run_id
         self._update_length = update_length
@@ -70,7 +75,7 @@ class RoundReports:
 
     def _saturated_share(self, event: Applied, record: RoundRecord) -> float:
         """Return which part of the round's values lay beyond its clip."""
-        share: float = event.saturated / (self._update_length * len(record.slots))
+        share: float = event.saturated / (self._update_length() * len(record.slots))
         if share > SATURATION_WARNING:
             self._log.warning(
                 "updates saturated: their values beyond the clip were cut",

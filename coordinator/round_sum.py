@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 
 import crypto
+from coordinator.aggregation import MEAN, Aggregation
 from crypto.masks import Correction
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
@@ -73,16 +74,30 @@ class RoundSum:
         members: tuple[str, ...],
         spool: Path,
         processes: int = 1,
+        aggregation: Aggregation = MEAN,
     ) -> None:
         self.context = context
         self.adding: str | None = None  # the agent whose update is on its way into the sum
         self._members = members
         self._new_total = partial(crypto.protection(_NAMES[protection]).accumulator, context)
-        self._accumulator = self._new_total(processes)
+        if not aggregation.is_mean:
+            self._new_total = partial(self._robust_total, aggregation)
         self._accepted: dict[str, bytes] = {}
+        self._accumulator = self._new_total(processes)
         self._announced: dict[int, Path] = {}  # by slot
         self._spool = spool
         spool.mkdir(parents=True, exist_ok=True)
+
+    def _robust_total(self, aggregation: Aggregation, processes: int) -> crypto.Accumulator:
+        """Return a total that reads the spool at the end; it makes no use of processes."""
+        from coordinator.strategies.robust.total import RobustTotal
+
+        del processes
+        context = self.context
+        return RobustTotal(context, aggregation, self._accepted_path, context.parameter_count)
+
+    def _accepted_path(self, slot: int) -> Path:
+        return self._path(slot, self._accepted[self._members[slot]])
 
     def path_for(self, upload: Upload) -> Path | None:
         """Return where the update is spooled; None when it is in the sum already."""
@@ -162,7 +177,7 @@ class RoundSum:
         _log.warning("sum is built again from the spool", updates=len(self._accepted))
         self._accumulator = self._new_total(1)
         for slot in self.slots:
-            self._add_file(slot, self._path(slot, self._accepted[self._members[slot]]))
+            self._add_file(slot, self._accepted_path(slot))
 
     @property
     def slots(self) -> tuple[int, ...]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import RunConfig, parse_run_config, unencodable
-from fedloom.errors import ConfigError, FedloomError
+from fedloom.errors import ConfigError, FedloomError, Refused
 from fedloom.plans import Plan, load_plan, verify_members
 from fedloom.quality import metrics_of
 from fedloom.tasks import ArrayLearning
+from fedloom.terms import LoraRule, Personal
 
 MAX_FILE_BYTES = 1 << 20
 # No protection sends more per value, and none more than this beyond it (headers, counters).
@@ -129,8 +130,20 @@ def _warnings(config: RunConfig, around: Surroundings) -> Iterator[str]:
             f"cohort.population: {config.training.population} agents are stated, "
             f"{around.enrolled_agents} are enrolled: what drift they correct grows that much slower"
         )
+    if told := _own_parts(config):
+        yield (
+            f"training: {told} stays on each agent: a model that the coordinator exports has it as "
+            "the plan has it, and only the agents' own models are whole"
+        )
     if config.name in around.open_names:
         yield f"name: run {around.open_names[config.name]} of the same name is not over yet"
+
+
+def _own_parts(config: RunConfig) -> str:
+    """Return what of the model is a device's own."""
+    parts = ["B"] if config.training.lora is LoraRule.FEDSA else []
+    parts += ["the head"] if config.training.personal in (Personal.FEDPER, Personal.FEDREP) else []
+    return " and ".join(parts)
 
 
 def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: CheckedRun) -> None:
@@ -138,7 +151,11 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
 
     if problem := _unmeasured(config, plan):
         found.problems.append(problem)
-    length = encoded_length(config, plan)
+    try:  # rounds may take turns
+        length = max(encoded_length(config, plan, rounds) for rounds in (0, 1))
+    except Refused as refused:
+        found.problems.append(f"training: {refused.subject}")
+        return
     if problem := unencodable(config.encoding, config.training, length):
         found.problems.append(f"this plan cannot be encoded for such a cohort: {problem}")
     if config.gate.bounds_accuracy and isinstance(plan.task, ArrayLearning) and plan.task.values:

@@ -89,5 +89,7 @@ class Uploads:
         if not run.agents.history:
             raise Refused(Reason.WRONG_ROUND, "expected no opened sum before the first round")
         record = run.agents.history[-1]
-        context = context_of_round(run.run_id, run.config, run.plan, record)
+        context = context_of_round(
+            run.run_id, run.config, run.plan, record, len(run.agents.history) - 1
+        )
         return ReturnedSum(replace(context, cohort=b""), record.slots, self._attempts.spool)

@@ -12,6 +12,7 @@ place of float32. (`encrypted` adds integers: there the order never shows.)
 """
 
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -64,7 +65,7 @@ def open_sum(
     _refuse_key(run_key)
     check_members(tuple(members), context)
     binding = Binding.of(context, Kind.PLAIN_SUM, len(members), PlainParameters(context).id)
-    check_size(source, _encoded_size(context))
+    check_size(source, encoded_size(context))
     total_weight = _read_prefix(source, binding)
     low, high = len(members), len(members) * context.weight_cap
     if not low <= total_weight <= high:
@@ -84,7 +85,7 @@ def encoded_sum(
     The same sum gives the same bytes on every device: it holds no more than the mean, (P,) float32,
     the total weight and the count of the updates. The mean must not change meanwhile.
     """
-    yield _sum_prefix(context, count, total_weight)
+    yield sum_prefix(context, count, total_weight)
     for start in range(0, len(mean), _BLOCK):
         yield mean[start : start + _BLOCK].astype("<f4", copy=False).tobytes()
 
@@ -98,7 +99,7 @@ class PlainEncoder:
 
     @property
     def encoded_size(self) -> int:
-        return _encoded_size(self._context)
+        return encoded_size(self._context)
 
     def encode(self, update: NDArray[np.float32], weight: int) -> Iterator[bytes]:
         check_update(update, weight, self._context)
@@ -108,6 +109,40 @@ class PlainEncoder:
         yield self._binding.header(0, 0) + _WEIGHT.pack(weight)
         for start in range(0, len(update), _BLOCK):
             yield update[start : start + _BLOCK].astype("<f4", copy=False).tobytes()
+
+
+class Roll:
+    """Updates that are checked and not added: whose they are and what they weigh."""
+
+    def __init__(self, context: UpdateContext) -> None:
+        self._context = context
+        self._parameters_id = PlainParameters(context).id
+        self._members = SummedMembers(context)
+        self.weights: dict[int, int] = {}  # by slot
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The slots of the updates, in ascending order."""
+        return self._members.ascending()
+
+    def add(self, member: int, source: Source) -> None:
+        """Check a member's whole update and note its weight, or raise and change nothing."""
+        self._members.check_admissible(member)
+        weight = _checked_weight(self._context, self._parameters_id, member, source)
+        with self._members.adding(member):
+            self.weights[member] = weight
+
+    def check_summed(self, correction: Correction | None) -> None:
+        """Refuse to make a sum of nothing, or to take masks out where there are none."""
+        self._members.check_summed(correction, masked=False)
+
+
+def read_values(source: Source, start: int, values: NDArray[np.float32]) -> None:
+    """Fill (n,) float32 from the place `start` on of an update that was checked before."""
+    source.seek(_BODY + 4 * start)
+    fill(source, values.data.cast("B"))
+    if sys.byteorder == "big":
+        values.byteswap(inplace=True)
 
 
 class PlainAccumulator:
@@ -122,24 +157,19 @@ class PlainAccumulator:
 
     @property
     def encoded_sum_size(self) -> int:
-        return _encoded_size(self._context)
+        return encoded_size(self._context)
 
     @property
     def encoded_update_size(self) -> int:
-        return _encoded_size(self._context)
+        return encoded_size(self._context)
 
     @property
     def members(self) -> tuple[int, ...]:
         return self._members.ascending()
 
     def add(self, member: int, source: Source) -> None:
-        binding = Binding.of(self._context, Kind.PLAIN_UPDATE, member, self._parameters_id)
         self._members.check_admissible(member)
-        check_size(source, _encoded_size(self._context))
-        weight = _read_prefix(source, binding)
-        check_weight(weight, self._context)
-        for start, block in _blocks(source, self._context):
-            check_finite(block, start)
+        weight = _checked_weight(self._context, self._parameters_id, member, source)
         with self._members.adding(member):
             source.seek(_BODY)
             self._add_values(source, weight)
@@ -150,7 +180,7 @@ class PlainAccumulator:
         return self._chunks()
 
     def _chunks(self) -> Iterator[bytes]:
-        yield _sum_prefix(self._context, len(self._members), self._total_weight)
+        yield sum_prefix(self._context, len(self._members), self._total_weight)
         mean = np.empty(min(_BLOCK, len(self._total)), "<f4")
         for start in range(0, len(self._total), _BLOCK):
             block = self._total[start : start + _BLOCK]
@@ -166,11 +196,26 @@ class PlainAccumulator:
             self._total[start : start + len(block)] += out
 
 
-def _encoded_size(context: UpdateContext) -> int:
+def encoded_size(context: UpdateContext) -> int:
+    """Return the bytes of an update, and of a sum."""
     return _BODY + 4 * context.parameter_count
 
 
-def _sum_prefix(context: UpdateContext, count: int, total_weight: int) -> bytes:
+def _checked_weight(
+    context: UpdateContext, parameters_id: bytes, member: int, source: Source
+) -> int:
+    """Check a whole update of this member; return its weight."""
+    binding = Binding.of(context, Kind.PLAIN_UPDATE, member, parameters_id)
+    check_size(source, encoded_size(context))
+    weight = _read_prefix(source, binding)
+    check_weight(weight, context)
+    for start, block in _blocks(source, context):
+        check_finite(block, start)
+    return weight
+
+
+def sum_prefix(context: UpdateContext, count: int, total_weight: int) -> bytes:
+    """Return what stands before the mean in the encoded sum of so many updates."""
     binding = Binding.of(context, Kind.PLAIN_SUM, count, PlainParameters(context).id)
     return binding.header(0, 0) + _WEIGHT.pack(total_weight)
 

@@ -8,7 +8,7 @@ from edge_agent.engine import Engine, Evaluation
 from edge_agent.model_versions import Candidate, ModelMaker, adapter_name
 from edge_agent.statements import Statement
 from edge_agent.undertaking import Surroundings, Undertaking
-from fedloom.adapters import read_adapter
+from fedloom.adapters import Theta, read_adapter
 from fedloom.errors import Refused
 from fedloom.gates import ActivationGate
 from fedloom.plans import ADAPTER_FILE
@@ -19,13 +19,14 @@ async def keep_state(
     here: Surroundings,
     run: Undertaking,
     plan_folder: Path,
+    theta: Theta,
     evaluation: Evaluation | None,
 ) -> None:
-    """Keep the run's state as a version that answers on this device, if the run's gate lets it.
+    """Keep the model that this device has of the run as a version that answers, if the gate does.
 
     The run does not depend on it: what goes wrong is a line in the log.
     """
-    last, theta = run.state.last.round, run.state.theta
+    last = run.state.last.round
     candidate = Candidate(plan_folder, run.plan, theta, here.run_id, last, evaluation)
     try:
         said = await asyncio.to_thread(keep_model, models, run.engine, run.terms.gate, candidate)

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 from fedloom.adapters import Theta
 from fedloom.secret_files import delete_secret, write_secret
+from fedloom.strategies.parts import Parts
 from fedloom.terms import LocalTraining
 from fedloom.version import software
 
@@ -77,6 +78,7 @@ def training_subject(
     order_seed: int,
     data_sha256: bytes,
     linear: Theta | None = None,
+    parts: Parts | None = None,
 ) -> bytes:
     """Return the SHA-256 of everything that a training's bits follow from.
 
@@ -89,6 +91,7 @@ def training_subject(
     digest.update(data_sha256)
     if linear is not None:
         digest.update(np.ascontiguousarray(linear, "<f4").data)
+    digest.update(repr(parts).encode())
     digest.update(terms.to_message().SerializeToString(deterministic=True))
     return digest.digest()
 

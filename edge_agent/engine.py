@@ -7,6 +7,7 @@ from typing import Protocol
 from edge_agent.checkpoints import Checkpoint
 from fedloom.adapters import Theta
 from fedloom.quality import Evaluation
+from fedloom.strategies.parts import Parts
 from fedloom.terms import LocalTraining
 
 __all__ = ["Engine", "Evaluation", "LocalUpdate", "Progress"]
@@ -37,11 +38,13 @@ class Engine(Protocol):
         progress: Progress,
         checkpoint: Checkpoint,
         linear: Theta | None = None,
+        parts: Parts | None = None,
     ) -> LocalUpdate:
         """Train from `theta` (unchanged) for one round; `order_seed` fixes the data's order.
 
         Make `fedloom.terms.steps_of` steps, each as `edge_agent.local_rules.LocalSteps` makes it
-        from the mean gradient of a batch; `linear` (P,) is what the strategy adds to every one.
+        from the mean gradient of a batch; `linear` (P,) is what the strategy adds to every one,
+        `parts` are those that the round trains; None: all of theta.
         Begin with the state that `checkpoint` loads and hand it every step's: the update is the
         same to the last bit, wherever a process before this one was killed.
         """

@@ -14,11 +14,11 @@ class Evaluations:
         self._last: tuple[int, Evaluation | None] | None = None  # (round applied last, its state's)
 
     def of_state(self, run: Undertaking) -> Evaluation | None:
-        """Return the quality of the run's state; None without held-out data."""
+        """Return the quality of the model that this device uses; None without held-out data."""
         with self._lock:
             last = run.state.last.round
             if self._last is None or self._last[0] != last:
-                self._last = (last, run.engine.evaluate(run.state.theta))
+                self._last = (last, run.engine.evaluate(run.own_model))
             return self._last[1]
 
     def forget(self) -> None:

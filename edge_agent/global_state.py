@@ -45,7 +45,7 @@ class GlobalState:
         self._folder = folder
         self._plan = plan
         self._layout = _layout(plan, RULES[terms.strategy].keeps)
-        self._algorithm = algorithm(terms)
+        self._algorithm = algorithm(terms, plan.layout)
         self._initial = plan_folder / ADAPTER_FILE
         folder.mkdir(parents=True, exist_ok=True)
         self._state, self._last = self._restored() or self._beginning()

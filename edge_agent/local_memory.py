@@ -1,4 +1,4 @@
-"""What a strategy has this device remember from round to round: SCAFFOLD's c_i, FedDyn's g_k.
+"""What this device remembers from round to round: SCAFFOLD's c_i, FedDyn's g_k, its own model.
 
 It must move exactly with the sums: a change that is in a stored sum and not here, or here and in no
 sum, would bend the run's objective for good. So it is proposed before the update leaves the device,
@@ -23,6 +23,7 @@ applied again. Both files, mode 0600, hold what this device has learnt from its 
 import hashlib
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ import structlog
 from fedloom.errors import Reason, Refused
 from fedloom.secret_files import delete_secret, write_secret
 from fedloom.strategies import Memory
+from fedloom.strategies.arithmetic import Vector
 
 _FILE, _PROPOSED = "memory", "memory.proposed"
 _MAGIC = b"FDLMEMO\1"
@@ -50,24 +52,37 @@ class SumPlace:
 
 
 class LocalMemory:
-    """`count` vectors of `size` float32 in a run's folder; with a count of 0 nothing is kept."""
+    """`count` vectors of `size` float32 in a run's folder; with a count of 0 nothing is kept.
 
-    def __init__(self, folder: Path, run_id: bytes, count: int, size: int) -> None:
+    `own`: the last of them is the device's own model, and begins as what this returns.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run_id: bytes,
+        count: int,
+        size: int,
+        own: Callable[[], Vector] | None = None,
+    ) -> None:
         self._kept = folder / _FILE
         self._proposed = folder / _PROPOSED
         self._run_id = run_id
         self._count = count
         self._size = size
+        self._own = own
 
     def vectors(self) -> Memory:
-        """Read what is remembered: zeros before the first update of this device is in a sum.
+        """Read what is remembered: how it begins before an update of this device is in a sum.
 
         Raises Refused(TRAINING_FAILED) for a file that is not whole: to begin with zeros would
         leave the device's earlier part in the server's vector for good.
         """
         if self._count and self._kept.exists():
             return self._read()
-        return tuple(np.zeros(self._size, np.float32) for _ in range(self._count))
+        sums = self._count if self._own is None else self._count - 1
+        zeros = tuple(np.zeros(self._size, np.float32) for _ in range(sums))
+        return zeros if self._own is None else (*zeros, self._own())
 
     def propose(self, place: SumPlace, vectors: Memory) -> None:
         """Keep what is to be remembered if the update at this place comes into a stored sum."""

@@ -8,7 +8,8 @@ and lets the optimiser step. All of it works on flat float32 vectors (P,), in pl
 
 `linear` is SCAFFOLD's c - c_i or FedDyn's -g_k, mu is FedProx's mu or FedDyn's alpha: the gradient
 of F_k(theta) + <linear, theta> + mu/2 |theta - start|^2. Only the data's gradient is clipped: a
-strategy's terms are no outliers.
+strategy's terms are no outliers. Parts that rest in a step end it as they began it: no gradient, no
+momentum and no decay moves them, and they do not count in the norm that is clipped.
 """
 
 import math
@@ -20,9 +21,19 @@ import numpy as np
 from edge_agent.engine import LocalUpdate
 from edge_agent.optimisers import Gradient, Optimizer, Vector, optimizer_for
 from fedloom.adapters import Theta
+from fedloom.errors import Reason, Refused
 from fedloom.schedules import effective_steps, step_factor
-from fedloom.strategies import Memory, ServerState, algorithm, proximal_gradient
+from fedloom.strategies import (
+    RULES,
+    Layout,
+    Memory,
+    ServerState,
+    algorithm,
+    proximal_gradient,
+)
 from fedloom.strategies.arithmetic import blocks
+from fedloom.strategies.parts import Parts
+from fedloom.strategies.portions import keeps_own_model, resting
 from fedloom.terms import LocalTraining, steps_of, weight_of
 
 
@@ -52,30 +63,58 @@ def outgoing(
     state: ServerState,
     memory: Memory,
     update: LocalUpdate,
+    layout: Layout = (),
+    own: Theta | None = None,
     shares: Sequence[float] = (),
 ) -> Outgoing:
     """Return what a round's training gives, under that round's terms; uses `update.delta` up.
 
-    `shares` are the tail (`fedloom.quality`).
+    `own` (P,) is the device's own model after the round, where the terms let it keep one; `shares`
+    are the tail (`fedloom.quality`).
     """
     steps = effective_steps(terms, steps_of(terms, update.samples))
-    sent = algorithm(terms).sent(state, memory, update.delta, steps)
+    sent = algorithm(terms, layout).sent(state, strategys(terms, memory), update.delta, steps)
+    kept = sent.memory if own is None else (*sent.memory, own)
     tail = np.array(shares, np.float32)
     values = np.concatenate([sent.values, tail]) if shares else sent.values
-    return Outgoing(values, weight_of(terms, update.samples), sent.memory, tail)
+    return Outgoing(values, weight_of(terms, update.samples), kept, tail)
+
+
+def strategys(terms: LocalTraining, memory: Memory) -> Memory:
+    """Return what the strategy has the device remember, without the device's own model."""
+    return memory[: len(RULES[terms.strategy].remembers)]
+
+
+def remembered(terms: LocalTraining) -> int:
+    """Return how many vectors (P,) a device remembers: the strategy's, then its own model."""
+    return len(RULES[terms.strategy].remembers) + keeps_own_model(terms)
 
 
 class LocalSteps:
     """The steps of one round on this device, from `start` (P,), which is not written to."""
 
     def __init__(
-        self, start: Theta, terms: LocalTraining, steps: int, linear: Vector | None = None
+        self,
+        start: Theta,
+        terms: LocalTraining,
+        steps: int,
+        linear: Vector | None = None,
+        parts: Parts | None = None,
     ) -> None:
+        """Prepare the steps; without `parts` all of theta is trained and sent."""
+        if parts is not None and terms.head_steps >= steps:
+            raise Refused(
+                Reason.TRAINING_FAILED,
+                f"expected more than {terms.head_steps} steps, which train the head alone, found "
+                f"{steps}",
+            )
         self._start = start
         self._terms = terms
         self._steps = steps
         self._linear = linear
+        self._parts = parts
         self._mu = terms.proximal_mu or terms.dynamic_alpha
+        self._drawn = (slice(0, len(start)),) if parts is None else parts.shared  # to the start
         self._step = 0
         self._optimizer: Optimizer = optimizer_for(terms, len(start))
 
@@ -91,12 +130,19 @@ class LocalSteps:
 
     def step(self, theta: Theta, gradient: Gradient) -> None:
         """Move `theta` (P,) in place; `gradient` (P,), the mean over a batch, is used up."""
+        parts = () if self._parts is None else resting(self._terms, self._parts, self._step)
+        kept = [theta[part].copy() for part in parts]
+        for part in parts:
+            gradient[part] = 0
         clip_gradient(gradient, self._terms.gradient_clip)
         if self._linear is not None:
             gradient += self._linear
-        proximal_gradient(gradient, theta, self._start, self._mu)
+        for part in self._drawn:
+            proximal_gradient(gradient[part], theta[part], self._start[part], self._mu)
         factor = step_factor(self._terms, self._step, self._steps)
         self._optimizer.step(theta, gradient, factor)
+        for part, values in zip(parts, kept, strict=True):
+            theta[part] = values
         self._step += 1
 
 

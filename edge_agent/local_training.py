@@ -37,6 +37,7 @@ from edge_agent.prefetching import prefetched
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
+from fedloom.strategies.parts import Parts
 from fedloom.terms import LocalTraining, steps_of
 
 _T = TypeVar("_T")
@@ -106,14 +107,15 @@ class LocalEngine(ABC):
         progress: Progress,
         checkpoint: Checkpoint,
         linear: Theta | None = None,
+        parts: Parts | None = None,
     ) -> LocalUpdate:
         """See Engine."""
         samples = self._training_samples
         steps = steps_of(terms, len(samples))
-        local = LocalSteps(theta, terms, steps, linear)
+        local = LocalSteps(theta, terms, steps, linear, parts)
         state = checkpoint.load(
             TrainingState(
-                training_subject(theta, terms, order_seed, samples.sha256, linear),
+                training_subject(theta, terms, order_seed, samples.sha256, linear, parts),
                 steps,
                 (theta.astype(np.float32), *local.vectors),  # a copy of theta, moved in place
             )

@@ -29,6 +29,7 @@ from edge_agent.invitations import (
     read_terms,
 )
 from edge_agent.local_memory import LocalMemory, forget_memory
+from edge_agent.local_rules import remembered
 from edge_agent.masking import Masking
 from edge_agent.model_versions import ModelMaker
 from edge_agent.protection import UpdateProtection
@@ -38,10 +39,12 @@ from edge_agent.status import StatusFile, Step
 from edge_agent.training import Training
 from edge_agent.transfer import Transfer
 from edge_agent.undertaking import Send, Surroundings, Undertaking
+from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused, refused_from_details
 from fedloom.plans import Plan
 from fedloom.quality import Report, tail_length
-from fedloom.strategies import RULES, update_length
+from fedloom.strategies import update_length
+from fedloom.strategies.portions import keeps_own_model
 from fedloom.terms import Protection, Release, weight_class
 from fedloom.v1 import control_pb2
 
@@ -105,6 +108,10 @@ class Participation:
         """Stop the training in hand: the run goes on without it."""
         self._training.interrupt()
 
+    def overtaken(self) -> None:
+        """Stop training for a round: the run went on, or another has begun."""
+        self._training.overtaken()
+
     def round_closed(self, round_number: int) -> None:
         """Stop training for a round that was closed without this device, and drop its update."""
         if round_number == self.round:
@@ -158,7 +165,7 @@ class Participation:
         protection = await asyncio.to_thread(
             UpdateProtection,
             terms,
-            update_length(terms.training, plan.parameter_count),
+            lambda: update_length(terms.training, plan.layout, state.server.rounds),
             self._here.agent_id,
             self._device.crypto_processes,
             tail_length(terms.evaluation, plan.task),
@@ -170,7 +177,7 @@ class Participation:
             protection,
             state,
             self._keys,
-            self._memory(terms, plan),
+            self._memory(terms, plan, state),
             self._masking if terms.encoding.protection.has_masks else None,
         )
         for outcome in message.history:
@@ -220,9 +227,10 @@ class Participation:
             self._ground = (plan, engine, state)
         return self._ground
 
-    def _memory(self, terms: Terms, plan: Plan) -> LocalMemory:
-        count = len(RULES[terms.training.strategy].remembers)
-        return LocalMemory(self._folder, self.run_id, count, plan.parameter_count)
+    def _memory(self, terms: Terms, plan: Plan, state: GlobalState) -> LocalMemory:
+        count = remembered(terms.training)
+        own = (lambda: state.theta) if keeps_own_model(terms.training) else None
+        return LocalMemory(self._folder, self.run_id, count, plan.parameter_count, own)
 
     def _plan_folder(self, terms: Terms) -> Path:
         return self._device.home / "plans" / terms.plan.sha256.hex()
@@ -284,7 +292,8 @@ class Participation:
             except Refused as refused:  # said again when the next round asks for it
                 evaluation = None
                 self._log.warning("not evaluated", problem=str(refused))
-        await self._keep_model(run, evaluation)
+        if not run.fine_tunes_next:
+            await self._keep_model(run, run.own_model, evaluation)
         self._here.report(Step.WAITING, last.round, "the next round has not begun")
 
     async def _evaluate(self, run: Undertaking) -> Evaluation | None:
@@ -318,9 +327,11 @@ class Participation:
             await self._keys.take(message.envelopes)
         for outcome in message.history:
             await apply_round(self._here, run, read_outcome(outcome))
-        await self._keep_model(run, None)
+        await self._keep_model(run, await self._training.fine_tuned(run), None)
 
-    async def _keep_model(self, run: Undertaking, evaluation: Evaluation | None) -> None:
+    async def _keep_model(
+        self, run: Undertaking, theta: Theta, evaluation: Evaluation | None
+    ) -> None:
         if self._device.models is not None:
             folder = self._plan_folder(run.terms)
-            await keep_state(self._device.models, self._here, run, folder, evaluation)
+            await keep_state(self._device.models, self._here, run, folder, theta, evaluation)

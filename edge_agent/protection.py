@@ -1,7 +1,7 @@
 """The device's side of a run's protection: updates out as files, sums in from files."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,13 +54,14 @@ class UpdateProtection:
     def __init__(
         self,
         terms: Terms,
-        update_length: int,
+        update_length: Callable[[], int],
         agent_id: str,
         processes: int = 1,
         tail_length: int = 0,
     ) -> None:
+        """`update_length` gives U, what the strategy sends in the round after the state."""
         self._terms = terms
-        self._update_length = update_length  # U, of what the strategy sends
+        self._update_length = update_length
         self._tail_length = tail_length  # M; the context calls both together its parameters
         self._agent_id = agent_id
         self._processes = processes
@@ -74,7 +75,8 @@ class UpdateProtection:
 
     def split(self, mean: Vector) -> tuple[Vector, Vector]:
         """Return what the strategy is given of an opened mean, (U,), and the tail, (M,)."""
-        return mean[: self._update_length], mean[self._update_length :]
+        length = len(mean) - self._tail_length
+        return mean[:length], mean[length:]
 
     def next_clip(self, clip: float, opened: crypto.OpenedSum) -> float:
         """Return what the round's histogram implies for the next one; 0 where nothing does."""
@@ -150,7 +152,7 @@ class UpdateProtection:
                 run_id=self._terms.run_id,
                 round=round_number,
                 attempt=attempt,
-                parameter_count=self._update_length + self._tail_length,
+                parameter_count=self._update_length() + self._tail_length,
                 tail_length=self._tail_length,
                 capacity=self._terms.encoding.capacity,
                 weight_cap=weight_cap,

@@ -218,7 +218,7 @@ class Session:
             run.round,
         )
         if run is not None and not repeated:
-            run.interrupt()
+            run.overtaken()
 
     async def _work(self, transfer: Transfer) -> None:
         """Do the steps one after another; a refused step is reported and the next one done."""

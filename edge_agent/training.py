@@ -4,16 +4,25 @@ import asyncio
 import hashlib
 import math
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from edge_agent.checkpoints import Checkpoint, discard_checkpoint
+from edge_agent.engine import LocalUpdate
 from edge_agent.evaluations import Evaluations
 from edge_agent.invitations import Terms
-from edge_agent.local_rules import Outgoing, outgoing
+from edge_agent.local_rules import Outgoing, outgoing, strategys
 from edge_agent.status import Step
 from edge_agent.undertaking import Interrupted, Surroundings, Undertaking
+from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.quality import Report, tail_shares
-from fedloom.strategies import algorithm
+from fedloom.strategies import Memory, algorithm
+from fedloom.strategies.ditto import personal_terms, pull
+from fedloom.strategies.fine_tuning import fine_tuning_terms
+from fedloom.strategies.portions import keeps_own_model, start_of
+from fedloom.terms import LocalTraining, Personal
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Training:
         self._evaluations = evaluations
         self._trained: Trained | None = None
         self._interrupted = False
+        self._alone = False  # what is trained is nobody else's
         self._closed_round = 0  # the last one that went on without this device
         self.progress = 0.0  # of the training in hand, 0..1
 
@@ -45,6 +55,11 @@ class Training:
         """Stop the training in hand: the run goes on without it."""
         self._interrupted = True
 
+    def overtaken(self) -> None:
+        """The run went on, or another has begun: stop what was trained for a round."""
+        if not self._alone:
+            self.interrupt()
+
     def close(self, round_number: int) -> None:
         """Stop the training for a round that was closed without this device, and drop it."""
         self.interrupt()
@@ -55,6 +70,7 @@ class Training:
         """Drop what was trained: it is in the state, or of no use any more."""
         self._trained = None
         discard_checkpoint(self._here.folder)
+        discard_checkpoint(self._own_folder)
 
     async def done(self, run: Undertaking) -> Trained:
         """Return what the round's training gave, once it is done."""
@@ -93,28 +109,22 @@ class Training:
             self._heed(1.0)  # an interruption after the last step counts too
         except Interrupted:
             checkpoint.discard()
+            discard_checkpoint(self._own_folder)
             raise
         return trained
 
     def _trained_update(self, run: Undertaking, checkpoint: Checkpoint) -> Trained:
         """Train, and make of the movement what the run's strategy sends."""
-        terms, state, memory = run.round_terms, run.state.server, run.memory.vectors()
+        terms, state, layout = run.round_terms, run.state.server, run.plan.layout
+        memory = run.memory.vectors()
         evaluation = None
         if run.terms.evaluation.report is Report.MEAN:
             evaluation = self._evaluations.of_state(run)  # which training begins with
             self._heed(0.0)
-        update = run.engine.train(
-            state.theta,
-            terms,
-            self._order_seed(run.terms),
-            self._heed,
-            checkpoint,
-            algorithm(terms).linear(state, memory),
-        )
-        if not math.isfinite(update.mean_loss):
-            raise Refused(
-                Reason.TRAINING_FAILED, f"expected a finite loss, found {update.mean_loss}"
-            )
+        linear = algorithm(terms, layout).linear(state, strategys(terms, memory))
+        start = start_of(terms, layout, state.theta, memory)
+        update = self._moved(run, checkpoint, start, terms, linear)
+        own = self._own_after(run, memory, start, update) if keeps_own_model(terms) else None
         self._here.log.info(
             "trained",
             round=run.terms.round,
@@ -122,10 +132,80 @@ class Training:
             loss=round(update.mean_loss, 4),
             seconds=round(checkpoint.seconds, 1),
         )
-        task, loss = run.plan.task, update.mean_loss
-        shares = tail_shares(run.terms.evaluation, task, loss, evaluation)
-        sent = outgoing(terms, state, memory, update, shares)
+        shares = tail_shares(run.terms.evaluation, run.plan.task, update.mean_loss, evaluation)
+        sent = outgoing(terms, state, memory, update, layout, own, shares)
         return Trained(run.terms.round, sent, update.mean_loss, checkpoint.seconds)
+
+    def _own_after(
+        self, run: Undertaking, memory: Memory, start: Theta, update: LocalUpdate
+    ) -> Theta:
+        """Return this device's own model after the round: trained in it, or beside it."""
+        terms = run.round_terms
+        if terms.personal is not Personal.DITTO:
+            own: Theta = start + update.delta
+            return own
+        before, theta = memory[-1], run.state.theta
+        drawn = pull(before, theta, terms.personal_lambda)
+        checkpoint = self._own_checkpoint(run)
+        moved = self._moved(run, checkpoint, before, personal_terms(terms), drawn)
+        return np.add(before, moved.delta, out=moved.delta)
+
+    def _moved(
+        self,
+        run: Undertaking,
+        checkpoint: Checkpoint,
+        start: Theta,
+        terms: LocalTraining,
+        linear: Theta | None,
+    ) -> LocalUpdate:
+        seed = self._order_seed(run.terms)
+        update = run.engine.train(start, terms, seed, self._heed, checkpoint, linear, run.parts)
+        if not math.isfinite(update.mean_loss):
+            raise Refused(
+                Reason.TRAINING_FAILED, f"expected a finite loss, found {update.mean_loss}"
+            )
+        return update
+
+    async def fine_tuned(self, run: Undertaking) -> Theta:
+        """Return the finished run's model for this device, trained on its data where terms say so.
+
+        A device whose data does not train any more keeps the model as the run left it, and one that
+        has lost what was its own the model of all.
+        """
+        try:
+            theta = await asyncio.to_thread(lambda: run.own_model)
+        except Refused as refused:
+            self._here.log.warning("own model lost", problem=str(refused))
+            return run.state.theta
+        if not run.terms.training.fine_tune_steps:
+            return theta
+        self.begin()
+        self._here.report(Step.TRAINING, run.terms.round, "fine-tuning on this device's own data")
+        self._alone = True
+        try:
+            return await asyncio.to_thread(self._fine_tuned, run, theta)
+        except Refused as refused:
+            self._here.log.warning("not fine-tuned", problem=str(refused))
+            return theta
+        finally:
+            self._alone = False
+
+    def _fine_tuned(self, run: Undertaking, theta: Theta) -> Theta:
+        """Train every value: nothing is sent, so no part has to rest."""
+        terms, seed = fine_tuning_terms(run.terms.training), self._order_seed(run.terms)
+        checkpoint = self._own_checkpoint(run)
+        update = run.engine.train(theta, terms, seed, self._heed, checkpoint, None, None)
+        self._here.log.info("fine-tuned", steps=terms.local_steps, loss=round(update.mean_loss, 4))
+        return np.add(theta, update.delta, out=update.delta)
+
+    def _own_checkpoint(self, run: Undertaking) -> Checkpoint:
+        """What outlives the process of the training that nobody else is told of."""
+        self._own_folder.mkdir(exist_ok=True)
+        return Checkpoint(self._own_folder, run.terms.run_id, run.terms.round)
+
+    @property
+    def _own_folder(self) -> Path:
+        return self._here.folder / "own"
 
     def _heed(self, share: float) -> None:
         """Called by the engine, in its thread, after every step."""

@@ -16,10 +16,13 @@ from edge_agent.protection import UpdateProtection
 from edge_agent.run_keys import RunKeys
 from edge_agent.status import StatusFile, Step
 from edge_agent.transfer import Transfer
+from fedloom.adapters import Theta
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
 from fedloom.schedules import round_terms
+from fedloom.strategies.parts import Parts
+from fedloom.strategies.portions import own_model, parts_of, sends_everything
 from fedloom.terms import LocalTraining
 from fedloom.v1 import artifact_pb2, control_pb2
 
@@ -87,6 +90,26 @@ class Undertaking:
     def round_terms(self) -> LocalTraining:
         """How to train in the round that follows the state."""
         return round_terms(self.terms.training, self.state.server.rounds, self.terms.rounds)
+
+    @property
+    def parts(self) -> Parts | None:
+        """The parts of theta in the round that follows the state; None: all of it is sent."""
+        if sends_everything(self.terms.training):
+            return None
+        return parts_of(self.terms.training, self.plan.layout, self.state.server.rounds)
+
+    @property
+    def own_model(self) -> Theta:
+        """The model that this device uses: the state's, with what it keeps to itself."""
+        kept = self.memory.vectors()
+        return own_model(self.terms.training, self.plan.layout, self.state.theta, kept)
+
+    @property
+    def fine_tunes_next(self) -> bool:
+        """Whether this device goes on alone from the state: its model is not done yet."""
+        return self.terms.training.fine_tune_steps > 0 and (
+            self.state.server.rounds >= self.terms.rounds
+        )
 
     def key_to_encode(self) -> RunKey | None:
         """Return the key of the round in hand; None for a protection without keys."""

@@ -1,15 +1,15 @@
-"""Write the table into this folder's README.md: `python -m coordinator.strategies`."""
+"""Write the tables into this folder's README.md: `python -m coordinator.strategies`."""
 
 from pathlib import Path
 
-from coordinator.strategies.table import with_table
+from coordinator.strategies.table import with_tables
 
 README = Path(__file__).with_name("README.md")
 
 
 def main() -> None:
-    """Replace the table and leave the rest."""
-    README.write_text(with_table(README.read_text()))
+    """Replace the tables and leave the rest."""
+    README.write_text(with_tables(README.read_text()))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,12 @@ from itertools import product
 from pathlib import Path
 
 from coordinator.config import parse_run_config
+from coordinator.strategies.part_tables import (
+    factor_table,
+    markdown,
+    personal_table,
+    robust_table,
+)
 from fedloom.errors import ConfigError, Refused
 from fedloom.strategies import RULES, Rule
 from fedloom.terms import (
@@ -17,7 +23,7 @@ from fedloom.terms import (
     Weighting,
 )
 
-BEGIN, END = "<!-- table: python -m coordinator.strategies -->\n", "<!-- end of table -->\n"
+_BEGIN, _END = "<!-- {}: python -m coordinator.strategies -->\n", "<!-- end of {} -->\n"
 _COLUMNS = (
     "`strategy`",
     "name",
@@ -33,17 +39,24 @@ _COLUMNS = (
 )
 
 
-def with_table(text: str) -> str:
-    """Return the README's text with the table as the code has it."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+def with_tables(text: str) -> str:
+    """Return the README's text with its tables as the code has them."""
+    for name, made in (
+        ("table", table),
+        ("LoRA rules", factor_table),
+        ("personal models", personal_table),
+        ("robust rules", robust_table),
+    ):
+        begin, end = _BEGIN.format(name), _END.format(name)
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{made()}\n{end}{after}"
+    return text
 
 
 def table() -> str:
     """Return the table as Markdown."""
-    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *(tuple(_row(rule)) for rule in RULES.values())]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown(_COLUMNS, map(_row, RULES.values()))
 
 
 def _row(rule: Rule) -> Iterator[str]:

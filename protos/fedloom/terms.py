@@ -82,6 +82,24 @@ class Strategy(IntEnum):
     FED_DYN = 9
 
 
+class LoraRule(IntEnum):
+    """Which of an adapter's factors a round trains and sends."""
+
+    FEDIT = 1
+    FFA = 2
+    ROLORA = 3
+    FEDSA = 4
+
+
+class Personal(IntEnum):
+    """What of the model is a device's own."""
+
+    NONE = 1
+    FEDPER = 2
+    FEDREP = 3
+    DITTO = 4
+
+
 class Weighting(IntEnum):
     """What an agent's update counts for in the mean."""
 
@@ -126,6 +144,8 @@ _ENUMS: dict[str, type[IntEnum]] = {
     "weighting": Weighting,
     "step_schedule": Schedule,
     "round_schedule": Schedule,
+    "lora": LoraRule,
+    "personal": Personal,
 }
 
 
@@ -170,10 +190,16 @@ class LocalTraining:
     dynamic_alpha: float = 0.0
     population: int = 0
     auxiliary_scale: float = 0.0
+    lora: LoraRule = LoraRule.FEDIT
+    personal: Personal = Personal.NONE
+    head_steps: int = 0
+    personal_lambda: float = 0.0
+    fine_tune_steps: int = 0
 
     def __post_init__(self) -> None:
         self._check_ranges()
         self._check_strategy()
+        self._check_personal()
 
     def _check_ranges(self) -> None:
         for name, least, most in (
@@ -184,6 +210,8 @@ class LocalTraining:
             ("warmup_steps", 0, MAX_STEPS),
             ("warmup_rounds", 0, MAX_STEPS),
             ("population", 0, 2**32 - 1),
+            ("head_steps", 0, MAX_STEPS),
+            ("fine_tune_steps", 0, MAX_STEPS),
         ):
             value = getattr(self, name)
             _require(least <= value <= most, f"{name} in {least}..{most}", value)
@@ -226,6 +254,23 @@ class LocalTraining:
             self.server_learning_rate == 1 or self.strategy is not Strategy.FED_DYN,
             "server_learning_rate 1 with FED_DYN, whose server has no rate",
             self.server_learning_rate,
+        )
+
+    def _check_personal(self) -> None:
+        for name, personal in (
+            ("head_steps", Personal.FEDREP),
+            ("personal_lambda", Personal.DITTO),
+        ):
+            value = getattr(self, name)
+            if self.personal is personal:
+                _require(value > 0, f"{name} above 0 with {personal.name}", value)
+            else:
+                _require(value == 0, f"{name} 0 unless personal is {personal.name}", value)
+        _require(
+            self.personal is not Personal.DITTO or self.lora is not LoraRule.FEDSA,
+            "personal NONE, FEDPER or FEDREP with lora FEDSA, which keeps B on the device already "
+            "(lora FFA goes with DITTO)",
+            self.personal.name,
         )
 
     @classmethod

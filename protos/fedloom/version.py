@@ -6,7 +6,8 @@ messages cannot be read any more. History:
 1  2026-11-20  first version
 2  2026-11-20  run keys rotate, the cohort states its clip, rounds may be void, sums may be returned
 3  2026-11-20  strategies whose updates have a length of their own, weights, schedules, local steps
-4  2026-11-20  how quality is reported is a term of the run; it may be summed with the updates
+4  2026-11-20  updates that hold parts of theta, models of a device's own; how quality is reported
+               is a term of the run, and it may be summed with the updates
 """
 
 from importlib.metadata import version

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import crypto
+from coordinator.aggregation import Aggregation, Rule
 from coordinator.config import (
     CohortTerms,
     Deadlines,
@@ -24,7 +25,9 @@ from fedloom.schedules import effective_steps
 from fedloom.terms import (
     MAX_WEIGHT_CLASS,
     LocalTraining,
+    LoraRule,
     Optimizer,
+    Personal,
     Protection,
     Strategy,
     clip_of,
@@ -226,6 +229,49 @@ def test_sgd_needs_a_clip_only_where_updates_are_encoded() -> None:
     assert "protection.clip: expected a range" in problems(training=sgd)
     config = parse_run_config(LEAST | {"training": sgd, "protection": {"kind": "plain"}}, PATH)
     assert clip_of(config.encoding, config.training, weight_cap=8) > 0  # every sum asks for one
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("fed_sb", "'ffa'"),
+        ("flora", "'rolora'"),
+        ("flexlora", "'rolora'"),
+        ("fedex", "'rolora'"),
+        ("hetlora", "'fedit'"),
+    ],
+)
+def test_a_lora_rule_that_has_no_place_here_is_refused_with_the_nearest(
+    name: str, nearest: str
+) -> None:
+    found = problems(training={"lora": name})
+    assert "training.lora: expected one of ['fedit', 'fedsa', 'ffa', 'rolora']" in found
+    assert "arXiv:" in found
+    assert nearest in found
+
+
+def test_what_travels_and_what_stays_is_read_from_the_file() -> None:
+    training = {"lora": "rolora", "personal": "fedrep", "head_steps": 3, "fine_tune_steps": 10}
+    terms = parse_run_config(LEAST | {"training": training}, PATH).training
+    assert (terms.lora, terms.personal) == (LoraRule.ROLORA, Personal.FEDREP)
+    assert (terms.head_steps, terms.fine_tune_steps) == (3, 10)
+    plain = parse_run_config(LEAST, PATH).training
+    assert (plain.lora, plain.personal) == (LoraRule.FEDIT, Personal.NONE)
+
+
+def test_robust_rules_go_with_plain_updates_alone() -> None:
+    table = {"rule": "krum", "faulty": 1}
+    plain = {"protection": {"kind": "plain"}, "cohort": {"minimum": 5}}
+    made = parse_run_config(LEAST | plain | {"aggregation": table}, PATH).aggregation
+    assert made == Aggregation(Rule.KRUM, faulty=1)
+    found = problems(aggregation=table, cohort={"minimum": 5})
+    assert '"krum" reads every update, which protection.kind = "sealed" hides' in found
+    assert 'use protection.kind = "plain"' in found
+    assert "cohort.minimum above 2 faulty + 2" in problems(aggregation=table)
+    assert "aggregation.rule: expected one of" in problems(aggregation={"rule": "bulyan"})
+    assert "aggregation.byzantine: unknown key" in problems(aggregation={"byzantine": 1})
+    median = {"aggregation": {"rule": "geometric_median", "iterations": 5}}
+    assert parse_run_config(LEAST | plain | median, PATH).aggregation.smoothing == 1e-6
 
 
 def training_of(strategy: str, **changes: Any) -> LocalTraining:

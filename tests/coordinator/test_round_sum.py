@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import crypto
+from coordinator.aggregation import Aggregation, Rule
 from coordinator.round_sum import RoundSum, Upload, refused_by_crypto
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
@@ -247,3 +248,54 @@ async def test_updates_are_added_in_as_many_processes_as_asked_for(tmp_path: Pat
     summed = io.BytesIO(b"".join(round_sum.encoded()))
     opened = encrypted.open_sum(context, KEY, round_sum.slots, summed)
     np.testing.assert_allclose(opened.mean, values, rtol=1e-4)
+
+
+def robust_sum(spool: Path) -> RoundSum:
+    """Open a sum by medians over what is spooled there."""
+    return RoundSum(CONTEXT, Protection.PLAIN, MEMBERS, spool, aggregation=Aggregation(Rule.MEDIAN))
+
+
+async def test_a_robust_sum_is_the_same_after_a_restart(plain: Desk, tmp_path: Path) -> None:
+    """What it reads at the end is in the spool; a process that dies before finds it there."""
+    spool, accepted = tmp_path / "spool", {}
+    first = robust_sum(spool)
+    for slot, value in ((2, 1e9), (0, 0.25), (1, 0.5)):
+        data = plain.encode(slot, value, weight=100 if slot == 2 else 1)
+        upload = plain.upload(data, MEMBERS[slot])
+        path = first.path_for(upload)
+        assert path is not None
+        path.write_bytes(data)
+        await first.add(upload, path)
+        assert first.path_for(upload) is None
+        accepted[MEMBERS[slot]] = upload.artifact.sha256
+    encoded = b"".join(first.encoded())
+    again = robust_sum(spool)
+    for agent, sha256 in accepted.items():
+        await again.restore(agent, sha256)
+    assert b"".join(again.encoded()) == encoded
+    again.rebuild()
+    assert b"".join(again.encoded()) == encoded
+    opened = crypto.protection("plain").open_sum(CONTEXT, None, again.slots, io.BytesIO(encoded))
+    assert (opened.mean == 0.5).all()
+    assert (opened.count, opened.total_weight) == (3, 102)
+
+
+async def test_a_robust_sum_refuses_what_a_mean_refuses(plain: Desk, tmp_path: Path) -> None:
+    total = robust_sum(tmp_path / "spool")
+    data = plain.encode(0)
+    for spoilt, reason in (
+        (data[:-4] + b"\0\0\xc0\x7f", Reason.NOT_FINITE),
+        (data[:52] + bytes(8) + data[60:], Reason.WEIGHT_OUT_OF_RANGE),
+        (plain.encode(1), Reason.WRONG_ROUND),
+    ):
+        upload = plain.upload(spoilt)
+        path = total.path_for(upload)
+        assert path is not None
+        path.write_bytes(spoilt)
+        with pytest.raises(Refused) as caught:
+            await total.add(upload, path)
+        assert caught.value.reason is reason
+    assert total.slots == ()
+    with pytest.raises(crypto.EmptyTotal):
+        total.encoded()
+    assert refusal(lambda: total.path_for(plain.upload(data[:-1]))) is Reason.MALFORMED

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from crypto import Correction, Mask, ProtectionName, RunKey, UpdateContext, protection
+from fedloom.plans import TrainableTensor
 from fedloom.strategies import ServerState, algorithm, federated_averaging, update_length
 from fedloom.strategies.arithmetic import add, divide, flush, multiply, subtract
 from fedloom.terms import STRATEGIES_WITH, Strategy
@@ -163,7 +164,8 @@ def stepped(case: tuple, start: int = 0) -> list[bytes]:
         changes["server_learning_rate"] = rate
     if terms.strategy in STRATEGIES_WITH["server_momentum"]:
         changes["server_momentum"] = momentum
-    rule, size = algorithm(replace(terms, **changes)), update_length(terms, RULE_P)
+    layout = (TrainableTensor("weight", (RULE_P,), 0),)
+    rule, size = algorithm(replace(terms, **changes)), update_length(terms, layout)
     state = rule.init(any_values(random, RULE_P))
     for count in range(1, rounds + 1):
         mean = np.empty(start + size, np.float32)[start:]

@@ -118,7 +118,7 @@ def test_all_that_a_server_keeps_is_there_again(tmp_path: Path, terms: LocalTrai
     random, rule = np.random.default_rng(3), algorithm(terms)
     expected, digests = rule.init(INITIAL.copy()), set()
     for number in range(1, 4):
-        mean = random.standard_normal(update_length(terms, SIZE)).astype(np.float32)
+        mean = random.standard_normal(update_length(terms, LAYOUT)).astype(np.float32)
         expected = rule.apply(expected, mean.copy(), 3)
         state = opened(tmp_path, terms)
         state.apply(mean, 3, LastRound(number))

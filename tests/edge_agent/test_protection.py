@@ -34,7 +34,7 @@ def protection(
         Release.AGENTS,
         3,
     )
-    return UpdateProtection(terms, 100, agent)
+    return UpdateProtection(terms, lambda: 100, agent)
 
 
 @given(_runs, _runs)

@@ -12,6 +12,7 @@ from edge_agent.data import DataSource
 from edge_agent.engine import Engine
 from fedloom.errors import Reason, Refused
 from fedloom.graph_contracts import EVAL_GRAPH, TRAIN_GRAPH
+from fedloom.strategies.parts import Parts
 from fedloom.tasks import TextClassification
 from fedloom.terms import LocalTraining, Optimizer, Strategy
 from tests.edge_agent.toy import Toy, Unkept
@@ -108,6 +109,19 @@ def test_fedprox_keeps_the_update_smaller(engine: Engine, toy) -> None:
     assert np.linalg.norm(_train(engine, toy, held)) < 0.9 * free
     loose = replace(terms, strategy=Strategy.FED_PROX, proximal_mu=0.0)
     assert np.linalg.norm(_train(engine, toy, loose)) == pytest.approx(free, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", Optimizer)
+def test_parts_that_rest_do_not_move_and_the_others_learn(
+    engine: Engine, toy, optimizer: Optimizer
+) -> None:
+    terms = replace(TERMS, optimizer=optimizer, weight_decay=0.1)
+    parts = Parts((slice(0, 40),), (slice(90, 99),), (slice(40, 90),))
+    start = toy.theta + np.float32(0.25)
+    delta = engine.train(start, terms, 5, _quiet, Unkept(), None, parts).delta
+    assert not delta[40:90].any()
+    assert delta[:40].all()
+    assert delta[90:].all()
 
 
 def test_data_are_read_once(kind: Kind, engine: Engine, toy, train_data: DataSource) -> None:

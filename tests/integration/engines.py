@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from edge_agent.engine import Evaluation, LocalUpdate, Progress
 from fedloom.adapters import Theta
 from fedloom.errors import Refused
 from fedloom.quality import Counts
+from fedloom.strategies.parts import Parts
 from fedloom.terms import LocalTraining
 
 LARGEST_VALUE = 2.0**-6  # of an update; below every clip that the runs of these tests imply
@@ -72,6 +73,7 @@ class FakeEngine:
         progress: Progress,
         checkpoint: Checkpoint,
         linear: Theta | None = None,
+        parts: Parts | None = None,
     ) -> LocalUpdate:
         """Draw an update; while `may_finish` is clear, behave like a training that goes on."""
         self.begun += 1
@@ -88,7 +90,7 @@ class FakeEngine:
         delta = levels.astype(np.float32) * np.float32(LARGEST_VALUE / _STEPS)
         update = self._spoil(LocalUpdate(delta, self.samples, mean_loss=0.25))
         self.history.append(Trained(theta.copy(), update, linear))
-        return update
+        return replace(update, delta=update.delta.copy())  # which its taker uses up
 
     def evaluate(self, theta: Theta) -> Evaluation | None:
         """Return the prepared quality."""
@@ -122,6 +124,7 @@ class KeepingEngine(FakeEngine):
         progress: Progress,
         checkpoint: Checkpoint,
         linear: Theta | None = None,
+        parts: Parts | None = None,
     ) -> LocalUpdate:
         """Go on from the kept state, wait halfway while `may_finish` is clear, draw an update."""
         subject = order_seed.to_bytes(32, "little")
@@ -139,4 +142,4 @@ class KeepingEngine(FakeEngine):
                 finally:
                     checkpoint.save(state)  # one was under way when the end came
             progress(state.step / self.steps)
-        return super().train(theta, terms, order_seed, progress, checkpoint, linear)
+        return super().train(theta, terms, order_seed, progress, checkpoint, linear, parts)

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.errors import Reason, Refused
+from fedloom.strategies.ditto import personal_terms
+from fedloom.strategies.fine_tuning import fine_tuning_terms
 from fedloom.terms import (
     ADAPTIVITIES,
     MAX_BATCH_SIZE,
@@ -21,7 +23,9 @@ from fedloom.terms import (
     UPDATE_BITS,
     Encoding,
     LocalTraining,
+    LoraRule,
     Optimizer,
+    Personal,
     Protection,
     Schedule,
     Strategy,
@@ -40,6 +44,28 @@ _steps = st.integers(0, MAX_STEPS)
 _amounts = st.fixed_dictionaries(
     {"epochs": st.integers(1, MAX_EPOCHS), "max_steps": _steps}
 ) | st.fixed_dictionaries({"local_steps": _steps})
+_any_lora = st.sampled_from(LoraRule)
+_what_travels = (
+    st.fixed_dictionaries(
+        {"lora": _any_lora, "personal": st.sampled_from([Personal.NONE, Personal.FEDPER])},
+        optional={"fine_tune_steps": _steps},
+    )
+    | st.fixed_dictionaries(
+        {
+            "lora": _any_lora,
+            "personal": st.just(Personal.FEDREP),
+            "head_steps": st.integers(1, MAX_STEPS),
+        }
+    )
+    | st.fixed_dictionaries(
+        {
+            "lora": st.sampled_from([rule for rule in LoraRule if rule is not LoraRule.FEDSA]),
+            "personal": st.just(Personal.DITTO),
+            "personal_lambda": st.floats(0, 1e6, exclude_min=True),
+        },
+        optional={"fine_tune_steps": _steps},
+    )
+)
 _OF_STRATEGIES: dict[str, st.SearchStrategy[float]] = {
     "proximal_mu": _rate,
     "server_momentum": _below_one,
@@ -70,6 +96,7 @@ def trainings(draw: st.DrawFn) -> LocalTraining:
         "warmup_rounds": draw(st.integers(0, MAX_STEPS)),
         **draw(_amounts),
     }
+    values |= draw(_what_travels)
     if strategy is not Strategy.FED_DYN:
         values["server_learning_rate"] = draw(_rate)
     for name, strategies in STRATEGIES_WITH.items():
@@ -91,6 +118,20 @@ encodings = st.builds(
 def test_training_travels_unchanged(training: LocalTraining) -> None:
     data = training.to_message().SerializeToString()
     assert LocalTraining.from_message(control_pb2.LocalTraining.FromString(data)) == training
+
+
+@given(trainings())
+def test_what_a_device_trains_for_itself_has_terms_that_are_in_the_limits(
+    training: LocalTraining,
+) -> None:
+    if training.personal is Personal.DITTO:
+        beside = personal_terms(training)
+        assert beside.proximal_mu == training.personal_lambda
+        assert steps_of(beside, 100) == steps_of(training, 100)
+    if training.fine_tune_steps:
+        alone = fine_tuning_terms(training)
+        assert steps_of(alone, 100) == training.fine_tune_steps
+        assert (alone.optimizer, alone.lora) == (training.optimizer, training.lora)
 
 
 @given(encodings)
@@ -125,6 +166,13 @@ OUTSIDE_TRAINING = [
     ("weighting", 99),
     ("step_schedule", 99),
     ("round_schedule", 99),
+    ("lora", 99),
+    ("personal", 99),
+    ("personal", Personal.DITTO),
+    ("head_steps", 1),
+    ("personal_lambda", 0.5),
+    ("personal_lambda", math.nan),
+    ("fine_tune_steps", MAX_STEPS + 1),
     *((name, MAX_STEPS + 1) for name in ("local_steps", "max_steps")),
     *((name, MAX_STEPS + 1) for name in ("warmup_steps", "warmup_rounds")),
 ]

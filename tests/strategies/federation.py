@@ -1,20 +1,30 @@
 """A federation in a few lines: the product's algorithms between devices that are functions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.engine import LocalUpdate
-from edge_agent.local_rules import LocalSteps, Outgoing, outgoing
+from edge_agent.local_rules import LocalSteps, Outgoing, outgoing, strategys
+from fedloom.plans import TrainableTensor
 from fedloom.schedules import round_terms
-from fedloom.strategies import RULES, Memory, ServerState, algorithm, update_length
-from fedloom.terms import LocalTraining, steps_of
+from fedloom.strategies import RULES, Layout, Memory, ServerState, algorithm, update_length
+from fedloom.strategies.ditto import personal_terms, pull
+from fedloom.strategies.portions import keeps_own_model, parts_of, sends_everything, start_of
+from fedloom.terms import LocalTraining, LoraRule, Personal, steps_of
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Gradient = Callable[[Float64], Float64]
+EVERYTHING: dict[str, Any] = {  # is sent
+    "lora": LoraRule.FEDIT,
+    "personal": Personal.NONE,
+    "head_steps": 0,
+    "personal_lambda": 0.0,
+}
 
 
 @dataclass
@@ -26,15 +36,37 @@ class Device:
     memory: Memory = ()
 
 
-def move(device: Device, state: ServerState, terms: LocalTraining) -> Outgoing:
-    """Train one device as an engine does, whole batches at once."""
+def layout_of(theta: Float32) -> Layout:
+    """Return the layout of a model without an adapter."""
+    return (TrainableTensor("weight", (len(theta),), 0),)
+
+
+def move(device: Device, state: ServerState, terms: LocalTraining, layout: Layout) -> Outgoing:
+    """Train one device as an agent does, whole batches at once."""
+    parts = None if sends_everything(terms) else parts_of(terms, layout, state.rounds)
+    linear = algorithm(terms, layout).linear(state, strategys(terms, device.memory))
+    start = start_of(terms, layout, state.theta, device.memory)
+    delta, own = trained(device, start, terms, linear, parts), None
+    if terms.personal is Personal.DITTO:
+        before = device.memory[-1]
+        drawn = pull(before, state.theta, terms.personal_lambda)
+        own = before + trained(device, before, personal_terms(terms), drawn, parts)
+    elif keeps_own_model(terms):
+        own = start + delta
+    update = LocalUpdate(delta, device.samples, 0.0)
+    return outgoing(terms, state, device.memory, update, layout, own)
+
+
+def trained(
+    device: Device, start: Float32, terms: LocalTraining, linear: Float32 | None, parts: Any
+) -> Float32:
+    """Return what a training moves, as an engine does it."""
     steps = steps_of(terms, device.samples)
-    linear = algorithm(terms).linear(state, device.memory)
-    local, theta = LocalSteps(state.theta, terms, steps, linear), state.theta.copy()
+    local, theta = LocalSteps(start, terms, steps, linear, parts), start.copy()
     for _ in range(steps):
         local.step(theta, np.asarray(device.gradient(theta.astype(np.float64)), np.float32))
-    update = LocalUpdate(theta - state.theta, device.samples, 0.0)
-    return outgoing(terms, state, device.memory, update)
+    moved: Float32 = theta - start
+    return moved
 
 
 def mean_of(sent: Sequence[Outgoing]) -> Float32:
@@ -49,19 +81,26 @@ def first_state(terms: LocalTraining, theta: Float32, devices: Sequence[Device])
     for device in devices:
         count = len(RULES[terms.strategy].remembers)
         device.memory = tuple(np.zeros(len(theta), np.float32) for _ in range(count))
-    return algorithm(terms).init(theta)
+        if keeps_own_model(terms):
+            device.memory = (*device.memory, theta.copy())
+    return algorithm(replace(terms, **EVERYTHING)).init(theta)
 
 
 def run_round(
-    terms: LocalTraining, state: ServerState, devices: Sequence[Device], rounds: int = 1
+    terms: LocalTraining,
+    state: ServerState,
+    devices: Sequence[Device],
+    rounds: int = 1,
+    layout: Layout | None = None,
 ) -> ServerState:
     """Let these devices take part in a round, all of whose updates come into the sum."""
+    layout = layout or layout_of(state.theta)
     now = round_terms(terms, state.rounds, rounds)
-    sent = [move(device, state, now) for device in devices]
+    sent = [move(device, state, now, layout) for device in devices]
     for device, one in zip(devices, sent, strict=True):
-        assert len(one.values) == update_length(terms, len(state.theta))
+        assert len(one.values) == update_length(terms, layout, state.rounds)
         device.memory = one.memory
-    return algorithm(terms).apply(state, mean_of(sent), len(sent))
+    return algorithm(terms, layout).apply(state, mean_of(sent), len(sent))
 
 
 def run(
@@ -70,10 +109,11 @@ def run(
     devices: Sequence[Device],
     rounds: int,
     sampled: Callable[[int], Sequence[int]] | None = None,
+    layout: Layout | None = None,
 ) -> Float32:
     """Return theta after so many rounds; `sampled` says who takes part in a round."""
     state = first_state(terms, theta, devices)
     for number in range(rounds):
         chosen = range(len(devices)) if sampled is None else sampled(number)
-        state = run_round(terms, state, [devices[index] for index in chosen], rounds)
+        state = run_round(terms, state, [devices[index] for index in chosen], rounds, layout)
     return state.theta

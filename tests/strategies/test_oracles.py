@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from edge_agent.engine import LocalUpdate
 from edge_agent.local_rules import outgoing
+from fedloom.plans import TrainableTensor
 from fedloom.schedules import effective_steps
 from fedloom.strategies import RULES, ServerState, algorithm, update_length
 from fedloom.terms import LocalTraining, Strategy, steps_of, weight_of
@@ -17,6 +18,7 @@ from tests.strategies.oracles import Client, FedAvgM, FedDyn, FedNova, FedOpt, S
 from tests.strategies.samples import terms_of
 
 P, N = 7, 4
+LAYOUT = (TrainableTensor("weight", (P,), 0),)
 _seeds = st.integers(0, 2**32 - 1)
 # Who takes part, round by round: a few of N, with the number of their samples.
 _rounds = st.lists(
@@ -48,7 +50,7 @@ class Both:
             movement = self.random.standard_normal(P).astype(np.float32)
             update = LocalUpdate(movement.copy(), samples, 0.0)
             one = outgoing(self.terms, self.state, device.memory, update)
-            assert len(one.values) == update_length(self.terms, P)
+            assert len(one.values) == update_length(self.terms, LAYOUT)
             device.memory = one.memory
             sent.append(one)
             steps = effective_steps(self.terms, steps_of(self.terms, samples))
@@ -167,7 +169,7 @@ def test_a_round_counts_itself_and_leaves_the_older_state(
     state = rule.init(theta)
     for number in range(3):
         before = [vector.tobytes() for vector in (state.theta, *state.vectors)]
-        mean = random.standard_normal(update_length(terms, P)).astype(np.float32)
+        mean = random.standard_normal(update_length(terms, LAYOUT)).astype(np.float32)
         following = rule.apply(state, mean, count)
         assert [vector.tobytes() for vector in (state.theta, *state.vectors)] == before
         assert following.rounds == number + 1

@@ -1,14 +1,16 @@
 """The table that operators read is the code's."""
 
+from coordinator.aggregation import Rule
 from coordinator.strategies.__main__ import README
-from coordinator.strategies.table import table, with_table
+from coordinator.strategies.part_tables import factor_table, personal_table, robust_table
+from coordinator.strategies.table import table, with_tables
 from fedloom.strategies import RULES
-from fedloom.terms import Strategy
+from fedloom.terms import LoraRule, Personal, Strategy
 
 
-def test_the_committed_table_is_current() -> None:
+def test_the_committed_tables_are_current() -> None:
     text = README.read_text()
-    assert with_table(text) == text, "run: python -m coordinator.strategies"
+    assert with_tables(text) == text, "run: python -m coordinator.strategies"
 
 
 def test_every_strategy_has_a_rule_and_a_row() -> None:
@@ -24,3 +26,19 @@ def test_the_table_says_what_terms_refuse() -> None:
     assert "| `sgd` | `uniform` |" in rows["SCAFFOLD"]
     assert "| any | `uniform` |" in rows["FedDyn"]
     assert "| any | any |" in rows["FedAvg"]
+
+
+def test_every_rule_for_parts_and_every_robust_rule_has_a_row() -> None:
+    for rule, made in ((LoraRule, factor_table), (Personal, personal_table), (Rule, robust_table)):
+        for member in rule:
+            assert f"| `{member.name.lower()}` |" in made()
+
+
+def test_the_tables_say_what_travels_and_what_is_read() -> None:
+    factors = {row.split(" | ")[1]: row for row in factor_table().splitlines()}
+    assert "| B | A |  | A then B | exact |" in factors["RoLoRA"]
+    assert "| A | A | B |" in factors["FedSA-LoRA"]
+    assert "`ditto`" not in factors["FedSA-LoRA"]
+    robust = {row.split(" | ")[1]: row for row in robust_table().splitlines()}
+    assert robust["Krum"].endswith("| plain |")
+    assert robust["weighted mean"].endswith("| any |")

@@ -5,15 +5,26 @@ the server's step itself, on the same opened sum, and all must end bit-equal. Th
 the same where it may read the sums and exports a model.
 """
 
-from fedloom.strategies import fedavg, fedavgm, feddyn, fednova, fedopt, fedprox, scaffold
+from fedloom.strategies import (
+    fedavg,
+    fedavgm,
+    feddyn,
+    fednova,
+    fedopt,
+    fedprox,
+    scaffold,
+)
 from fedloom.strategies.fedavg import federated_averaging
 from fedloom.strategies.fedprox import proximal_gradient
+from fedloom.strategies.parts import Layout, travelling
+from fedloom.strategies.portions import parts_of, sends_everything
 from fedloom.strategies.rule import Algorithm, Memory, Rule, Segment, Sent, ServerState, length
 from fedloom.terms import LocalTraining, Strategy
 
 __all__ = [
     "RULES",
     "Algorithm",
+    "Layout",
     "Memory",
     "Rule",
     "Segment",
@@ -39,11 +50,22 @@ _ALL = (
 RULES: dict[Strategy, Rule] = {rule.strategy: rule for rule in _ALL}
 
 
-def algorithm(terms: LocalTraining) -> Algorithm:
-    """Return the run's algorithm."""
-    return RULES[terms.strategy].algorithm(terms)
+def algorithm(terms: LocalTraining, layout: Layout = ()) -> Algorithm:
+    """Return the run's algorithm; without a layout only where everything is sent.
+
+    Raises Refused(PLAN_UNSUPPORTED) where the layout does not fit what the terms send.
+    """
+    whole = RULES[terms.strategy].algorithm(terms)
+    if sends_everything(terms):
+        return whole
+    parts_of(terms, layout, 0)  # or refuse
+    return travelling(whole, lambda rounds: parts_of(terms, layout, rounds))
 
 
-def update_length(terms: LocalTraining, parameter_count: int) -> int:
-    """Return U, how many values an update of the run has; P for a movement alone."""
-    return length(RULES[terms.strategy].sends, parameter_count)
+def update_length(terms: LocalTraining, layout: Layout, rounds: int = 0) -> int:
+    """Return U, how many values an update has in the round after `rounds` applied ones.
+
+    It is that of a movement alone where the strategy sends nothing else. Raises as `algorithm`.
+    """
+    parts = parts_of(terms, layout, rounds)
+    return length(RULES[terms.strategy].sends, parts.shared_length)

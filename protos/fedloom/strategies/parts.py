@@ -1,0 +1,108 @@
+"""Which parts of theta a round trains and sends: a strategy sees the parts that are sent, no more.
+
+A part is a run of tensors with one fate. `travelling` lets any strategy work on what is sent as if
+it were the whole model: every strategy here moves each value by itself, so its server's vectors
+rest in the other parts, as does theta.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from fedloom.adapters import Theta
+from fedloom.plans import Role, TrainableTensor
+from fedloom.strategies.arithmetic import Vector
+from fedloom.strategies.rule import Algorithm, Memory, Sent, ServerState
+
+Layout = tuple[TrainableTensor, ...]
+
+
+class Fate(Enum):
+    """What becomes of a tensor in a round."""
+
+    SHARED = "trained and sent"
+    PRIVATE = "trained, and kept on the device"
+    FROZEN = "not trained"
+
+
+FateOf = Callable[[Role, int], Fate]  # (role, number of rounds applied before)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of theta (P,) in one round; each tuple ascends, and no two slices of one touch."""
+
+    shared: tuple[slice, ...]
+    private: tuple[slice, ...] = ()
+    frozen: tuple[slice, ...] = ()
+
+    @property
+    def shared_length(self) -> int:
+        """Number of values that are sent for each of a strategy's vectors."""
+        return sum(part.stop - part.start for part in self.shared)
+
+
+def divide(layout: Layout, fate_of: FateOf, rounds: int) -> Parts:
+    """Return the parts in the round after `rounds` applied ones."""
+    found: dict[Fate, list[slice]] = {fate: [] for fate in Fate}
+    for tensor in layout:
+        parts, end = found[fate_of(tensor.role, rounds)], tensor.offset + tensor.size
+        if parts and parts[-1].stop == tensor.offset:
+            parts[-1] = slice(parts[-1].start, end)
+        else:
+            parts.append(slice(tensor.offset, end))
+    return Parts(*(tuple(found[fate]) for fate in Fate))
+
+
+def gathered(vector: Vector, parts: Iterable[slice]) -> Vector:
+    """Return these parts, one after another."""
+    return np.concatenate([vector[part] for part in parts])
+
+
+def scattered(vector: Vector, parts: Iterable[slice], values: Vector) -> Vector:
+    """Return a copy of `vector` that has `values` in these parts."""
+    copy, start = vector.copy(), 0
+    for part in parts:
+        end = start + part.stop - part.start
+        copy[part] = values[start:end]
+        start = end
+    return copy
+
+
+def travelling(inner: Algorithm, parts_after: Callable[[int], Parts]) -> Algorithm:
+    """Return the algorithm on the parts that are sent; `parts_after(rounds)` says which these are.
+
+    Its `linear` is 0 in the others, and `sent` takes and gives memory of P values.
+    """
+
+    def inside(state: ServerState) -> ServerState:
+        shared = parts_after(state.rounds).shared
+        vectors = tuple(gathered(vector, shared) for vector in state.vectors)
+        return ServerState(gathered(state.theta, shared), state.rounds, vectors)
+
+    def linear(state: ServerState, memory: Memory) -> Vector | None:
+        shared = parts_after(state.rounds).shared
+        found = inner.linear(inside(state), tuple(gathered(one, shared) for one in memory))
+        zeros = np.zeros(len(state.theta), np.float32)
+        return None if found is None else scattered(zeros, shared, found)
+
+    def sent(state: ServerState, memory: Memory, delta: Theta, steps: float) -> Sent:
+        shared = parts_after(state.rounds).shared
+        before = tuple(gathered(one, shared) for one in memory)
+        found = inner.sent(inside(state), before, gathered(delta, shared), steps)
+        after = zip(memory, found.memory, strict=True)
+        return Sent(found.values, tuple(scattered(old, shared, new) for old, new in after))
+
+    def apply(state: ServerState, mean_update: Vector, count: int) -> ServerState:
+        shared = parts_after(state.rounds).shared
+        moved = inner.apply(inside(state), mean_update, count)
+        vectors = zip(state.vectors, moved.vectors, strict=True)
+        return ServerState(
+            scattered(state.theta, shared, moved.theta),
+            moved.rounds,
+            tuple(scattered(old, shared, new) for old, new in vectors),
+        )
+
+    return Algorithm(apply, inner.init, linear, sent)
