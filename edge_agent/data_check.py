@@ -39,8 +39,9 @@ from edge_agent.rows import Labels, RowReader, Rows
 from fedloom.errors import Reason, Refused
 from fedloom.plans import PLAN_FILE, Plan, load_plan
 from fedloom.privacy import PrivacyTerms, privacy_statement
+from fedloom.quality import EvaluationTerms, Report
 from fedloom.tasks import ArrayInput, ArrayLearning
-from fedloom.terms import MINIMUM_SUM
+from fedloom.terms import MINIMUM_SUM, Protection
 
 _NAMES = ("train", "held_out")
 _WORDS, _CHARACTERS = "words", "characters"
@@ -212,7 +213,14 @@ def _newest_plan(home: Path) -> Path | None:
 
 def _leaves(config: AgentConfig) -> Iterator[tuple[str, str]]:
     """Yield what a run that agent.toml permits may tell to whom, and what else is said."""
-    terms = PrivacyTerms(config.minimum_protection, config.permitted_release, MINIMUM_SUM)
+    in_clear = config.minimum_protection is Protection.PLAIN  # there a run may ask for it anyway
+    report = Report.EACH if in_clear else config.permitted_report
+    terms = PrivacyTerms(
+        config.minimum_protection,
+        config.permitted_release,
+        MINIMUM_SUM,
+        evaluation=EvaluationTerms(report),
+    )
     yield "protection", config.minimum_protection.name.lower()
     yield from privacy_statement(terms).lines()
     yield "refusals", REFUSALS

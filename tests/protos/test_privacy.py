@@ -6,6 +6,7 @@ import pytest
 
 from crypto import cohort
 from fedloom.privacy import PrivacyStatement, PrivacyTerms, privacy_statement, tolerated
+from fedloom.quality import EvaluationTerms, Report
 from fedloom.terms import MINIMUM_SUM, Protection, Release
 
 ALL = [
@@ -112,3 +113,24 @@ def test_who_can_make_up_agents_is_said(protection: Protection) -> None:
         assert "make up agents" in said[other][0]
         assert said[other] != said[True]
     assert said[False] != said[None]
+
+
+@pytest.mark.parametrize("protection", Protection)
+def test_who_learns_quality_follows_from_how_it_is_reported(protection: Protection) -> None:
+    mean, silent, each, none = (
+        privacy_statement(PrivacyTerms(protection, Release.AGENTS, 5, evaluation=terms))
+        for terms in (
+            EvaluationTerms(),
+            EvaluationTerms(tell=False),
+            EvaluationTerms(Report.EACH),
+            EvaluationTerms(Report.NONE),
+        )
+    )
+    assert "mean quality" in mean.clear
+    assert "each agent's training loss and its accuracy" in each.clear
+    assert "nothing of quality" in silent.clear
+    assert "nothing of quality" in none.clear
+    for said, is_summed in ((mean, True), (silent, True), (each, False), (none, False)):
+        assert ("quality" in said.agent) == is_summed
+        reads = protection in (Protection.PLAIN, Protection.MASKED)
+        assert ("quality" in said.coordinator) == (is_summed and reads)
