@@ -19,8 +19,10 @@ from coordinator.config import (
     load_run_config,
     parse_run_config,
 )
+from coordinator.plateau import PlateauRule
 from fedloom.errors import ConfigError
 from fedloom.gates import ActivationGate
+from fedloom.quality import EvaluationTerms, Metric, Report
 from fedloom.schedules import effective_steps
 from fedloom.terms import (
     MAX_WEIGHT_CLASS,
@@ -213,6 +215,50 @@ def test_a_gate_is_open_unless_it_is_stated() -> None:
 )
 def test_a_gate_that_means_nothing_is_an_error(bounds: dict[str, Any], expected: str) -> None:
     assert expected in problems(activation=bounds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stated", "report"),
+    [
+        ("sealed", {}, Report.MEAN),
+        ("masked", {}, Report.MEAN),
+        ("plain", {}, Report.EACH),
+        ("plain", {"patience": 3}, Report.MEAN),  # a plateau is one of means
+        ("plain", {"report": "mean"}, Report.MEAN),
+        ("sealed", {"report": "each"}, Report.EACH),
+        ("sealed", {"report": "none"}, Report.NONE),
+    ],
+)
+def test_quality_is_summed_unless_every_update_is_readable(
+    kind: str, stated: dict[str, Any], report: Report
+) -> None:
+    file = LEAST | {"protection": {"kind": kind}, "evaluation": stated}
+    assert parse_run_config(file, PATH).evaluation == EvaluationTerms(report)
+
+
+def test_what_ends_a_run_early() -> None:
+    stated = {"patience": 3, "metric": "macro_f1", "minimum_delta": 0.01, "loss_bound": 8}
+    config = parse_run_config(LEAST | {"evaluation": stated}, PATH)
+    assert config.policy.plateau == PlateauRule(3, Metric.MACRO_F1, 0.01)
+    assert config.evaluation == EvaluationTerms(loss_bound=8.0)
+    assert parse_run_config(LEAST, PATH).policy.plateau.patience == 0
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"patience": -1}, "evaluation.patience: expected 0 or more"),
+        ({"patience": 1, "tell": False}, 'expected report = "mean" and tell = true'),
+        ({"patience": 1, "report": "each"}, 'expected report = "mean" and tell = true'),
+        ({"metric": "f1"}, "evaluation.metric: expected one of"),
+        ({"minimum_delta": float("nan")}, "evaluation.minimum_delta: expected 0 or more"),
+        ({"loss_bound": -1}, "loss_bound in 0.."),
+        ({"report": "all"}, "evaluation.report: expected one of"),
+        ({"reports": "mean"}, "evaluation.reports: unknown key"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_an_error(stated: dict[str, Any], expected: str) -> None:
+    assert expected in problems(evaluation=stated)
 
 
 def test_a_proximal_term_needs_fed_prox() -> None:

@@ -31,6 +31,7 @@ from fedloom.artifacts import ArtifactReference
 from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.graph_contracts import INFER_GRAPH
 from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan, TrainableTensor
+from fedloom.quality import DEFAULT_EVALUATION, tail_length
 from fedloom.tasks import ArrayInput, ArrayLearning
 from fedloom.terms import Protection, Release
 from tests.coordinator.samples import LAYOUT, POLICY, PlanFolder
@@ -64,6 +65,21 @@ def around(plan: Plan | None = None, **known: object) -> Surroundings:
 
 
 # starting
+
+
+def test_a_plateau_needs_a_metric_of_the_plan(plan_folder: PlanFolder) -> None:
+    text = (
+        PLAIN.replace("plan =", "# plan =", 1) + '[evaluation]\npatience = 2\nmetric = "accuracy"\n'
+    )
+    text = f'plan = "{"ab" * 32}"\n' + text
+    inputs = (ArrayInput("features", (4,)),)
+    for task, expected in (
+        (ArrayLearning(inputs, values=2), ["mean_squared_error, loss; found accuracy"]),
+        (ArrayLearning(inputs, ("a", "b")), []),
+    ):
+        plan = replace(plan_folder.plan, task=task)
+        found = check(RunFile(text, "run.toml", None), around(plan)).problems
+        assert [problem.partition("this plan's, ")[2] for problem in found] == expected
 
 
 def test_a_gate_of_accuracy_needs_labels(plan_folder: PlanFolder) -> None:
@@ -496,8 +512,9 @@ def test_sums_that_agents_return_make_a_model_up_to_the_first_that_is_missing(
     tmp_path: Path,
 ) -> None:
     assert operations.start_run(RUN_ID, run_file(plan_folder, RELEASED)).problems == ()
+    tail = np.full(tail_length(DEFAULT_EVALUATION, plan_folder.plan.task), 0.25)  # not the rule's
     for number, opened in ((1, True), (2, False), (3, True)):
-        record = plain_sum(published, number, np.full(8, 0.5))
+        record = plain_sum(published, number, np.concatenate([np.full(8, 0.5), tail]))
         sealed = published.put(iter([b"nobody here can open this"]))
         store.add_round(RUN_ID, replace(record, sum=sealed, cohort_digest=bytes(32)))
         if opened:
