@@ -110,3 +110,17 @@ def test_what_runs_call_is_counted() -> None:
     assert [*waiting, value(metrics, "fedloom_uploads_waiting")] == [1, 0]
     assert value(metrics, "fedloom_crypto_seconds_count", step="add") == 1
     assert value(metrics, "fedloom_crypto_seconds_count", step="store") == 0
+
+
+def test_the_last_round_s_means_are_shown_and_no_older_ones() -> None:
+    metrics = Metrics()
+    meter = RunMeter(metrics, 0.0)
+    meter.measured({"accuracy": 0.5, "loss": 1.0})
+    meter.measured({"loss": 0.75, "named by a peer": 1.0})
+    found = {
+        sample.labels["metric"]: sample.value
+        for family in metrics.registry.collect()
+        if family.name == "fedloom_quality"
+        for sample in family.samples
+    }
+    assert found == {"loss": 0.75}

@@ -200,3 +200,34 @@ def test_each_change_is_told_once_in_a_line() -> None:
             "less than it could; a larger protection.clip, or a smaller learning rate, helps",
         ],
     ]
+
+
+MEASURED = (
+    replace(HISTORY[0], correct=0, evaluated=0, quality=(("accuracy", 0.25), ("loss", 1.5))),
+    replace(HISTORY[1], round=2, seconds=3.0, summed=3),
+    RoundProgress(3, agents=3),
+)
+
+
+def _drawn(width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(draw(replace(OPEN, history=MEASURED), width, 5, 0, 0.0))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_means_stand_under_the_model_that_the_round_began_with() -> None:
+    narrow, wide = _drawn(80), _drawn(120)
+    for drawn in (narrow, wide):
+        assert "before" in drawn
+        assert "25.0%" in drawn
+    assert "held-out loss" not in narrow  # the first metric alone has room
+    assert "held-out loss" in wide
+    assert "1.500" in wide
+    told = next(lines(replace(OPEN, history=MEASURED), None))
+    assert "began with accuracy 25.0%, held-out loss 1.500" in told
+
+
+def test_a_run_that_ends_early_says_why() -> None:
+    run = replace(RUN, phase=Phase.COMPLETED, completed=2, rounds=5, early_end="loss stood still")
+    over = replace(OPEN, run=run, open_phase=None)
+    assert any("completed early: loss stood still" in line for line in lines(over, None))
