@@ -24,14 +24,14 @@ from fedloom.tasks import (
     TokenClassification,
 )
 
+SUMS = ("loss_sum", "weight_sum", "correct")
 _OUTSIDE = "O"
 _PREFIXES = ("B", "I", "E", "S")
 
 
 def evaluation_outputs(task: Task) -> tuple[str, ...]:
     """Return what is needed of `eval.onnx`, in order; not text's logits, which are large."""
-    sums = ("loss_sum", "weight_sum", "correct")
-    return sums if isinstance(task, CausalLanguageModelling) else (*sums, "logits")
+    return SUMS if isinstance(task, CausalLanguageModelling) else (*SUMS, "logits")
 
 
 class Tally:

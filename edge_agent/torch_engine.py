@@ -16,7 +16,7 @@ from torch import Tensor
 from edge_agent.batches import Feeds
 from edge_agent.data import DataSource
 from edge_agent.local_training import LocalEngine, Step
-from edge_agent.metrics import evaluation_outputs
+from edge_agent.metrics import SUMS, evaluation_outputs
 from edge_agent.torch_graph import TORCH_ERRORS, TorchGraph
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
@@ -111,8 +111,7 @@ class _TrainingStep(_GraphStep):
     def sums(self, theta: Theta, placed: Placed) -> list[NDArray[np.float32]]:
         """See Step."""
         values = torch.tensor(theta, device=self._device, requires_grad=True)
-        sums = ("loss_sum", "weight_sum")
-        loss, weight = self._run(sums, values, placed, Reason.TRAINING_FAILED)
+        loss, weight, _ = self._run(SUMS, values, placed, Reason.TRAINING_FAILED)
         gradient = _gradient(loss, values)
         return [value.detach().cpu().numpy() for value in (loss, weight, gradient)]
 

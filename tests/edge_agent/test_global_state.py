@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from edge_agent.global_state import GlobalState, LastRound
 from fedloom.adapters import Theta, write_adapter
 from fedloom.plans import ADAPTER_FILE, Plan, PlanOrigin, TrainableTensor
+from fedloom.quality import Quality
 from fedloom.strategies import RULES, algorithm, update_length
 from fedloom.tasks import TextClassification
 from fedloom.terms import LocalTraining, Strategy
@@ -158,10 +159,16 @@ def test_a_state_with_notes_of_another_version_is_discarded(tmp_path: Path) -> N
     opened(tmp_path).apply(updates(1), 3, LastRound(1))
     header = path.read_bytes()
     notes = {"rounds": "1", "round": "1", "attempt": "0", "saturated": "0"}
-    notes |= {"next_clip": (0.0).hex(), "opened_sha256": ""}
+    notes |= {"next_clip": (0.0).hex(), "opened_sha256": "", "quality": "null"}
     write_adapter(path, LAYOUT, updates(1), notes)
     assert path.read_bytes()[:60] == header[:60]
     assert opened(tmp_path).last.round == 1
     write_adapter(path, LAYOUT, updates(1), notes | {"staleness": "2"})
     assert opened(tmp_path).last.round == 0
     assert not path.exists()
+
+
+def test_what_a_sum_said_of_quality_is_kept_to_the_bit(tmp_path: Path) -> None:
+    told = LastRound(1, quality=Quality(0.1, 1 / 3, 2 / 3, 0.7, None, None))
+    opened(tmp_path).apply(updates(1), 3, told)
+    assert opened(tmp_path).last == told
