@@ -33,6 +33,7 @@ def run_facts(
                 training_loss=entry.training_loss,
                 accuracy=entry.accuracy,
                 evaluated=entry.evaluated,
+                began_with=dict(entry.quality),
             )
             for entry in summed[:rounds]
         ),

@@ -173,6 +173,8 @@ def forget_invitation(folder: Path) -> None:
             release=message.release,
             minimum=message.minimum,
             rounds=message.rounds,
+            gate=message.gate,
+            evaluation=message.evaluation,
         )
         _write(folder / _AGREED, terms)
     (folder / _KEPT).unlink(missing_ok=True)

@@ -6,8 +6,8 @@ same facts give the same bytes.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from hashlib import sha256
 
@@ -38,6 +38,7 @@ class RoundFacts:
     accuracy: float | None = None
     evaluated: int = 0  # rows that the accuracy is of
     loss: float | None = None  # on those rows
+    began_with: Mapping[str, float] = field(default_factory=dict)  # mean quality, by metric
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,16 @@ def _rounds(history: Sequence[RoundFacts]) -> str:
             _number(entry.accuracy),
             _number(entry.loss),
             entry.evaluated or "none",
+            ", ".join(f"{name} {value:.4f}" for name, value in entry.began_with.items())
+            or "not known",
         )
         for entry in shown
     ]
     left_out = f"The last {len(shown)} of {len(history)}.\n\n" if len(shown) < len(history) else ""
-    columns = ("round", "participants", "training loss", "accuracy", "loss", "on held-out rows")
+    columns = (
+        *("round", "participants", "training loss", "accuracy", "loss", "on held-out rows"),
+        "mean quality of the model that it began with",
+    )
     return left_out + table(columns, rows)
 
 

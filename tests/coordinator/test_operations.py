@@ -471,7 +471,8 @@ def plain_sum(published: Published, number: int, mean: np.ndarray) -> RoundRecor
 
 def exported(model: Model, tmp_path: Path) -> np.ndarray:
     path = tmp_path / ADAPTER_FILE
-    path.write_bytes(b"".join(model.files[-1].parts()))
+    (adapter,) = [file for file in model.files if file.name == ADAPTER_FILE]
+    path.write_bytes(b"".join(adapter.parts()))
     return read_adapter(path, LAYOUT)
 
 

@@ -161,5 +161,5 @@ async def test_both_sides_describe_the_same_run(federation: Federation, tmp_path
         assert "| protection | masked |" in card
         assert "| learning rate | " in card
     assert "| rounds | 2 of 2 |" in cards[0]
-    assert "| 2 | 3 | 0.2500 | 0.7000 | not known | 30 |" in cards[0]
+    assert "| 2 | 3 | 0.2500 | not known | not known | none | accuracy 0.7000, " in cards[0]
     assert not any(agent.name in card for agent in agents for card in cards)
