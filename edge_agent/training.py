@@ -1,13 +1,13 @@
 """Local training for the round in hand: done once, taken up by a later process, dropped if late."""
 
 import asyncio
-import hashlib
 import math
 from dataclasses import dataclass
 
 from edge_agent.checkpoints import Checkpoint, discard_checkpoint
 from edge_agent.invitations import Terms
 from edge_agent.local_rules import Outgoing, outgoing
+from edge_agent.seeds import order_seed
 from edge_agent.status import Step
 from edge_agent.undertaking import Interrupted, Surroundings, Undertaking
 from fedloom.errors import Reason, Refused
@@ -125,6 +125,4 @@ class Training:
             raise Interrupted
 
     def _order_seed(self, terms: Terms) -> int:
-        name = self._here.agent_id
-        text = f"{terms.training.seed}/{terms.run_id.hex()}/{terms.round}/{name}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        return order_seed(terms.training.seed, terms.run_id, terms.round, self._here.agent_id)

@@ -1,0 +1,85 @@
+"""A simulated run: its rounds one after another, kept as it goes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from edge_agent.engine import Evaluation
+from fedloom.adapters import Theta
+from fedloom.errors import ConfigError
+from fedloom.strategies import RULES, algorithm
+from simulation.conduct import Federation, Progress, RoundReport, Watch, conduct_round
+from simulation.memories import Memories
+from simulation.movers import Crew
+from simulation.processes import MAX_WORKERS
+from simulation.records import Records
+
+Evaluate = Callable[[Theta], Evaluation | None]
+_MEMORIES = "memories"
+
+
+class Simulation:
+    """A run that has come so far; `folder` keeps it, None forgets it with the object."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        theta: Theta,
+        records: Records,
+        folder: Path | None,
+        evaluate: Evaluate,
+        progress: Progress | None = None,
+    ) -> None:
+        self._temporary = TemporaryDirectory(prefix="fedloom-simulation-")
+        self.federation = federation
+        self.records = records
+        self._evaluate = evaluate
+        terms = federation.config.training
+        self._memories = Memories(
+            (folder or Path(self._temporary.name)) / _MEMORIES,
+            len(RULES[terms.strategy].remembers),
+            len(theta),
+        )
+        self.progress = (
+            progress
+            or records.restored(len(theta), terms)
+            or Progress(algorithm(terms).init(theta.copy()))
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether no round is left."""
+        return self.progress.server.rounds >= self.federation.config.rounds
+
+    def next_round(
+        self, crew: Crew, watch: Watch = lambda done, of: None
+    ) -> tuple[RoundReport, Evaluation | None]:
+        """Conduct a round and keep what it led to; raises Refused when the run fails."""
+        progress, report = conduct_round(
+            self.federation, self.progress, crew, self._memories, watch
+        )
+        self.records.trained(progress, report, self.federation.config.training)
+        self.progress = progress
+        return report, self.evaluation()
+
+    def evaluation(self) -> Evaluation | None:
+        """Return the quality of the model as it stands; it is measured once for each round."""
+        number = self.progress.last.round
+        if number == 0:
+            return None
+        known = self.records.evaluation(number)
+        if known is None:
+            known = self._evaluate(self.progress.server.theta)
+            if known is not None:
+                self.records.evaluated(number, known)
+        return known
+
+    def close(self) -> None:
+        """Forget what was kept for this process alone."""
+        self._temporary.cleanup()
+
+
+def require_workers(workers: int) -> None:
+    """Raise ConfigError for a number of workers that is none."""
+    if not 1 <= workers <= MAX_WORKERS:
+        raise ConfigError("workers", f"expected 1..{MAX_WORKERS}, found {workers}")
