@@ -21,6 +21,7 @@ from edge_agent.engine import Evaluation
 from edge_agent.examples import read_examples
 from edge_agent.records import ARCHIVES, TABLES, Selection, records
 from fedloom.errors import ConfigError
+from fedloom.logs import configure_logs
 from simulation.clients import partitioned
 from simulation.conduct import Federation, RoundReport, Watch
 from simulation.learning import crew_of
@@ -64,6 +65,7 @@ class Prepared:
 
 def conduct(request: Request, as_json: bool) -> None:
     """Conduct the run to its end; raises ConfigError or Refused."""
+    configure_logs(as_json, "warning")
     prepared = prepare(request)
     simulation = prepared.simulation
     rounds = simulation.federation.config.rounds

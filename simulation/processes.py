@@ -2,8 +2,8 @@
 
     this process                               worker w of n
     state of the round ── shared memory ─────▶ (read only)
-    group g, g mod n = w ── pipe, JSON ──────▶ train
-    sums, in order of g ◀── shared memory ──── updates, memories; what they are: pipe, JSON
+    group g, g mod n = w ── socket, JSON ────▶ train
+    sums, in order of g ◀── shared memory ──── updates, memories; what they are: socket, JSON
 
 A worker has two groups at most, so that it trains while the one before is added. Workers are
 forked: they share the data and the model that are here, and nothing is copied or serialised. Which
@@ -14,10 +14,11 @@ import json
 import mmap
 import os
 import signal
+import socket
+import struct
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import get_all_start_methods, get_context
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,13 @@ from simulation.movers import Mover, Outcome, Task, Trained, train
 
 MAX_WORKERS = 256
 _DEPTH = 2  # groups that a worker has at a time
-_SECONDS_TO_END = 5.0
+_LENGTH = struct.Struct("<I")  # before each message
+_BEGIN, _TRAIN = b"B", b"T"
 Vectors = NDArray[np.float32]
 
 
 class WorkerLost(FedloomError):
-    """A worker process ended before its work was done."""
+    """A worker process ended before its work was done: killed, or out of memory."""
 
 
 class Processes:
@@ -50,7 +52,7 @@ class Processes:
         terms: LocalTraining,
         parameter_count: int,
     ) -> None:
-        if "fork" not in get_all_start_methods():
+        if not hasattr(os, "fork"):
             raise ConfigError("workers", "expected 1: this system cannot fork processes")
         self._group = group
         rule = RULES[terms.strategy]
@@ -61,19 +63,28 @@ class Processes:
             _Desk(_shared((_DEPTH, group, row)), length, (remembered, parameter_count))
             for _ in range(workers)
         ]
-        self._pipes: list[Connection[bytes, bytes]] = []
-        self._processes: list[Any] = []
-        context = get_context("fork")
+        self._lines: list[_Line] = []
+        self._workers: list[int] = []  # process ids
         for desk in self._desks:
-            ours, theirs = context.Pipe()
-            inherited = [*self._pipes, ours]
-            process = context.Process(
-                target=_work, args=(make, theirs, inherited, self._state, desk), daemon=True
-            )
-            process.start()
+            self._start(make, desk)
+
+    def _start(self, make: Callable[[], Mover], desk: "_Desk") -> None:
+        ours, theirs = socket.socketpair()
+        process = os.fork()
+        if process:
             theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+            self._lines.append(_Line(ours))
+            self._workers.append(process)
+            return
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's signals are the caller's
+            for line in (*self._lines, _Line(ours)):
+                line.close()  # or no socket would end with the caller
+            _work(make, _Line(theirs), self._state, desk)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
 
     @property
     def group(self) -> int:
@@ -85,62 +96,88 @@ class Processes:
         for row, vector in zip(self._state, (state.theta, *state.vectors), strict=True):
             row[:] = vector
         message = state.rounds.to_bytes(8, "little") + terms.to_message().SerializeToString()
-        for pipe in self._pipes:
-            self._send(pipe, b"B" + message)
+        for worker in range(len(self._lines)):
+            self._tell(worker, _BEGIN + message)
 
     def trained(self, groups: Iterator[Sequence[Task]]) -> Iterator[list[Outcome]]:
         """See Crew."""
-        count, under_way = len(self._pipes), deque[int]()
+        under_way: deque[int] = deque()
         for number, tasks in enumerate(groups):
-            if len(under_way) == _DEPTH * count:
+            if len(under_way) == _DEPTH * len(self._lines):
                 yield self._received(under_way.popleft())
             self._ask(number, tasks)
             under_way.append(number)
         while under_way:
             yield self._received(under_way.popleft())
 
+    def _place(self, number: int) -> tuple[int, int]:
+        """Return the worker of a group, and where on its desk the group lies."""
+        turn, worker = divmod(number, len(self._lines))
+        return worker, turn % _DEPTH
+
     def _ask(self, number: int, tasks: Sequence[Task]) -> None:
-        worker, place = number % len(self._pipes), number // len(self._pipes) % _DEPTH
+        worker, place = self._place(number)
+        desk = self._desks[worker]
         for index, task in enumerate(tasks):
-            self._desks[worker].memory(place, index)[:] = np.reshape(
-                task.memory, self._desks[worker].memory_shape
-            )
+            desk.memory(place, index)[:] = np.reshape(task.memory, desk.memory_shape)
         said = {"place": place, "tasks": [[task.client, task.order_seed] for task in tasks]}
-        self._send(self._pipes[worker], b"T" + json.dumps(said).encode())
+        self._tell(worker, _TRAIN + json.dumps(said).encode())
 
     def _received(self, number: int) -> list[Outcome]:
-        worker, place = number % len(self._pipes), number // len(self._pipes) % _DEPTH
-        try:
-            said = json.loads(self._pipes[worker].recv_bytes())
-        except (EOFError, OSError) as error:
-            raise self._lost() from error
+        worker, place = self._place(number)
+        message = self._lines[worker].receive()
+        if message is None:
+            raise self._lost(worker)
+        said = json.loads(message)
         if "problem" in said:
             raise ConfigError(said["where"], said["problem"])
-        return [
-            self._desks[worker].outcome(place, index, one)
-            for index, one in enumerate(said["outcomes"])
-        ]
+        desk = self._desks[worker]
+        return [desk.outcome(place, index, one) for index, one in enumerate(said["outcomes"])]
 
-    def _send(self, pipe: "Connection[bytes, bytes]", message: bytes) -> None:
+    def _tell(self, worker: int, message: bytes) -> None:
         try:
-            pipe.send_bytes(message)
+            self._lines[worker].send(message)
         except OSError as error:
-            raise self._lost() from error
+            raise self._lost(worker) from error
 
-    def _lost(self) -> WorkerLost:
-        for process in self._processes:
-            process.join(0.1)
-        codes = [process.exitcode for process in self._processes]
-        return WorkerLost(f"expected workers to go on, found exit codes {codes}")
+    def _lost(self, worker: int) -> WorkerLost:
+        return WorkerLost(f"expected worker {worker} to go on, found that it has ended")
 
     def close(self) -> None:
-        """See Crew."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(_SECONDS_TO_END)
-            if process.exitcode is None:
-                process.kill()
+        """See Crew: what a worker is at is not wanted any more."""
+        for line in self._lines:
+            line.close()
+        for process in self._workers:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        self._lines, self._workers = [], []
+
+
+class _Line:
+    """Messages over a stream socket, each after its length."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._incoming = end.makefile("rb")
+
+    def send(self, message: bytes) -> None:
+        self._end.sendall(_LENGTH.pack(len(message)) + message)
+
+    def receive(self) -> bytes | None:
+        """Return the next message; None when the other side is gone."""
+        try:
+            head = self._incoming.read(_LENGTH.size)
+            if len(head) < _LENGTH.size:
+                return None
+            (length,) = _LENGTH.unpack(head)
+            message = self._incoming.read(length)
+        except OSError:
+            return None
+        return message if len(message) == length else None
+
+    def close(self) -> None:
+        self._incoming.close()
+        self._end.close()
 
 
 class _Desk:
@@ -179,34 +216,17 @@ def _shared(shape: tuple[int, ...]) -> Vectors:
     return np.frombuffer(mmap.mmap(-1, max(4, 4 * size)), np.float32, size).reshape(shape)
 
 
-def _work(
-    make: Callable[[], Mover],
-    pipe: "Connection[bytes, bytes]",
-    inherited: Sequence["Connection[bytes, bytes]"],
-    vectors: Vectors,
-    desk: _Desk,
-) -> None:
-    """Train what the pipe asks for, until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's signals are the caller's
-    for other in inherited:
-        other.close()  # or no pipe would end with the caller
+def _work(make: Callable[[], Mover], line: _Line, vectors: Vectors, desk: _Desk) -> None:
+    """Train what the line asks for, until it ends."""
     mover, state, terms = make(), ServerState(vectors[0]), LocalTraining()
-    while True:
-        try:
-            message = pipe.recv_bytes()
-        except (EOFError, OSError):
-            os._exit(0)  # what was inherited is not ours to tidy up
-        if message[:1] == b"B":
-            rounds = int.from_bytes(message[1:9], "little")
+    while (message := line.receive()) is not None:
+        kind, content = message[:1], message[1:]
+        if kind == _BEGIN:
+            rounds = int.from_bytes(content[:8], "little")
             state = ServerState(vectors[0], rounds, tuple(vectors[1:]))
-            terms = LocalTraining.from_message(control_pb2.LocalTraining.FromString(message[9:]))
-            continue
-        said = json.loads(message[1:])
-        try:
-            answer = _answer(mover, state, terms, said, desk)
-        except ConfigError as error:
-            answer = {"where": error.where, "problem": error.problem}
-        pipe.send_bytes(json.dumps(answer).encode())
+            terms = LocalTraining.from_message(control_pb2.LocalTraining.FromString(content[8:]))
+        else:
+            line.send(json.dumps(_answer(mover, state, terms, json.loads(content), desk)).encode())
 
 
 def _answer(
@@ -217,5 +237,8 @@ def _answer(
         Task(client, seed, tuple(desk.memory(place, index).copy()))
         for index, (client, seed) in enumerate(said["tasks"])
     ]
-    outcomes = train(mover, tasks, state, terms)
+    try:
+        outcomes = train(mover, tasks, state, terms)
+    except ConfigError as error:
+        return {"where": error.where, "problem": error.problem}
     return {"outcomes": [desk.put(place, i, outcome) for i, outcome in enumerate(outcomes)]}

@@ -34,10 +34,11 @@ class RayCrew:
         self._group = group
         self._ours = not ray.is_initialized()
         if self._ours:
-            local = {"num_cpus": workers, "include_dashboard": False} if not address else {}
-            ray.init(address=address or None, log_to_driver=False, **local)
+            local: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False}
+            ray.init(address=address or None, log_to_driver=False, **({} if address else local))
         made = ray.put(make)
-        self._actors = [_Actor.options(num_cpus=1).remote([made]) for _ in range(workers)]
+        actor: Any = ray.remote(_Worker)
+        self._actors = [actor.options(num_cpus=1).remote([made]) for _ in range(workers)]
         self._round: Any = None
 
     @property
@@ -68,9 +69,8 @@ class RayCrew:
             ray.shutdown()
 
 
-@ray.remote
-class _Actor:
-    """One worker."""
+class _Worker:
+    """One actor."""
 
     def __init__(self, made: list[Any]) -> None:
         self._mover: Mover = ray.get(made[0])()

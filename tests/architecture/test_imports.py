@@ -111,7 +111,7 @@ def test_nothing_unpickles_and_only_the_bridge_loads_into_seal() -> None:
         ("edge_agent.session", HEAVY | {"coordinator", "sqlalchemy", "typer"}),
         ("coordinator.app", HEAVY | STORE | {"edge_agent"}),
         ("simulation.command", HEAVY | STORE | {"edge_agent"}),
-        ("simulation.plan_mover", {"torch", "transformers", "ray", "grpc_health", "sqlalchemy"}),
+        ("simulation.plan_mover", {"torch", "transformers", "ray", "sqlalchemy"}),
         ("simulation.learning", {"torch", "transformers", "onnxruntime", "ray"}),
         ("coordinator.admin_client", HEAVY | STORE | {"edge_agent", "rich", "typer"}),
         ("coordinator.local_service", HEAVY | {"edge_agent", "crypto", "numpy", "typer"}),
