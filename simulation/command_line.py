@@ -85,7 +85,6 @@ def conduct(request: Request, as_json: bool) -> None:
         say_json({"rounds": rounds, "model": str(folder), "state_sha256": digest})
     else:
         say(f"{folder}: infer.onnx answers with the adapter of this run; state {digest[:12]}")
-    simulation.close()
 
 
 def _conduct_one(simulation: Simulation, crew: Crew, as_json: bool) -> None:

@@ -1,8 +1,10 @@
 """A simulated run: its rounds one after another, kept as it goes."""
 
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 from edge_agent.engine import Evaluation
 from fedloom.adapters import Theta
@@ -30,16 +32,13 @@ class Simulation:
         evaluate: Evaluate,
         progress: Progress | None = None,
     ) -> None:
-        self._temporary = TemporaryDirectory(prefix="fedloom-simulation-")
         self.federation = federation
         self.records = records
         self._evaluate = evaluate
         terms = federation.config.training
-        self._memories = Memories(
-            (folder or Path(self._temporary.name)) / _MEMORIES,
-            len(RULES[terms.strategy].remembers),
-            len(theta),
-        )
+        count = len(RULES[terms.strategy].remembers)
+        where = (folder or self._unkept()) / _MEMORIES if count else Path()
+        self._memories = Memories(where, count, len(theta))
         self.progress = (
             progress
             or records.restored(len(theta), terms)
@@ -74,9 +73,11 @@ class Simulation:
                 self.records.evaluated(number, known)
         return known
 
-    def close(self) -> None:
-        """Forget what was kept for this process alone."""
-        self._temporary.cleanup()
+    def _unkept(self) -> Path:
+        """Return a folder that ends with this object, or with the process."""
+        folder = Path(mkdtemp(prefix="fedloom-simulation-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
 
 def require_workers(workers: int) -> None:
