@@ -22,8 +22,9 @@ from simulation.movers import Mover
 if TYPE_CHECKING:
     import torch
 
-GROUP = 16  # clients of a vmap: more fall out of the caches
 MOST_VECTORISED = 1 << 16  # parameters; beyond, calls cost little and memory decides
+_GROUPED = 1 << 20  # parameters of all models of a group: more fall out of the caches
+_MOST_CLIENTS = 64  # of a group
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ class ModuleModel:
 
         module, loss = self._module, self._loss
         if self._vectorised(clients):
+            group = max(2, min(_MOST_CLIENTS, _GROUPED // len(self.theta)))
             return Work(
-                lambda: VectorisedMover(module, loss, clients, held_out, group=GROUP), GROUP
+                lambda: VectorisedMover(module, loss, clients, held_out, group=group), group
             )
         return Work(lambda: TorchMover(module, loss, clients, held_out), 1)
 

@@ -83,7 +83,8 @@ class TorchMover:
     def _gradient(self, held: Examples, rows: Indices, out: Vector) -> float:
         """Put the gradient of the mean loss into `out` and return the loss."""
         inputs, labels = tensors(held, rows)
-        loss = self._loss(self._module(inputs), labels).mean()
+        loss = self._loss(self._module(inputs), labels)
+        loss = loss.mean() if loss.dim() else loss
         parts = torch.autograd.grad(loss, self._parameters, materialize_grads=True)
         torch.cat([part.reshape(-1) for part in parts], out=torch.from_numpy(out))
         return loss.item()

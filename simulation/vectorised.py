@@ -21,7 +21,7 @@ from edge_agent.optimisers import Vector
 from fedloom.adapters import Theta
 from fedloom.errors import ConfigError, Refused
 from fedloom.terms import LocalTraining, steps_of
-from simulation.clients import Clients
+from simulation.clients import INPUT, Clients
 from simulation.movers import Task, checked
 from simulation.torch_mover import (
     Loss,
@@ -31,7 +31,6 @@ from simulation.torch_mover import (
     own_randomness,
     point_to,
     require_stateless,
-    tensors,
     threads,
 )
 
@@ -58,9 +57,8 @@ class VectorisedMover:
         self._held_out = held_out
         self._threads = threads
         self._group = group
-        self._gradients = torch.func.vmap(
-            torch.func.grad_and_value(self._row_losses), randomness="different"
-        )
+        self._row_loss = _row_losses(loss)
+        self._logits = torch.func.vmap(self._client_logits, randomness="different")
 
     @property
     def group(self) -> int:
@@ -77,20 +75,26 @@ class VectorisedMover:
             return False
         return True
 
-    def _row_losses(
-        self,
-        parameters: dict[str, torch.Tensor],
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-        share: torch.Tensor,
+    def _client_logits(
+        self, parameters: dict[str, torch.Tensor], inputs: torch.Tensor
     ) -> torch.Tensor:
-        """Return one client's loss: that of its rows, each with its share of the mean."""
-        logits = torch.func.functional_call(self._module, parameters, (inputs,))
-        losses = torch.func.vmap(lambda one, label: self._loss(one[None], label[None]).mean())(
-            logits, labels
-        )
-        loss: torch.Tensor = (losses * share).sum()
-        return loss
+        logits: torch.Tensor = torch.func.functional_call(self._module, parameters, (inputs,))
+        return logits
+
+    def _gradients(
+        self, models: dict[str, torch.Tensor], batch: "_Batch"
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+        """Return each client's gradient, tensor by tensor, and each client's loss.
+
+        A client's loss depends on its own model alone: one backward pass of their sum is that of
+        all.
+        """
+        leaves = {name: model.detach().requires_grad_() for name, model in models.items()}
+        logits = self._logits(leaves, batch.inputs)
+        rows = self._row_loss(logits.flatten(0, 1), batch.labels.flatten(0, 1))
+        losses = (rows.view_as(batch.share) * batch.share).sum(1)
+        found = torch.autograd.grad(losses.sum(), list(leaves.values()), materialize_grads=True)
+        return found, losses.detach()
 
     def move(
         self,
@@ -133,9 +137,9 @@ class VectorisedMover:
         losses, rows_seen = np.zeros(len(tasks)), np.zeros(len(tasks))
         for _ in range(max(steps)):
             batch = _padded(held, [next(order, None) for order in orders])
-            found, loss = self._gradients(models, batch.inputs, batch.labels, batch.share)
-            for name, slope in slopes.items():
-                slope.copy_(found[name])
+            found, loss = self._gradients(models, batch)
+            for slope, part in zip(slopes.values(), found, strict=True):
+                slope.copy_(part)
             stepper.step(trained, gradient)
             losses += loss.numpy() * batch.counts
             rows_seen += batch.counts
@@ -183,10 +187,21 @@ def _padded(held: Sequence[Examples], batches: Sequence[Indices | None]) -> _Bat
         if len(batch):
             share[index, : len(batch)] = 1 / len(batch)
         full = np.concatenate([batch, np.zeros(widest - len(batch), np.int64)])
-        one_input, one_label = tensors(own, full)
-        inputs.append(one_input)
-        labels.append(one_label)
-    return _Batch(torch.stack(inputs), torch.stack(labels), torch.from_numpy(share), counts)
+        inputs.append(own.inputs(full)[INPUT])
+        labels.append(own.labels(full))
+    stacked = torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(labels))
+    return _Batch(*stacked, torch.from_numpy(share), counts)
+
+
+def _row_losses(loss: Loss) -> Loss:
+    """Return what gives each row's loss, (rows,), from what gives their mean."""
+    if loss is torch.nn.functional.cross_entropy:
+        loss = torch.nn.CrossEntropyLoss()
+    if getattr(loss, "reduction", "") == "mean" and getattr(loss, "weight", None) is None:
+        single = copy.copy(loss)
+        single.reduction = "none"  # type: ignore[attr-defined]  # it has one
+        return lambda logits, labels: single(logits, labels).reshape(len(logits), -1).mean(1)
+    return torch.func.vmap(lambda one, label: loss(one[None], label[None]).mean())
 
 
 class _Stepper:
