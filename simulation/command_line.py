@@ -29,9 +29,8 @@ from simulation.models import PlanModel, Work
 from simulation.movers import Crew
 from simulation.partitions import Partition, by_value, dirichlet, iid, read_partition
 from simulation.records import Records
-from simulation.runs import Simulation, require_workers
+from simulation.runs import Simulation, Staff
 
-_ENGINES = ("local", "ray")
 _MODEL = "model"
 
 
@@ -59,6 +58,7 @@ class Prepared:
 
     simulation: Simulation
     work: Work
+    staff: Staff
     model: PlanModel
     out: Path
 
@@ -73,7 +73,7 @@ def conduct(request: Request, as_json: bool) -> None:
         say(f"goes on after round {simulation.progress.server.rounds} of {rounds}")
     simulation.evaluation()  # of a round after which the process before this one died
     if not simulation.finished:
-        with _crew(request, prepared) as crew:
+        with crew_of(prepared.work, prepared.staff, simulation) as crew:
             while not simulation.finished:
                 _conduct_one(simulation, crew, as_json)
     theta = simulation.progress.server.theta
@@ -134,27 +134,10 @@ def _bar(title: str, silent: bool) -> Iterator[Watch]:
         yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
-@contextmanager
-def _crew(request: Request, prepared: Prepared) -> Iterator[Crew]:
-    workers = request.workers or len(os.sched_getaffinity(0))
-    if request.engine == "local":
-        with crew_of(prepared.work, workers, prepared.simulation) as crew:
-            yield crew
-        return
-    from simulation.ray_crew import RayCrew
-
-    actors = RayCrew(prepared.work.make, prepared.work.group, workers, request.address)
-    try:
-        yield actors
-    finally:
-        actors.close()
-
-
 def prepare(request: Request) -> Prepared:
     """Read and check everything; raises ConfigError or Refused that names what is wrong."""
-    if request.engine not in _ENGINES:
-        raise ConfigError("engine", f"expected one of {_ENGINES}, found {request.engine!r}")
-    require_workers(request.workers or 1)
+    workers = request.workers or len(os.sched_getaffinity(0))
+    staff = Staff(workers, request.engine, request.address)
     partition = read_partition(request.partition)
     try:
         text = request.file.read_text()
@@ -184,7 +167,7 @@ def prepare(request: Request) -> Prepared:
     simulation = Simulation(
         federation, model.theta, Records(out, identity), out, work.make().evaluate
     )
-    return Prepared(simulation, work, model, out)
+    return Prepared(simulation, work, staff, model, out)
 
 
 def _checked(request: Request, text: str) -> tuple[RunConfig, PlanModel]:

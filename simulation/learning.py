@@ -24,7 +24,7 @@ from simulation.models import Model, ModuleModel, PlanModel, Work
 from simulation.movers import Alone, Crew
 from simulation.processes import Processes
 from simulation.records import Records
-from simulation.runs import Simulation, require_workers
+from simulation.runs import Simulation, Staff
 from simulation.settings import Settings, Tables, training_of
 
 
@@ -43,9 +43,10 @@ class FederatedLearning:
     mean over rows, for a module. `optimizer`: see `settings.training_of`. `terms` are further
     tables as in run.toml, such as {"training": {"epochs": 2, "batch_size": 32}}. `held_out` is what
     the model is tried on after every round. `cohort_size` clients take part in a round, drawn by
-    the seed; 0: all. `workers` processes train; results do not depend on their number. `vectorise`
-    trains small modules several clients at a time; None decides by the model. `out` keeps the run:
-    the same calls after a crash go on from its last finished round.
+    the seed; 0: all. `workers` processes train, or with `engine="ray"` actors, of the cluster at
+    `address` or of this machine; results do not depend on who trains. `vectorise` trains small
+    modules several clients at a time; None decides by the model. `out` keeps the run: the same
+    calls after a crash go on from its last finished round.
     """
 
     def __init__(
@@ -61,17 +62,19 @@ class FederatedLearning:
         terms: Tables | None = None,
         held_out: object = None,
         workers: int = 1,
+        engine: str = "local",
+        address: str = "",
         vectorise: bool | None = None,
         out: Path | None = None,
     ) -> None:
-        require_workers(workers)
+        self._staff = Staff(workers, engine, address)
         self._model = as_model(model, loss_fn, vectorise)
         self._settings = Settings(
             training_of(optimizer), strategy, protection, cohort_size, seed, terms or {}
         )
         self._held_out = None if held_out is None else self._model.examples(held_out)
-        self._workers = workers
-        self._out = out
+        self._out = None if out is None else Path(out)
+        self._asked = 0  # rounds, by all calls of `train`
         self._data: list[Examples] = []
         self._simulation: Simulation | None = None
         self.history: list[FinishedRound] = []  # of the rounds that `train` has seen
@@ -92,19 +95,20 @@ class FederatedLearning:
             raise ConfigError("num_rounds", f"expected at least 1, found {num_rounds}")
         clients = dict(zip(names(len(self._data)), self._data, strict=True))
         work = self._model.work(clients, self._held_out)
-        simulation = self._begun(clients, work, num_rounds)
+        self._asked += num_rounds
+        simulation = self._begun(clients, work)
+        simulation.evaluation()  # of a round after which the process before this one died
         finished: list[FinishedRound] = []
-        with crew_of(work, self._workers, simulation) as crew:
+        with crew_of(work, self._staff, simulation) as crew:
             while not simulation.finished:
                 finished.append(FinishedRound(*simulation.next_round(crew, watch)))
                 self.history.append(finished[-1])
         return finished
 
-    def _begun(self, clients: Mapping[str, Examples], work: Work, rounds: int) -> Simulation:
+    def _begun(self, clients: Mapping[str, Examples], work: Work) -> Simulation:
         """Return the run with its present clients, going on from where it stands."""
         before = self._simulation
-        done = 0 if before is None else before.progress.server.rounds
-        config = self._settings.config(len(clients), done + rounds)
+        config = self._settings.config(len(clients), self._asked)
         federation = Federation(
             _run_id(self._settings),
             config,
@@ -161,14 +165,19 @@ def as_model(
 
 
 @contextmanager
-def crew_of(work: Work, workers: int, simulation: Simulation) -> Iterator[Crew]:
+def crew_of(work: Work, staff: Staff, simulation: Simulation) -> Iterator[Crew]:
     """Give who trains, for as long as the block lasts."""
     config, plan = simulation.federation.config, simulation.federation.plan
     crew: Crew
-    if workers == 1:
+    if staff.engine == "ray":
+        from simulation.ray_crew import RayCrew
+
+        crew = RayCrew(work.make, work.group, staff.workers, staff.address)
+    elif staff.workers == 1:
         crew = Alone(work.make())
     else:
-        crew = Processes(work.make, work.group, workers, config.training, plan.parameter_count)
+        terms, count = config.training, plan.parameter_count
+        crew = Processes(work.make, work.group, staff.workers, terms, count)
     try:
         yield crew
     finally:

@@ -3,6 +3,7 @@
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -18,6 +19,7 @@ from simulation.records import Records
 
 Evaluate = Callable[[Theta], Evaluation | None]
 _MEMORIES = "memories"
+_ENGINES = ("local", "ray")
 
 
 class Simulation:
@@ -80,7 +82,21 @@ class Simulation:
         return folder
 
 
-def require_workers(workers: int) -> None:
-    """Raise ConfigError for a number of workers that is none."""
-    if not 1 <= workers <= MAX_WORKERS:
-        raise ConfigError("workers", f"expected 1..{MAX_WORKERS}, found {workers}")
+@dataclass(frozen=True)
+class Staff:
+    """Who trains: so many processes, or actors of Ray, of the cluster at `address` if it is said.
+
+    Raises ConfigError for what cannot be.
+    """
+
+    workers: int
+    engine: str = "local"
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise ConfigError("workers", f"expected 1..{MAX_WORKERS}, found {self.workers}")
+        if self.engine not in _ENGINES:
+            raise ConfigError("engine", f"expected one of {_ENGINES}, found {self.engine!r}")
+        if self.address and self.engine != "ray":
+            raise ConfigError("address", "expected none without ray, found one")

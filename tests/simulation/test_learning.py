@@ -74,6 +74,24 @@ def test_training_goes_on_where_it_stood() -> None:
     assert [one.report.round for one in halves.history] == [1, 2, 3, 4]
 
 
+def test_the_same_calls_go_on_in_the_folder_of_a_run(tmp_path: Path) -> None:
+    def begun():
+        return learning(out=tmp_path / "run", held_out=rows(30, seed=50))
+
+    whole, first = learning(), begun()
+    whole.train(5)
+    first.train(2)
+    first.train(1)  # and the process ends
+    second = begun()
+    assert second.train(2) == []
+    second.train(3)
+    assert [one.report.round for one in second.history] == [4, 5]
+    np.testing.assert_array_equal(theta(second), theta(whole))
+    other = learning(out=tmp_path / "run", seed=8)
+    with pytest.raises(ConfigError, match="found another's"):
+        other.train(1)
+
+
 def test_the_functional_form_changes_no_state_and_repeats_itself() -> None:
     process = learning_process(network(), torch.nn.CrossEntropyLoss(), "sgd")
     first = process.initialize()
@@ -156,6 +174,8 @@ def test_what_a_device_would_do_otherwise_is_refused(optimizer: object, problem:
         ({"model": torch.nn.Sequential(torch.nn.BatchNorm1d(12))}, "running statistics"),
         ({"protection": "sealed"}, "protection.clip"),
         ({"workers": 0}, "workers"),
+        ({"engine": "cloud"}, "engine"),
+        ({"address": "10.0.0.1:6379"}, "address"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, object], problem: str) -> None:
