@@ -3,7 +3,6 @@
 python peer_flower.py HIDDEN CLIENTS ROUNDS MNIST_FILE
 """
 
-import functools
 import json
 import logging
 import sys
@@ -31,14 +30,17 @@ def used():
     return sum(sum(one.cpu_times()[:2]) for one in (own, *own.children(recursive=True)))
 
 
-@functools.cache
+LOADED = []  # in each actor
+
+
 def archive():
     """Return all of MNIST, loaded once in each actor."""
-    with np.load(DATA) as file:
-        return file["x_train"], file["y_train"].astype(np.int64)
+    if not LOADED:
+        with np.load(DATA) as file:
+            LOADED[:] = file["x_train"], file["y_train"].astype(np.int64)
+    return LOADED
 
 
-@functools.cache
 def rows(index):
     """Return one client's rows."""
     if DATA.exists():

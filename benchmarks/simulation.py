@@ -1,7 +1,7 @@
 """Client updates per second of simulated rounds: ours, a loop by hand, and peers where installed.
 
-    python -m benchmarks.simulation [--clients 100] [--rounds 3] [--hidden 32,200]
-                                    [--peers VENV/bin/python] [--json]
+    python -m benchmarks.simulation [--clients 100] [--rounds 10] [--hidden 32,200]
+                                    [--peers VENV/bin/python] [--peer-rounds 2] [--json]
 
 An MLP 784-hidden-10 on MNIST (`../shared/data/mnist/mnist.npz`; random rows where it is absent), 60
 rows per client, batches of 10, one epoch of SGD 0.1, FedAvg, every client in every round, nothing
@@ -117,7 +117,9 @@ def peer(name: str, python: str, hidden: int, clients: int, rounds: int) -> dict
     return found
 
 
-def measure(hidden: int, count: int, rounds: int, python: str) -> list[dict[str, Any]]:
+def measure(
+    hidden: int, count: int, rounds: int, python: str, peer_rounds: int
+) -> list[dict[str, Any]]:
     """Return a line for each way to conduct such rounds."""
     inputs, labels = rows(count * ROWS)
     clients = [
@@ -126,8 +128,8 @@ def measure(hidden: int, count: int, rounds: int, python: str) -> list[dict[str,
     ]
     conduct, lines = by_hand(hidden, clients), []
 
-    def told(way: str, wall: float, cpu: float) -> None:
-        updates = count * rounds
+    def told(way: str, wall: float, cpu: float, of: int = rounds) -> None:
+        updates = count * of
         lines.append(
             {
                 "hidden": hidden,
@@ -144,11 +146,11 @@ def measure(hidden: int, count: int, rounds: int, python: str) -> list[dict[str,
             way = f"ours, {'vectorised' if vectorise else 'one by one'}, {workers} process(es)"
             told(way, *ours(hidden, clients, rounds, workers, vectorise))
     for name in PEERS if python else ():
-        found = peer(name, python, hidden, count, rounds)
+        found = peer(name, python, hidden, count, peer_rounds)
         if "problem" in found:
             lines.append({"hidden": hidden, "way": name, **found})
         else:
-            told(name, found["wall"], found["cpu"])
+            told(name, found["wall"], found["cpu"], peer_rounds)
     return lines
 
 
@@ -156,7 +158,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="Client updates per second.")
     parser.add_argument("--clients", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--peer-rounds", type=int, default=2)
     parser.add_argument("--hidden", default="32,200")
     parser.add_argument("--peers", default="", help="Python of an environment with flwr and pfl.")
     parser.add_argument("--json", action="store_true")
@@ -165,7 +168,9 @@ def main() -> None:
     load = os.getloadavg()[0]
     print(f"{where}, {os.cpu_count()} cores, load {load:.1f} before", file=sys.stderr)
     for hidden in map(int, options.hidden.split(",")):
-        for line in measure(hidden, options.clients, options.rounds, options.peers):
+        for line in measure(
+            hidden, options.clients, options.rounds, options.peers, options.peer_rounds
+        ):
             if options.json:
                 print(json.dumps(line), flush=True)
             elif "problem" in line:
