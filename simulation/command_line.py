@@ -23,13 +23,14 @@ from edge_agent.records import ARCHIVES, TABLES, Selection, records
 from fedloom.errors import ConfigError
 from fedloom.logs import configure_logs
 from simulation.clients import partitioned
-from simulation.conduct import Federation, RoundReport, Watch
+from simulation.conduct import Watch
 from simulation.learning import crew_of
 from simulation.models import PlanModel, Work
 from simulation.movers import Crew
 from simulation.partitions import Partition, by_value, dirichlet, iid, read_partition
 from simulation.records import Records
 from simulation.runs import Simulation, Staff
+from simulation.sums import Federation, RoundReport
 
 _MODEL = "model"
 

@@ -12,15 +12,12 @@ are of floats, that order is part of the result, and elsewhere sums are of integ
 """
 
 import hashlib
-import io
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import crypto
-from coordinator.config import RunConfig
-from coordinator.contexts import context_of_cohort
 from coordinator.events import (
     AbandonRound,
     Applied,
@@ -47,24 +44,16 @@ from coordinator.events import (
 from coordinator.phases.gathering import start_gathering
 from coordinator.rounds import handle
 from coordinator.run_state import RunState
-from crypto import cohort
 from edge_agent.global_state import LastRound
-from edge_agent.seeds import order_seed, rounding
+from edge_agent.seeds import order_seed
 from fedloom.errors import Reason, Refused
-from fedloom.plans import Plan
 from fedloom.schedules import round_terms
 from fedloom.strategies import ServerState, algorithm
-from fedloom.terms import Protection, weight_class, weight_of
-from simulation.masks import MaskedCohort
+from fedloom.terms import weight_class, weight_of
 from simulation.memories import Memories
-from simulation.movers import Crew, Task, Trained
+from simulation.movers import Crew, Task
+from simulation.sums import CohortSum, Federation, RoundReport
 
-_NAMES: dict[Protection, crypto.ProtectionName] = {
-    Protection.PLAIN: "plain",
-    Protection.MASKED: "masked",
-    Protection.ENCRYPTED: "encrypted",
-    Protection.SEALED: "sealed",
-}
 _NOW = 0.0  # of a clock that stands: no deadline passes
 
 
@@ -74,28 +63,6 @@ class Progress:
 
     server: ServerState
     last: LastRound = field(default_factory=LastRound)
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What there is to say of a round's training; equal runs give equal reports."""
-
-    round: int
-    clients: int  # whose updates are in the sum
-    failed: int  # that could not train
-    samples: int
-    training_loss: float  # mean over the samples of these clients
-    saturated: int  # values beyond the clip
-
-
-@dataclass(frozen=True)
-class Federation:
-    """What a run's rounds follow from besides the data; `samples` by client."""
-
-    run_id: bytes
-    config: RunConfig
-    plan: Plan
-    samples: Mapping[str, int]
 
 
 Watch = Callable[[int, int], None]  # (clients done, clients of the round)
@@ -131,7 +98,7 @@ class _Round:
         self._watch = watch
         self._after: Progress | None = None
         self._report: RoundReport | None = None
-        self._sum: _Sum | None = None
+        self._sum: CohortSum | None = None
         self._run_key = (
             crypto.generate_run_key() if self._config.encoding.protection.has_run_key else None
         )
@@ -201,7 +168,7 @@ class _Round:
 
     def _collect(self) -> None:
         config, state = self._config, self._state
-        self._sum = _Sum(self._federation, state, self._run_key)
+        self._sum = CohortSum(self._federation, state, self._run_key)
         terms = round_terms(config.training, self._before.server.rounds, config.rounds)
         self._crew.begin(self._before.server, terms)
         members, done = state.cohort, 0
@@ -258,62 +225,3 @@ class _Round:
         digest = hashlib.sha256(server.theta.data).digest()
         for agent in sorted(agents):
             self._post(Applied(agent, number, digest, next_clip=last.next_clip))
-
-
-class _Sum:
-    """One cohort's updates: encoded, added, opened."""
-
-    def __init__(
-        self, federation: Federation, state: RunState, run_key: crypto.RunKey | None
-    ) -> None:
-        config = federation.config
-        self._federation = federation
-        self._run_key = run_key
-        self.members = state.cohort
-        self._masked = None
-        if config.encoding.protection.has_masks:
-            attempt = cohort.AttemptId(federation.run_id, state.round, state.attempt)
-            self._masked = MaskedCohort(attempt, config.cohort.minimum, state.cohort)
-        digest = b"" if self._masked is None else self._masked.digest
-        self.context = context_of_cohort(federation.run_id, config, federation.plan, state, digest)
-        self._protection = crypto.protection(_NAMES[config.encoding.protection])
-        self._total = self._protection.accumulator(self.context)
-        self._encoded = b""
-        self._samples, self._loss, self._failed = 0, 0.0, 0
-
-    def add(self, slot: int, trained: Trained) -> bytes:
-        """Add a member's update; return the hash of what it would have sent, under masks."""
-        name, context = self.members[slot], self.context
-        rng = rounding(self._federation.config.training.seed, context.run_id, context.round, name)
-        masks = None if self._masked is None else self._masked.masks(name)
-        encoder = self._protection.encoder(context, slot, self._run_key, rng, masks)
-        encoded = b"".join(encoder.encode(trained.values, trained.weight))
-        self._total.add(slot, io.BytesIO(encoded))
-        self._samples += trained.samples
-        self._loss += trained.samples * trained.mean_loss
-        if self._masked is None:
-            return b""  # nobody asks for it
-        sha256 = hashlib.sha256(encoded).digest()
-        self._masked.uploaded(name, sha256)
-        return sha256
-
-    def close(self) -> bool:
-        """Take the masks out of the sum; False where that cannot be done."""
-        correction = None
-        if self._masked is not None:
-            correction = self._masked.correction()
-            if correction is None:
-                return False
-        self._encoded = b"".join(self._total.result(correction))
-        return True
-
-    def opened(self) -> crypto.OpenedSum:
-        """Open the sum as every member would."""
-        source = io.BytesIO(self._encoded)
-        return self._protection.open_sum(self.context, self._run_key, self._total.members, source)
-
-    def report(self, number: int) -> RoundReport:
-        """Return what the members' training came to."""
-        added = len(self._total.members)
-        failed = len(self.members) - added
-        return RoundReport(number, added, failed, self._samples, self._loss / self._samples, 0)

@@ -19,13 +19,14 @@ from edge_agent.engine import Evaluation
 from fedloom.adapters import Theta
 from fedloom.errors import ConfigError
 from simulation.clients import names
-from simulation.conduct import Federation, Progress, RoundReport, Watch
+from simulation.conduct import Progress, Watch
 from simulation.models import Model, ModuleModel, PlanModel, Work
 from simulation.movers import Alone, Crew
 from simulation.processes import Processes
 from simulation.records import Records
 from simulation.runs import Simulation, Staff
 from simulation.settings import Settings, Tables, training_of
+from simulation.sums import Federation, RoundReport
 
 
 @dataclass(frozen=True)

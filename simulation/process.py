@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from fedloom.errors import ConfigError
 from fedloom.strategies import algorithm
 from simulation.clients import names
-from simulation.conduct import Federation, Progress, RoundReport, conduct_round
+from simulation.conduct import Progress, conduct_round
 from simulation.learning import as_model
 from simulation.memories import Memories
 from simulation.models import Model
 from simulation.movers import Alone
 from simulation.settings import Settings, Tables, strategy_remembers, training_of
+from simulation.sums import Federation, RoundReport
 
 _RUN_ID = bytes(16)
 

@@ -22,7 +22,8 @@ from fedloom.errors import ConfigError, Refused
 from fedloom.plans import TrainableTensor
 from fedloom.strategies import RULES, ServerState
 from fedloom.terms import LocalTraining
-from simulation.conduct import Progress, RoundReport
+from simulation.conduct import Progress
+from simulation.sums import RoundReport
 
 _IDENTITY, _JOURNAL, _STATES = "simulation.json", "journal.jsonl", "after-round-*.safetensors"
 

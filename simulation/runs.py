@@ -11,11 +11,12 @@ from edge_agent.engine import Evaluation
 from fedloom.adapters import Theta
 from fedloom.errors import ConfigError
 from fedloom.strategies import RULES, algorithm
-from simulation.conduct import Federation, Progress, RoundReport, Watch, conduct_round
+from simulation.conduct import Progress, Watch, conduct_round
 from simulation.memories import Memories
 from simulation.movers import Crew
 from simulation.processes import MAX_WORKERS
 from simulation.records import Records
+from simulation.sums import Federation, RoundReport
 
 Evaluate = Callable[[Theta], Evaluation | None]
 _MEMORIES = "memories"

@@ -13,11 +13,11 @@ from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import read_adapter
 from fedloom.plans import ADAPTER_FILE
 from fedloom.strategies import algorithm
-from simulation.conduct import Federation as Simulated
 from simulation.conduct import Progress, conduct_round
 from simulation.memories import Memories
 from simulation.models import PlanModel
 from simulation.movers import Alone
+from simulation.sums import Federation as Simulated
 from tests.edge_agent import toy
 from tests.integration.federation import Federation
 
