@@ -18,6 +18,7 @@ from coordinator.commands.output import safe
 from coordinator.commands.plans import plan_app
 from coordinator.commands.runs import run_app
 from fedloom.errors import ConfigError, FedloomError
+from simulation.command import simulate
 
 app = typer.Typer(
     help="Run federated training that this machine cannot read.",
@@ -31,6 +32,7 @@ app.add_typer(invitations_app, name="invitations")
 app.add_typer(operator_app, name="operator")
 app.add_typer(ca_app, name="ca")
 app.command()(invite)
+app.command()(simulate)
 
 
 def main() -> None:

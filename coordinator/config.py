@@ -191,11 +191,6 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     aggregation = _aggregation(reader)
     for problem in aggregation.problems(encoding, training, cohort.minimum):
         reader.require(False, problem)
-    reader.require(
-        aggregation.is_mean or evaluation.report is not Report.MEAN,
-        'evaluation.report: expected "each" or "none", because aggregation.rule = '
-        f'"{aggregation.rule.name.lower()}" makes no mean of what travels with the updates',
-    )
     reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")

@@ -127,13 +127,15 @@ class Sgd:
     def step(self, theta: Theta, gradient: Gradient, factor: float = 1.0) -> None:
         """See Optimizer."""
         scratch = self._scratch
-        np.multiply(theta, self._weight_decay, out=scratch)
-        scratch += gradient
+        if self._weight_decay:
+            np.multiply(theta, self._weight_decay, out=scratch)
+            scratch += gradient
+            gradient = scratch
         if self._momentum:
             self._velocity *= self._momentum
-            self._velocity += scratch
-            np.copyto(scratch, self._velocity)
-        scratch *= self._learning_rate * factor
+            self._velocity += gradient
+            gradient = self._velocity
+        np.multiply(gradient, self._learning_rate * factor, out=scratch)
         theta -= scratch
 
 

@@ -1,6 +1,5 @@
 """The device's side of a run's protection: updates out as files, sums in from files."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from crypto.masks import Mask
 from edge_agent.invitations import Cohort, Outcome, Terms
 from edge_agent.local_rules import Outgoing
 from edge_agent.optimisers import Vector
+from edge_agent.seeds import rounding
 from fedloom.artifacts import ArtifactReference, write_artifact
 from fedloom.errors import Reason, Refused
 from fedloom.terms import Protection, clip_of
@@ -108,17 +108,7 @@ class UpdateProtection:
             return write_artifact(path, encoder.encode(update.scaled(cohort.clip), update.weight))
 
     def _rounding(self, round_number: int) -> np.random.Generator:
-        """Return what rounds values up or down, and does nothing else: nothing secret.
-
-        It does not depend on the attempt: an update that is encoded again, after a crash or for
-        another cohort, has the same levels, so that the run ends with the same bytes.
-        """
-        terms = self._terms
-        text = (
-            f"rounding/{terms.training.seed}/{terms.run_id.hex()}/{round_number}/{self._agent_id}"
-        )
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest(), "little")
-        return np.random.Generator(np.random.PCG64(seed))
+        return rounding(self._terms.training.seed, self._terms.run_id, round_number, self._agent_id)
 
     def open_sum(
         self, outcome: Outcome, clip: float, run_key: crypto.RunKey | None, path: Path

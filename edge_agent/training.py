@@ -1,7 +1,6 @@
 """Local training for the round in hand: done once, taken up by a later process, dropped if late."""
 
 import asyncio
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from edge_agent.engine import LocalUpdate
 from edge_agent.evaluations import Evaluations
 from edge_agent.invitations import Terms
 from edge_agent.local_rules import Outgoing, outgoing, strategys
+from edge_agent.seeds import order_seed
 from edge_agent.status import Step
 from edge_agent.undertaking import Interrupted, Surroundings, Undertaking
 from fedloom.adapters import Theta
@@ -214,6 +214,4 @@ class Training:
             raise Interrupted
 
     def _order_seed(self, terms: Terms) -> int:
-        name = self._here.agent_id
-        text = f"{terms.training.seed}/{terms.run_id.hex()}/{terms.round}/{name}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        return order_seed(terms.training.seed, terms.run_id, terms.round, self._here.agent_id)

@@ -44,6 +44,7 @@ def third_parties(prefix: str, without: str = " ") -> dict[str, set[str]]:
         ("edge_agent.torch_", " ", ["torch"]),
         ("coordinator", "coordinator.plans", ["coordinator", "s3"]),
         ("coordinator.plans", " ", ["coordinator", "plan"]),
+        ("simulation", " ", ["sim"]),
     ],
 )
 def test_what_is_imported_is_required(prefix: str, without: str, extras: list[str]) -> None:

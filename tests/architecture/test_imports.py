@@ -14,6 +14,7 @@ PACKAGES = {
     "coordinator": ROOT / "coordinator",
     "crypto": ROOT / "crypto",
     "edge_agent": ROOT / "edge_agent",
+    "simulation": ROOT / "simulation",
 }
 # gRPC stays at the edges: the rest speaks frozen values, refusals and files.
 GRPC_EDGES = {
@@ -35,7 +36,17 @@ GRPC_EDGES = {
     "edge_agent.session",
     "edge_agent.transfer",
 }
-HEAVY = {"torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "tenseal", "pyarrow"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "tenseal",
+    "pyarrow",
+    "ray",
+}
 
 STORE = {"crypto", "cryptography", "numpy", "sqlalchemy"}  # a command that only asks needs none
 
@@ -99,6 +110,9 @@ def test_nothing_unpickles_and_only_the_bridge_loads_into_seal() -> None:
         ("edge_agent.app", HEAVY | {"coordinator", "sqlalchemy", "typer"}),
         ("edge_agent.session", HEAVY | {"coordinator", "sqlalchemy", "typer"}),
         ("coordinator.app", HEAVY | STORE | {"edge_agent"}),
+        ("simulation.command", HEAVY | STORE | {"edge_agent"}),
+        ("simulation.plan_mover", {"torch", "transformers", "ray", "sqlalchemy"}),
+        ("simulation.learning", {"torch", "transformers", "onnxruntime", "ray"}),
         ("coordinator.admin_client", HEAVY | STORE | {"edge_agent", "rich", "typer"}),
         ("coordinator.local_service", HEAVY | {"edge_agent", "crypto", "numpy", "typer"}),
         ("coordinator.server", HEAVY | {"edge_agent", "typer"}),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = {"fedloom", "coordinator", "crypto", "edge_agent", "simulation"}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def test_the_wheel_has_the_packages_and_the_compiled_protos(names: set[str]) -> 
     for proto in (ROOT / "protos" / "fedloom" / "v1").glob("*.proto"):
         stem = f"fedloom/v1/{proto.stem}"
         assert {f"{stem}.proto", f"{stem}_pb2.py", f"{stem}_pb2.pyi"} <= names
-    assert {f"{p}/py.typed" for p in ("fedloom", "coordinator", "crypto", "edge_agent")} <= names
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
     migrations = (ROOT / "coordinator" / "migrations").rglob("*.py")
     assert {str(path.relative_to(ROOT)) for path in migrations} <= names
     assert "coordinator/migrations/versions/r0001_first.py" in names
@@ -34,6 +35,5 @@ def test_the_wheel_has_the_packages_and_the_compiled_protos(names: set[str]) -> 
 
 def test_the_wheel_has_nothing_else(names: set[str]) -> None:
     roots = {name.partition("/")[0] for name in names}
-    packages = {"fedloom", "coordinator", "crypto", "edge_agent"}
-    assert {root for root in roots if not root.endswith(".dist-info")} == packages
+    assert {root for root in roots if not root.endswith(".dist-info")} == PACKAGES
     assert not [name for name in names if "test" in name or name.endswith((".csv", ".onnx"))]

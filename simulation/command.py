@@ -1,0 +1,53 @@
+"""`fedloom-coordinator simulate`: what is typed. Nothing heavy is imported before it is needed."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def simulate(
+    file: Annotated[Path, typer.Argument(help="The run, as TOML.")],
+    data: Annotated[Path, typer.Option(help="What the clients hold together, file or folder.")],
+    agents: Annotated[
+        int, typer.Option(help="Number of virtual clients; with by:COLUMN its values decide.")
+    ] = 0,
+    partition: Annotated[
+        str, typer.Option(help="iid, dirichlet:CONCENTRATION or by:COLUMN.")
+    ] = "iid",
+    held_out: Annotated[
+        Path | None, typer.Option(help="What the model is tried on after every round.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Column of texts.")] = "text",
+    label: Annotated[str, typer.Option(help="Column of labels, or of values.")] = "label",
+    array: Annotated[
+        list[str] | None,
+        typer.Option(help="INPUT=COLUMN or INPUT=FIRST..LAST, for plans of arrays; repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps the run; default: beside the file, NAME.simulation."),
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local or ray.")] = "local",
+    address: Annotated[str, typer.Option(help="Of an existing Ray cluster; empty: here.")] = "",
+    workers: Annotated[int, typer.Option(help="Processes or actors; 0: one for each core.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line for each round.")] = False,
+) -> None:
+    """Conduct a run with virtual clients on this machine; killed, the same command goes on."""
+    from simulation.command_line import Request, conduct
+
+    request = Request(
+        file,
+        agents,
+        data,
+        partition,
+        held_out,
+        text,
+        label,
+        tuple(array or ()),
+        out,
+        engine,
+        address,
+        workers,
+    )
+    conduct(request, as_json)
