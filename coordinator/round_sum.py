@@ -93,8 +93,7 @@ class RoundSum:
         from coordinator.strategies.robust.total import RobustTotal
 
         del processes
-        context = self.context
-        return RobustTotal(context, aggregation, self._accepted_path, context.parameter_count)
+        return RobustTotal(self.context, aggregation, self._accepted_path)
 
     def _accepted_path(self, slot: int) -> Path:
         return self._path(slot, self._accepted[self._members[slot]])

@@ -44,18 +44,17 @@ def combine(
     updates: Any,
     weights: list[int] | None = None,
     slots: list[int] | None = None,
-    values: int | None = None,
+    tail: int = 0,
 ) -> crypto.OpenedSum:
     """Let agents encode, the coordinator combine, and an agent open: (K, P) float32 in."""
     updates = np.asarray(updates, np.float32)
     count, length = updates.shape
-    context = crypto.UpdateContext(bytes(16), 1, 1, length, 1000, CAP, 1.0)
+    context = crypto.UpdateContext(bytes(16), 1, 1, length, 1000, CAP, 1.0, tail_length=tail)
     with TemporaryDirectory() as name:
         total = RobustTotal(
             context,
             aggregation,
             lambda slot: Path(name) / str(slot),
-            length if values is None else values,
         )
         for slot, update in zip(slots or range(count), updates, strict=True):
             encoder = plain.encoder(context, slot, None, np.random.default_rng())
@@ -336,7 +335,7 @@ def replace_length(length: int) -> crypto.UpdateContext:
 def test_what_follows_the_movement_is_averaged_as_ever(rule: Rule) -> None:
     x = np.random.default_rng(2).standard_normal((8, 50)).astype(np.float32)
     weights = [1, 2, 3, 4, 5, 6, 7, 8]
-    found = combine(aggregation_of(rule), x, weights, values=40).mean
+    found = combine(aggregation_of(rule), x, weights, tail=10).mean
     alone = combine(aggregation_of(rule), x[:, :40], weights).mean
     np.testing.assert_array_equal(found[:40], alone)
     shares = np.array(weights) / sum(weights)

@@ -20,7 +20,7 @@ class RobustTotal:
     """Checks updates as they come and combines them at the end; see `crypto.Accumulator`.
 
     `path_of` says where the update of a slot lies, from `add` until the result is read. The rule
-    sees the first `values` values of an update; the weighted mean of the rest follows.
+    sees an update without its tail (`UpdateContext`), whose weighted mean follows.
     """
 
     def __init__(
@@ -28,12 +28,11 @@ class RobustTotal:
         context: crypto.UpdateContext,
         aggregation: Aggregation,
         path_of: Callable[[int], Path],
-        values: int,
     ) -> None:
         self._context = context
         self._aggregation = aggregation
         self._path_of = path_of
-        self._values = values
+        self._values = context.parameter_count - context.tail_length
         self._roll = plain.Roll(context)
 
     @property
