@@ -63,7 +63,7 @@ def _texts(rows: Records, label: str) -> Records:
 
 
 def _labels(dealt: Dealt) -> tuple[str, ...]:
-    return tuple(sorted({row["label"] for part in dealt.agents for row in part}))
+    return tuple(sorted({row["label"] for row in dealt.records()}))
 
 
 def _classifier(_: Path, dealt: Dealt) -> PlanRequest:
@@ -98,7 +98,7 @@ def _deal_wnut(folder: Path) -> Dealt:
 
 
 def _tagger(_: Path, dealt: Dealt) -> PlanRequest:
-    tags = {tag for part in dealt.agents for row in part for tag in row["tags"]}
+    tags = {tag for row in dealt.records() for tag in row["tags"]}
     return _encoder(tuple(sorted(tags)), "ner", 64)
 
 

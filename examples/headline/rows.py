@@ -3,7 +3,7 @@
 import gzip
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,12 @@ class Dealt:
 
     agents: tuple[Rows, ...]
     test: Rows
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yield all agents' rows, where they are texts."""
+        for rows in self.agents:
+            if not isinstance(rows, Mapping):
+                yield from rows
 
 
 def count(rows: Rows) -> int:

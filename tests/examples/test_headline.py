@@ -123,9 +123,8 @@ def test_f1_counts_whole_entities() -> None:
 def test_a_tagger_that_knows_its_words_has_a_perfect_f1(tmp_path: Path) -> None:
     plan = save_tagger(tmp_path / "plan")
     test = tmp_path / "test.jsonl"
-    test.write_text(
-        '{"words": ["New", "York", "noon"], "tags": ["B-place", "I-place", "B-time"]}\n'
-    )
+    row = {"words": ["New", "York", "noon"], "tags": ["B-place", "I-place", "B-time"]}
+    test.write_text(json.dumps(row) + "\n")
     theta = read_adapter(tmp_path / "plan" / ADAPTER_FILE, plan.layout)
     judge = Judge(Trainer(tmp_path / "plan", plan, theta), Measure.ENTITY_F1, test)
     assert judge.score()(theta) == 100
