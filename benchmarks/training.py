@@ -50,6 +50,7 @@ def measure(folder: Path, options: argparse.Namespace) -> Figures:
     children = [(rival, model) for model in MODELS for rival in rivals]
     children += [("agent-import", _DECODER), ("product-decode", _DECODER)]
     children += [("torch-decode", _DECODER)]
+    clipping = _clipping(plans / "minilm")
     found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for kind, model in children * repetitions:
         found[kind, model].append(_child(kind, model, plans, data[model]))
@@ -58,16 +59,16 @@ def measure(folder: Path, options: argparse.Namespace) -> Figures:
         training={(model, rival): best[rival, model] for model in MODELS for rival in rivals},
         decoding={who: best[f"{who}-decode", _DECODER] for who in ("product", "torch")},
         agent_import=best["agent-import", _DECODER],
-        clipping=_clipping(plans / "minilm"),
+        clipping=clipping,
         download=(_bytes(plans / "minilm"), _bytes(plans / "minilm-int8")),
         installed={} if options.no_install else install(folder),
     )
 
 
 def _child(kind: str, model: str, plans: Path, data: Path) -> dict[str, float]:
-    print(f"{kind} {model}", file=sys.stderr)
     words = [kind, "--model", model, "--plans", str(plans), "--data", str(data)]
     figures: dict[str, float] = json.loads(_run("benchmarks.training_rivals", words))
+    print(model, kind, json.dumps(figures), file=sys.stderr)  # for who waits
     return figures
 
 
@@ -81,6 +82,7 @@ def _run(module: str, words: list[str]) -> str:
     command = [sys.executable, "-m", module, *words]
     one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = os.environ | one | {"HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # imports are those of an installed package
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"expected {module} {words[0]} to measure, found: {done.stderr[-2000:]}")
