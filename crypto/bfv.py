@@ -23,6 +23,7 @@ process that made it: a child of fork would share its memory file.
 
 import os
 import struct
+import sys
 import tempfile
 import weakref
 from functools import cache
@@ -37,9 +38,13 @@ from .parameters import MODULUS, RING_DEGREE
 
 try:
     import tenseal.sealapi as seal
-    import zstandard
+
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
 except ImportError as error:
-    raise BackendMissing("TenSEAL and zstandard", "both installed", error.name) from error
+    raise BackendMissing("TenSEAL and Zstandard", "both installed", error.name) from error
 
 SEED_SIZE = 64
 
@@ -67,7 +72,6 @@ class _ObjectFile:
             descriptor, self.path = tempfile.mkstemp(prefix="fedloom-bfv-")
             os.close(descriptor)
             weakref.finalize(self, Path(self.path).unlink, missing_ok=True)
-        self._decompressor = zstandard.ZstdDecompressor()
 
     def put(self, *parts: bytes) -> str:
         with open(self.path, "wb") as file:
@@ -80,11 +84,11 @@ class _ObjectFile:
             saved = file.read()
         compression = saved[5]
         if compression not in (_UNCOMPRESSED, _ZSTD):
-            raise BackendMissing("SEAL's compression", "zstandard or none", compression)
+            raise BackendMissing("SEAL's compression", "Zstandard or none", compression)
         members = saved[_HEADER.size :]
         if compression == _UNCOMPRESSED:
             return members
-        return self._decompressor.decompress(members, max_output_size=_LARGEST_OBJECT)
+        return zstd.ZstdDecompressor().decompress(members, _LARGEST_OBJECT)  # good for one frame
 
 
 @cache  # 7 ms to make, immutable, without secrets

@@ -9,7 +9,7 @@
     │   ├── SpoiledTotal        an upload changed while it was being added: build the total anew
     │   ├── IllegalStep         our own code took a step that the protocol's state does not allow
     │   ├── WorkerLost          a worker process ended before its work was done
-    │   └── BackendMissing      TenSEAL or zstandard is not installed, or is another SEAL
+    │   └── BackendMissing      TenSEAL or Zstandard is not installed, or is another SEAL
     ├── UnusableUpdate          well-formed and meaningless: the encoder's caller, or the peer
     │   ├── NotFinite           a NaN or an infinity among the values
     │   └── WeightOutOfRange    not in 1 .. weight_cap
@@ -92,7 +92,7 @@ class WorkerLost(LocalFault):
 
 
 class BackendMissing(LocalFault):
-    """TenSEAL or zstandard is not installed, or contains a SEAL that behaves otherwise."""
+    """TenSEAL or Zstandard is not installed, or contains a SEAL that behaves otherwise."""
 
 
 class UnusableUpdate(CryptoError):

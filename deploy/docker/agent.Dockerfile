@@ -6,7 +6,8 @@ WORKDIR /src
 COPY . .
 RUN python -m venv --without-pip /opt/fedloom \
     && python -m pip --python /opt/fedloom/bin/python install --no-cache-dir --no-compile \
-       --constraint constraints.txt ".[agent]"
+       --no-deps --requirement deploy/slim/requirements.txt . \
+    && /opt/fedloom/bin/python deploy/slim/slim.py
 
 FROM ${BASE}
 RUN groupadd --gid 10001 fedloom \

@@ -26,7 +26,7 @@ def distributions(requirements: list[str]) -> set[str]:
 
 def third_parties(prefix: str, without: str = " ") -> dict[str, set[str]]:
     """Return what each module below `prefix` imports and neither we nor Python bring."""
-    ours = {*PACKAGES, "google"} | set(sys.stdlib_module_names)
+    ours = {*PACKAGES, "google", "compression"} | set(sys.stdlib_module_names)  # Python 3.14's
     return {
         name: {found.partition(".")[0] for found in _imports(path)} - ours
         for name, path in MODULES.items()
