@@ -106,7 +106,7 @@ def _deal_medquad(folder: Path) -> Dealt:
     rows = read_json_lines(folder / "medquad.jsonl.gz")
     train = [row for row in rows if row["split"] == "train"]
     test = [row for row in rows if row["split"] == "test"]
-    return Dealt(by_column(train, "source"), test[::4])
+    return Dealt(by_column(train, "source"), test)
 
 
 def _language_model(models: Path, dealt: Dealt) -> PlanRequest:
@@ -179,9 +179,11 @@ CASES = (
         measure=Measure.ACCURACY,
         deal=_deal_banking,
         request=_classifier,
-        terms=LocalTraining(learning_rate=4e-3, batch_size=8, round_schedule=Schedule.COSINE),
-        rounds=5,
+        terms=replace(_FED_ADAM, round_schedule=Schedule.COSINE),
+        rounds=32,
+        score_every=8,
         apart=LocalTraining(learning_rate=3e-3, epochs=4, step_schedule=Schedule.COSINE),
+        most_rows=400,
         close=2.0,
     ),
     Case(
@@ -194,7 +196,8 @@ CASES = (
         terms=_FED_ADAM,
         rounds=40,
         score_every=8,
-        apart=LocalTraining(learning_rate=3e-3, epochs=2, step_schedule=Schedule.COSINE),
+        apart=LocalTraining(learning_rate=3e-3, epochs=4, step_schedule=Schedule.COSINE),
+        alone=LocalTraining(learning_rate=3e-3, epochs=2, step_schedule=Schedule.COSINE),
         most_rows=600,
     ),
     Case(
@@ -204,9 +207,12 @@ CASES = (
         measure=Measure.ENTITY_F1,
         deal=_deal_wnut,
         request=_tagger,
-        terms=LocalTraining(learning_rate=4e-3, round_schedule=Schedule.COSINE),
+        terms=LocalTraining(learning_rate=4e-3, batch_size=8, round_schedule=Schedule.COSINE),
         rounds=4,
-        apart=LocalTraining(learning_rate=3e-3, epochs=2, step_schedule=Schedule.COSINE),
+        apart=LocalTraining(
+            learning_rate=3e-3, batch_size=8, epochs=4, step_schedule=Schedule.COSINE
+        ),
+        most_rows=300,
     ),
     Case(
         name="medquad",
@@ -215,10 +221,10 @@ CASES = (
         measure=Measure.PERPLEXITY,
         deal=_deal_medquad,
         request=_language_model,
-        terms=LocalTraining(learning_rate=5e-3, local_steps=12),
+        terms=LocalTraining(learning_rate=5e-3, local_steps=8),
         rounds=6,
         apart=LocalTraining(learning_rate=5e-3, epochs=2, step_schedule=Schedule.COSINE),
-        most_rows=400,
+        most_rows=200,
         model=STORIES,
     ),
     Case(
