@@ -3,7 +3,7 @@
 
 It goes through the site-packages of the Python that runs it, and leaves every licence. Whatever
 installs or upgrades a package brings its files back: run it again then. Not for an environment
-that also trains with torch, exports plans or runs a coordinator.
+that also trains with torch or runs a coordinator.
 """
 
 import argparse
@@ -14,9 +14,7 @@ from pathlib import Path
 # Patterns below site-packages, and why nothing asks for them.
 UNUSED = {
     "onnxruntime/capi/libonnxruntime.*": "the C library; the Python module contains the same code",
-    "onnxruntime/quantization": "makes models",
     "onnxruntime/tools": "makes models",
-    "onnxruntime/transformers": "makes models",
     "libtenseal.so": "the C++ library; the Python modules contain the same code",
     "coordinator": "the other side",
     "numpy/f2py": "compiles Fortran",
