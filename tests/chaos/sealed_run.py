@@ -65,4 +65,4 @@ async def adapter_of(federation: Federation, agents: list[Agent]) -> str:
 
 def exported_adapter(agent: Agent) -> Path:
     """Return the file that a device has at the run's end."""
-    return agent.home / "models" / RUN_ID.hex() / ADAPTER_FILE
+    return agent.model(RUN_ID) / ADAPTER_FILE

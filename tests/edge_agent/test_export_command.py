@@ -14,6 +14,7 @@ from edge_agent.invitations import agreed_terms, forget_invitation, keep_invitat
 from edge_agent.model_versions import Candidate, ModelMaker
 from fedloom.errors import ConfigError, Refused
 from fedloom.plans import PLAN_FILE, TOKENIZER_FILE
+from fedloom.quality import DEFAULT_EVALUATION
 from fedloom.terms import Encoding, LocalTraining, Protection
 from fedloom.v1 import control_pb2
 from tests.edge_agent.devices import joined
@@ -43,6 +44,7 @@ def home(toy: Toy, tmp_path: Path) -> Path:
         release=control_pb2.RELEASE_AGENTS,
         minimum=3,
         rounds=4,
+        evaluation=DEFAULT_EVALUATION.to_message(),
     )
     keep_invitation(run, message)
     forget_invitation(run)

@@ -14,6 +14,7 @@ from edge_agent.invitations import keep_invitation
 from edge_agent.status import StatusFile, Step
 from fedloom.errors import RULES, Reaction, Reason, Refused
 from fedloom.privacy import PrivacyTerms, privacy_statement
+from fedloom.quality import EvaluationTerms, Report
 from fedloom.terms import Protection, Release
 from tests.integration.federation import Agent, Federation, command
 from tests.integration.processes import ROOT
@@ -84,7 +85,9 @@ async def test_both_sides_print_the_same_privacy_statement(
     folder.mkdir(parents=True)
     keep_invitation(folder, invitation(federation, RUN, kind, release=release, minimum=4))
     StatusFile(agent.home).step(Step.DECLINED, RUN, 1, "KEY_SPENT: expected another")
-    expected = list(privacy_statement(PrivacyTerms(kind, release, 4)).lines())
+    unmeasured = EvaluationTerms(Report.NONE)  # as the invitation says
+    terms = PrivacyTerms(kind, release, 4, evaluation=unmeasured)
+    expected = list(privacy_statement(terms).lines())
     out = await told(agent.home)
     assert "declined, round 1 of run 00010203" in out
     assert "KEY_SPENT: expected another" in out

@@ -8,6 +8,7 @@ import pytest
 from coordinator.published import PublishedFolder
 from coordinator.round_sum import RoundSum
 from coordinator.run_state import Phase
+from edge_agent.global_state import GlobalState
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import control_pb2
@@ -19,7 +20,7 @@ HELD: dict[Phase, tuple[type, str]] = {
     Phase.TRAINING: (FakeEngine, "train"),
     Phase.COLLECTING: (RoundSum, "_add"),
     Phase.SUMMING: (PublishedFolder, "put"),
-    Phase.APPLYING: (FakeEngine, "evaluate"),
+    Phase.APPLYING: (GlobalState, "apply"),
 }
 
 

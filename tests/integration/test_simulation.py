@@ -45,7 +45,7 @@ async def test_simulated_and_real_rounds_end_with_equal_bits(
     for agent in agents:
         await agent.finished()
     assert federation.run(run_id).phase is Phase.COMPLETED
-    model_file = agents[0].home / "models" / run_id.hex() / ADAPTER_FILE
+    model_file = agents[0].model(run_id) / ADAPTER_FILE
     real = read_adapter(model_file, toy.LAYOUT)
 
     config = load_run_config(federation.folder / "run.toml")

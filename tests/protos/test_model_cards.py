@@ -28,7 +28,7 @@ RUN = RunFacts(
     privacy=PrivacyTerms(Protection.SEALED, Release.COORDINATOR, 3, True),
     training=LocalTraining(epochs=7, learning_rate=0.0125),
     encoding=Encoding(Protection.SEALED, update_bits=8),
-    history=(RoundFacts(1, 5, 0.75, 0.5, 40), RoundFacts(2, 4)),
+    history=(RoundFacts(1, 5, 0.75, 0.5, 40), RoundFacts(2, 4, began_with={"accuracy": 0.25})),
 )
 
 
@@ -45,8 +45,8 @@ def test_it_says_what_was_agreed_and_measured() -> None:
     assert found["labels (2)"] == "on, off"
     assert found["LoRA"] == "rank 4, alpha 8, A frozen"
     assert found["rounds"] == "2 of 3"
-    assert found["1"] == "5 | 0.7500 | 0.5000 | not known | 40"
-    assert found["2"] == "4 | not known | not known | not known | none"
+    assert found["1"] == "5 | 0.7500 | 0.5000 | not known | 40 | not known"
+    assert found["2"] == "4 | not known | not known | not known | none | accuracy 0.2500"
     assert found["protection"] == "sealed"
     assert found["bits of a value in an update"] == "8"
     for entry in fields(LocalTraining):
