@@ -6,7 +6,7 @@ so that a client that is slow or speaks something else costs a moment of one con
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -42,8 +42,7 @@ async def showing(listen: str, pages: Pages) -> AsyncIterator[str]:
         return
     host, port = parse_listen(listen)
     try:
-        answer = _Listener(pages).answer
-        server = await asyncio.start_server(answer, host, port, limit=MAX_HEAD_BYTES)
+        server = await _listening(_Listener(pages).answer, host, port)
     except OSError as error:
         _log.warning("metrics are off", listen=listen, problem=error.strerror)
         yield ""
@@ -54,6 +53,22 @@ async def showing(listen: str, pages: Pages) -> AsyncIterator[str]:
     finally:
         server.close()
         await server.wait_closed()
+
+
+async def _listening(
+    answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    host: str,
+    port: int,
+) -> asyncio.Server:
+    """Listen; asyncio alone would leave the socket open where the port is taken."""
+    limit = MAX_HEAD_BYTES
+    server = await asyncio.start_server(answer, host, port, limit=limit, start_serving=False)
+    try:
+        await server.start_serving()
+    except OSError:
+        server.close()
+        raise
+    return server
 
 
 def parse_listen(listen: str) -> tuple[str, int]:

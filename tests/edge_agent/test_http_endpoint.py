@@ -74,10 +74,10 @@ def ask(
 ) -> tuple[int, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", endpoint.server_port, timeout=30)
     content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    connection.request(method, path, content, JSON if headers is None else headers)
-    response = connection.getresponse()
-    text = response.read()
-    connection.close()
+    with contextlib.closing(connection):
+        connection.request(method, path, content, JSON if headers is None else headers)
+        response = connection.getresponse()
+        text = response.read()
     return response.status, json.loads(text) if text else None
 
 
@@ -129,6 +129,7 @@ def test_a_text_is_whole_or_streamed(endpoint: Endpoint, toy_lm: ToyLm) -> None:
     response = connection.getresponse()
     assert response.getheader("Content-Type") == "text/event-stream"
     events = [json.loads(line[6:]) for line in response.read().splitlines() if line]
+    connection.close()
     assert events[0] == {"adapter": "reply", "version": 1}
     assert "".join(event["text"] for event in events[1:-1]) == text
     assert events[-1] == {"ending": ended.ending, "prompt_tokens": 1, "tokens": ended.tokens}
