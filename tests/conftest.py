@@ -31,3 +31,10 @@ structlog.configure(logger_factory=structlog.PrintLoggerFactory(_Stderr()))
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", action="store_true", help="100,000 cases over all parsers")
     parser.addoption("--kills", type=int, default=6, help="of an agent while it trains")
+
+
+@pytest.fixture(autouse=True)
+def logs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no command that runs in this process take the logs of the tests after it along."""
+    monkeypatch.setattr(structlog, "configure", lambda **_: None)
+    monkeypatch.setattr("fedloom.logs._adopt_libraries", lambda _: None)
