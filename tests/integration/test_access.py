@@ -25,11 +25,24 @@ CALLERS = {
 }
 
 
+ATTEMPTS = 5
 STRANGERS_SERVICES = {"fedloom.v1.EnrolmentService", "grpc.health.v1.Health"}  # and no other
 
 
 async def reason_of(channel: grpc.aio.Channel, rpc: str) -> Reason | grpc.StatusCode:
-    """Call with an empty message and return the refusal's reason, or how the call ended."""
+    """Call with an empty message and return the refusal's reason, or how the call ended.
+
+    A call that is refused while it still writes sometimes ends as INTERNAL without the server's
+    status: gRPC's client says so of its own failed write. An agent tries again then; so does this.
+    """
+    for _ in range(ATTEMPTS - 1):
+        found = await _reason_of_one_call(channel, rpc)
+        if found is not grpc.StatusCode.INTERNAL:
+            return found
+    return await _reason_of_one_call(channel, rpc)
+
+
+async def _reason_of_one_call(channel: grpc.aio.Channel, rpc: str) -> Reason | grpc.StatusCode:
     call = channel.stream_stream(rpc)()
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
