@@ -47,6 +47,12 @@ minimum_delta = 0.0            # by less than this it is no better
 [aggregation]                  # what is made of a round's updates
 rule = "mean"                  # "plain" alone: one of those in coordinator/strategies/README.md
 
+[compression]                  # what of an update travels
+kind = "random_mask"           # or "none", the default; under "plain" also "top_k", "quantised"
+share = 0.1                    # of the values, that "random_mask" and "top_k" send
+error_feedback = true          # what was not sent waits on the agent, for its next update
+unbiased = false               # "random_mask" without error feedback: scale what is sent up
+
 [deadlines]                    # seconds
 training = 3600
 """
@@ -61,9 +67,11 @@ from typing import Any
 
 from coordinator.aggregation import DEFAULTS, MEAN, Aggregation
 from coordinator.aggregation import Rule as AggregationRule
+from coordinator.compression import DEFAULT_SHARE, compression_problems
 from coordinator.plateau import NO_PLATEAU, PlateauRule
 from coordinator.run_state import RunPolicy
 from coordinator.strategies.unsupported import LORA_RULES
+from fedloom.compression import Compression
 from fedloom.errors import ConfigError, Refused
 from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Metric, Report
@@ -191,6 +199,8 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     aggregation = _aggregation(reader)
     for problem in aggregation.problems(encoding, training, cohort.minimum):
         reader.require(False, problem)
+    for problem in compression_problems(training.compression, encoding, aggregation):
+        reader.require(False, problem)
     reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
@@ -288,6 +298,7 @@ def _aggregation(reader: "_Reader") -> Aggregation:
 def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
     values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
+    values |= _compression(reader)
     for field in fields(LocalTraining):
         if field.name in values:
             continue
@@ -301,6 +312,19 @@ def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> Loc
     if strategy in STRATEGIES_WITH["auxiliary_scale"]:
         values["auxiliary_scale"] = _auxiliary_scale(reader, values, encoding)
     return LocalTraining(**values)
+
+
+def _compression(reader: "_Reader") -> dict[str, Any]:
+    kind = reader.member("compression.kind", Compression, Compression.NONE)
+    share = DEFAULT_SHARE if kind.chooses else 0.0
+    unbiased = reader.value("compression.unbiased", bool, False)
+    waits = kind.chooses and not unbiased
+    return {
+        "compression": kind,
+        "compression_share": reader.value("compression.share", float, share),
+        "error_feedback": reader.value("compression.error_feedback", bool, waits),
+        "unbiased": unbiased,
+    }
 
 
 def _gate(reader: "_Reader") -> ActivationGate:

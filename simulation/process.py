@@ -40,6 +40,12 @@ class LearningProcess:
                 f"expected one whose clients remember nothing, found {settings.strategy}: "
                 "FederatedLearning knows its clients from round to round",
             )
+        if settings.config(1 << 7, rounds).training.error_feedback:
+            raise ConfigError(
+                "compression.error_feedback",
+                "expected false, because clients remember nothing here: FederatedLearning knows "
+                "its clients from round to round",
+            )
         self._model = model
         self._settings = settings
         self._rounds = rounds

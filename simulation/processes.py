@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.local_rules import remembered
 from fedloom.errors import ConfigError, FedloomError, Reason, Refused
 from fedloom.strategies import RULES, ServerState
+from fedloom.strategies.compressed import compressed_length
 from fedloom.strategies.rule import length
 from fedloom.terms import LocalTraining
 from fedloom.v1 import control_pb2
@@ -58,10 +60,11 @@ class Processes:
         self._group = group
         rule = RULES[terms.strategy]
         self._state = _shared((1 + len(rule.keeps), parameter_count))
-        sent, remembered = length(rule.sends, parameter_count), len(rule.remembers)
-        row = sent + remembered * parameter_count
+        sent = compressed_length(terms, length(rule.sends, parameter_count))
+        kept = remembered(terms)
+        row = sent + kept * parameter_count
         self._desks = [
-            _Desk(_shared((_DEPTH, group, row)), sent, (remembered, parameter_count))
+            _Desk(_shared((_DEPTH, group, row)), sent, (kept, parameter_count))
             for _ in range(workers)
         ]
         self._lines: list[_Line] = []

@@ -8,9 +8,10 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from edge_agent.engine import Evaluation
+from edge_agent.local_rules import remembered
 from fedloom.adapters import Theta
 from fedloom.errors import ConfigError
-from fedloom.strategies import RULES, algorithm
+from fedloom.strategies import algorithm
 from simulation.conduct import Progress, Watch, conduct_round
 from simulation.memories import Memories
 from simulation.movers import Crew
@@ -39,7 +40,7 @@ class Simulation:
         self.records = records
         self._evaluate = evaluate
         terms = federation.config.training
-        count = len(RULES[terms.strategy].remembers)
+        count = remembered(terms)
         where = (folder or self._unkept()) / _MEMORIES if count else Path()
         self._memories = Memories(where, count, len(theta))
         self.progress = (

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,9 @@ from edge_agent.seeds import rounding
 from fedloom.errors import ConfigError
 from fedloom.plans import Plan
 from fedloom.quality import EvaluationTerms, Report
+from fedloom.strategies import Memory
+from fedloom.strategies.compressed import waiting_places
+from fedloom.strategies.error_feedback import return_cut
 from fedloom.strategies.portions import keeps_own_model, sends_everything
 from fedloom.terms import Protection
 from simulation.masks import MaskedCohort
@@ -83,6 +87,10 @@ class CohortSum:
         )
         self._protection = crypto.protection(_NAMES[config.encoding.protection])
         self._total = self._protection.accumulator(self.context)
+        training, size = config.training, federation.plan.parameter_count
+        self._places = waiting_places(training, state.completed, size)
+        plain = config.encoding.protection is Protection.PLAIN
+        self._limit = math.inf if plain else self.context.clip
         self._encoded = b""
         self._samples, self._loss, self._failed = 0, 0.0, 0
 
@@ -101,6 +109,15 @@ class CohortSum:
         sha256 = hashlib.sha256(encoded).digest()
         self._masked.uploaded(name, sha256)
         return sha256
+
+    def remembered(self, trained: Trained) -> Memory:
+        """Return what a member remembers once its update is in the sum."""
+        if self._places is None:
+            return trained.memory
+        *others, waiting = trained.memory
+        left = waiting.copy()
+        return_cut(left, self._places, trained.values, self._limit)
+        return (*others, left)
 
     def close(self) -> bool:
         """Take the masks out of the sum; False where that cannot be done."""
