@@ -50,8 +50,8 @@ rule = "mean"                  # "plain" alone: one of those in coordinator/stra
 [compression]                  # what of an update travels
 kind = "random_mask"           # or "none", the default; under "plain" also "top_k", "quantised"
 share = 0.1                    # of the values, that "random_mask" and "top_k" send
-error_feedback = true          # what was not sent waits on the agent, for its next update
-unbiased = false               # "random_mask" without error feedback: scale what is sent up
+error_feedback = false         # what is not sent waits on the agent; true unless said with "top_k"
+unbiased = true                # "random_mask": what is sent counts for what is not
 
 [deadlines]                    # seconds
 training = 3600
@@ -317,13 +317,13 @@ def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> Loc
 def _compression(reader: "_Reader") -> dict[str, Any]:
     kind = reader.member("compression.kind", Compression, Compression.NONE)
     share = DEFAULT_SHARE if kind.chooses else 0.0
-    unbiased = reader.value("compression.unbiased", bool, False)
-    waits = kind.chooses and not unbiased
+    waits = reader.value("compression.error_feedback", bool, kind is Compression.TOP_K)
+    is_scaled = kind is Compression.RANDOM_MASK and not waits
     return {
         "compression": kind,
         "compression_share": reader.value("compression.share", float, share),
-        "error_feedback": reader.value("compression.error_feedback", bool, waits),
-        "unbiased": unbiased,
+        "error_feedback": waits,
+        "unbiased": reader.value("compression.unbiased", bool, is_scaled),
     }
 
 
