@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedloom.compression import LARGEST_TOP_SHARE, MOVEMENTS, Compression
 from fedloom.errors import Reason, Refused
 from fedloom.strategies.ditto import personal_terms
 from fedloom.strategies.fine_tuning import fine_tuning_terms
@@ -76,6 +77,23 @@ _OF_STRATEGIES: dict[str, st.SearchStrategy[float]] = {
     "auxiliary_scale": st.floats(0, 1e6, exclude_min=True),
 }
 
+_share = st.floats(0, LARGEST_TOP_SHARE, exclude_min=True)
+_compressions = (
+    st.sampled_from([{}, {"compression": Compression.QUANTISED}])
+    | st.fixed_dictionaries(
+        {"compression": st.just(Compression.RANDOM_MASK), "compression_share": _share},
+        optional={"error_feedback": st.just(True)},
+    )
+    | st.fixed_dictionaries(
+        {"compression": st.just(Compression.TOP_K), "compression_share": _share},
+        optional={"error_feedback": st.just(True)},
+    )
+    | st.fixed_dictionaries(
+        {"compression": st.just(Compression.RANDOM_MASK), "compression_share": _share},
+        optional={"unbiased": st.just(True)},
+    )
+)
+
 
 @st.composite
 def trainings(draw: st.DrawFn) -> LocalTraining:
@@ -102,6 +120,8 @@ def trainings(draw: st.DrawFn) -> LocalTraining:
     for name, strategies in STRATEGIES_WITH.items():
         if strategy in strategies:
             values[name] = draw(_OF_STRATEGIES[name])
+    if strategy.name in MOVEMENTS:
+        values |= draw(_compressions)
     return terms_of(strategy, **(values | NEEDED.get(strategy, {})))
 
 

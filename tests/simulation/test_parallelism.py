@@ -36,6 +36,26 @@ def test_any_number_of_workers_ends_with_equal_bits(strategy: Strategy, vectoris
         np.testing.assert_array_equal(trained(workers), alone)
 
 
+@pytest.mark.parametrize(
+    "compression",
+    [
+        {"kind": "random_mask", "share": 0.3},
+        {"kind": "random_mask", "share": 0.3, "error_feedback": True},
+        {"kind": "top_k"},
+        {"kind": "quantised"},
+    ],
+    ids=str,
+)
+def test_what_waits_on_clients_is_the_same_whoever_trains_them(compression: dict) -> None:
+    def trained(workers: int) -> np.ndarray:
+        terms = {"training": {"batch_size": 8}, "compression": compression}
+        fl = learning(terms=terms, cohort_size=5, workers=workers)
+        fl.train(3)
+        return theta(fl)
+
+    np.testing.assert_array_equal(trained(2), trained(1))
+
+
 def test_dropout_follows_from_the_clients_seed_and_leaves_the_callers_alone() -> None:
     import torch
 
