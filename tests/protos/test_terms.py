@@ -78,21 +78,16 @@ _OF_STRATEGIES: dict[str, st.SearchStrategy[float]] = {
 }
 
 _share = st.floats(0, LARGEST_TOP_SHARE, exclude_min=True)
-_compressions = (
-    st.sampled_from([{}, {"compression": Compression.QUANTISED}])
-    | st.fixed_dictionaries(
-        {"compression": st.just(Compression.RANDOM_MASK), "compression_share": _share},
-        optional={"error_feedback": st.just(True)},
-    )
-    | st.fixed_dictionaries(
-        {"compression": st.just(Compression.TOP_K), "compression_share": _share},
-        optional={"error_feedback": st.just(True)},
-    )
-    | st.fixed_dictionaries(
-        {"compression": st.just(Compression.RANDOM_MASK), "compression_share": _share},
-        optional={"unbiased": st.just(True)},
-    )
+_compressions = st.sampled_from([{}, {"compression": Compression.QUANTISED}]) | st.builds(
+    lambda kind, share, more: {"compression": kind, "compression_share": share, **more},
+    st.sampled_from([Compression.RANDOM_MASK, Compression.TOP_K]),
+    _share,
+    st.sampled_from([{}, {"error_feedback": True}]),
 )
+_unbiased = st.builds(
+    lambda share: {"compression_share": share, "unbiased": True},
+    st.floats(0, 1, exclude_min=True, exclude_max=True),
+).map(lambda values: values | {"compression": Compression.RANDOM_MASK})
 
 
 @st.composite
@@ -121,7 +116,7 @@ def trainings(draw: st.DrawFn) -> LocalTraining:
         if strategy in strategies:
             values[name] = draw(_OF_STRATEGIES[name])
     if strategy.name in MOVEMENTS:
-        values |= draw(_compressions)
+        values |= draw(_compressions | _unbiased)
     return terms_of(strategy, **(values | NEEDED.get(strategy, {})))
 
 
