@@ -25,7 +25,7 @@ _TOLD = {  # name, paper, holds, bytes
     Compression.NONE: ("everything", "", "U", "4 U", "those of U values"),
     Compression.RANDOM_MASK: (
         "random mask",
-        "arXiv:1610.05492v2, section 2",
+        "arXiv:1610.05492v2, sections 2 and 3",
         "k = share U, at places that all agents draw alike",
         "4 k",
         "those of k values",
@@ -39,7 +39,7 @@ _TOLD = {  # name, paper, holds, bytes
     ),
     Compression.QUANTISED: (
         "QSGD, levels of 8 bits",
-        "arXiv:1610.02132, section 4",
+        "arXiv:1610.02132, section 3.1",
         "U, each as a level of the largest in its 512",
         "U + U / 128",
         "",
