@@ -9,7 +9,7 @@ P values, of which the last M are the tail (`UpdateContext`), n = P - M; the con
 Of `listed`, values at other places are 0; of `quantised`, value i is scale_(i/512)·level_i/127. So
 an upload's length follows from the context in every form, and a total needs no more memory for one
 than for another: sums have all values. Rounding is that of QSGD (Alistarh et al., arXiv 1610.02132,
-§3.1 with s = 127, in blocks, each scaled by its largest value and not by its norm): with z = 127·x/scale,
+§3.1 with s = 127, in blocks, each scaled by its largest value, not its norm): with z = 127·x/scale,
 
     level = ⌊z⌋ + (u < z - ⌊z⌋),   u uniform in [0, 1),   E[level] = z.
 

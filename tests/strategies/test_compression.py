@@ -282,14 +282,17 @@ def test_a_mask_without_feedback_descends_on_its_places() -> None:
     assert distance(with_feedback(terms, 1500)) < 1e-3
 
 
-def test_unbiased_masks_diverge_where_rounds_move_all_the_way() -> None:
-    """The limit that the module states; unscaled they do not."""
+@pytest.mark.parametrize("change", [{"unbiased": True}, FEEDBACK], ids=str)
+def test_masks_that_make_up_for_the_rest_overshoot_where_rounds_move_all_the_way(
+    change: dict[str, Any],
+) -> None:
+    """The limit that the module states: by what a value has missed; as it is, a mask does not."""
     one = [Device(lambda w: w - 1.0, 1)]
     step: dict[str, Any] = SGD | {"learning_rate": 1.0, "local_steps": 1}
     thin = MASK | {"compression_share": 0.2}
-    scaled = run(LocalTraining(unbiased=True, **step, **thin), np.zeros(10, np.float32), one, 20)
-    assert np.abs(scaled).max() > 100
-    as_it_is = run(LocalTraining(**step, **thin), np.zeros(10, np.float32), one, 60)
+    start = np.zeros(10, np.float32)
+    assert np.abs(run(LocalTraining(**step, **thin, **change), start, one, 60)).max() > 100
+    as_it_is = run(LocalTraining(**step, **thin), start, one, 60)
     np.testing.assert_array_equal(as_it_is, np.ones(10))
 
 

@@ -1,8 +1,8 @@
 """Random masks: all agents send the values at the same places, drawn anew in every round.
 
-Konecny, McMahan, Yu, Richtarik, Suresh, Bacon, arXiv:1610.05492v2, section 2 ("random mask")
-and 3 ("subsampling"), with two deviations: the mask is one for all clients, not one for each, since sums
-under masks or encryption add value to value; and it has one place in each of k strata of equal
+Konecny, McMahan, Yu, Richtarik, Suresh, Bacon, arXiv:1610.05492v2, section 2 ("random mask") and
+3 ("subsampling"), with two deviations: the mask is one for all clients, not one for each, since
+sums under masks or encryption add value to value; and it has one place in each of k strata of equal
 length (to 1), instead of k among all, so that it is drawn in one pass at no memory beyond itself.
 Every place is drawn with probability 1 / (length of its stratum), as with k of n.
 
