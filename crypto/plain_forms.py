@@ -197,10 +197,13 @@ def _floats(values: Update) -> Iterator[bytes]:
 def _read_floats(
     source: Source, offset: int, first: int, last: int
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Read the values from place `first` to `last`, which begin at `offset`."""
+    """Read the values from place `first` to `last`, which begin at `offset`, into one buffer."""
+    source.seek(offset)
+    buffer = memoryview(bytearray(4 * min(_BLOCK, last - first)))
     for start in range(first, last, _BLOCK):
         stop = min(start + _BLOCK, last)
-        part = _bytes(source, offset + 4 * (start - first), 4 * (stop - start))
+        part = buffer[: 4 * (stop - start)]
+        fill(source, part)
         values = np.frombuffer(part, "<f4")
         check_finite(values, start)
         yield slice(start, stop), values
