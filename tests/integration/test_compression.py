@@ -1,5 +1,6 @@
 """Whole runs of which less than all travels: who sends what, what waits, and what comes of it."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -234,6 +235,24 @@ async def test_a_mask_goes_with_parts_with_an_adaptive_server_and_with_either_re
     assert np.count_nonzero(theta[rest] != initial[rest]) > 1500  # in two rounds
     command("run", "export", "--out", tmp_path / "model", "--home", federation.home)
     assert np.array_equal(read_adapter(tmp_path / "model" / ADAPTER_FILE, LAYOUT), theta)
+
+
+@pytest.mark.parametrize(
+    ("kind", "compression"),
+    [
+        ("sealed", 'kind = "random_mask"\nerror_feedback = true'),
+        ("plain", 'kind = "top_k"'),
+        ("plain", 'kind = "quantised"'),
+    ],
+)
+async def test_quality_travels_whole(federation: Federation, kind: str, compression: str) -> None:
+    agents = await federation.enrol_all()
+    run_id = start(federation, kind, f'{compression}\n[evaluation]\nreport = "mean"', protection="")
+    for agent in agents:
+        agent.start()
+    await all_agree(federation, run_id, agents)
+    told = json.loads(command("run", "watch", "--json", "--home", federation.home))["history"]
+    assert [entry["began_with"]["accuracy"] for entry in told] == pytest.approx([0.7] * ROUNDS)
 
 
 @pytest.mark.parametrize(
