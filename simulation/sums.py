@@ -53,7 +53,7 @@ class Federation:
     def __post_init__(self) -> None:
         training, aggregation = self.config.training, self.config.aggregation
         for usable, key in (
-            (sends_everything(training), "training.lora"),
+            (sends_everything(training, self.plan.layout), "training.lora"),
             (not keeps_own_model(training), "training.personal"),
             (not training.fine_tune_steps, "training.fine_tune_steps"),
             (aggregation.is_mean, "aggregation.rule"),
