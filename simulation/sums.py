@@ -53,7 +53,7 @@ class Federation:
     def __post_init__(self) -> None:
         training, aggregation = self.config.training, self.config.aggregation
         for usable, key in (
-            (sends_everything(training, self.plan.layout), "training.lora"),
+            (sends_everything(training), "training.lora"),
             (not keeps_own_model(training), "training.personal"),
             (not training.fine_tune_steps, "training.fine_tune_steps"),
             (aggregation.is_mean, "aggregation.rule"),
@@ -61,6 +61,8 @@ class Federation:
         ):
             if not usable:
                 raise ConfigError(key, "expected the default: a simulation knows no other yet")
+        if not sends_everything(training, self.plan.layout):
+            raise ConfigError("plan", "expected one without --residual: a simulation has none yet")
 
 
 class CohortSum:

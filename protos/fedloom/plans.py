@@ -137,6 +137,11 @@ class Plan:
         last = self.layout[-1]
         return last.offset + last.size
 
+    @property
+    def trained_count(self) -> int:
+        """T: how many values of theta have a gradient; behind them are the residuals."""
+        return sum(tensor.size for tensor in self.layout if tensor.role is not Role.RESIDUAL)
+
     def member(self, name: str) -> PlanMember:
         """Return the member of that name, or refuse the plan."""
         for member in self.members:

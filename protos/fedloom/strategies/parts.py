@@ -25,7 +25,8 @@ class Fate(Enum):
     SHARED = "trained and sent"
     PRIVATE = "trained, and kept on the device"
     FROZEN = "not trained"
-    MOVED = "not trained, and moved by the server"
+    MOVED = "no gradient, and moved by the server"
+    FIXED = "no gradient, and moved by nobody"
 
 
 FateOf = Callable[[Role, int], Fate]  # (role, number of rounds applied before)
@@ -38,12 +39,13 @@ class Parts:
     shared: tuple[slice, ...]
     private: tuple[slice, ...] = ()
     frozen: tuple[slice, ...] = ()
-    moved: tuple[slice, ...] = ()  # by the server alone, behind all that is shared
+    moved: tuple[slice, ...] = ()  # by the server alone; like `fixed` behind all others
+    fixed: tuple[slice, ...] = ()
 
     @property
     def resting(self) -> tuple[slice, ...]:
         """What no training moves."""
-        return self.frozen + self.moved
+        return self.frozen + self.moved + self.fixed
 
     @property
     def applied(self) -> tuple[slice, ...]:

@@ -70,7 +70,7 @@ def _fate_of(terms: LocalTraining) -> FateOf:
 
     def fate_of(role: Role, rounds: int) -> Fate:
         if role is Role.RESIDUAL:
-            return Fate.MOVED if rule.has_residual else Fate.FROZEN
+            return Fate.MOVED if rule.has_residual else Fate.FIXED
         return rule.fate_of(role, rounds) if role in _FACTORS else Fate.SHARED
 
     return with_own_head(fate_of) if terms.personal in _OWN_HEAD else fate_of
