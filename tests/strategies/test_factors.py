@@ -333,7 +333,8 @@ def test_terms_that_cannot_go_with_new_factors_are_refused(lora: LoraRule) -> No
             LocalTraining(lora=lora, **values)  # type: ignore[arg-type]
         assert refused.value.reason is Reason.MALFORMED
         assert "lora FFA" in refused.value.subject
-    LocalTraining(lora=lora, strategy=Strategy.FED_PROX, proximal_mu=0.1)
+    accepted = LocalTraining(lora=lora, strategy=Strategy.FED_PROX, proximal_mu=0.1)
+    assert LocalTraining.from_message(accepted.to_message()) == accepted
 
 
 @pytest.mark.parametrize("lora", NEEDS_FACTORS)
