@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from coordinator.plans.checkpoints import Checkpoint
 from coordinator.plans.model import AdaptedModel, Family, frozen_names
 from coordinator.plans.request import ALL_LINEAR, PlanRequest
-from coordinator.plans.residuals import add_residuals, frozen_name, is_residual, saved_name
+from coordinator.plans.residuals import add_residuals, frozen_name, is_residual, residual_name
 from coordinator.plans.sources import ModelSource
 from coordinator.plans.tokenization import TextTokenizer
 from fedloom.errors import ConfigError
@@ -157,7 +157,7 @@ def _layout(network: Any, trainable: tuple[str, ...], head: str) -> tuple[Traina
     for name in trainable:
         tensor = parameters[name]
         role = _role(name, head)
-        known_as = saved_name(name) if is_residual(name) else saved_names[tensor.data_ptr()]
+        known_as = residual_name(name) if is_residual(name) else saved_names[tensor.data_ptr()]
         layout.append(TrainableTensor(known_as, tuple(tensor.shape), offset, role))
         offset += tensor.numel()
     return tuple(layout)

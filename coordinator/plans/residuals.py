@@ -43,7 +43,7 @@ def is_residual(name: str) -> bool:
     return name.endswith(_OWN)
 
 
-def saved_name(name: str) -> str:
+def residual_name(name: str) -> str:
     """Return the name of a residual beside those that PEFT gives A and B in a saved adapter."""
     return name.removesuffix(_BASE_LAYER + _OWN) + ".residual.weight"
 

@@ -365,6 +365,13 @@ def test_factors_without_a_product_are_refused(shapes: Any) -> None:
         targets_of(laid_out(shapes))
 
 
+def test_a_layout_with_a_residual_before_what_is_trained_is_refused() -> None:
+    """A gradient ends where the residuals begin."""
+    layout = laid_out((*SHAPES[:2], RESIDUALS[0], SHAPES[4]))
+    with pytest.raises(Refused, match="residuals behind all that is trained"):
+        Plan("", (), layout, TextClassification(("a", "b"), 8, 0), PlanOrigin("m", RANK, ALPHA))
+
+
 # LoRA itself: |(residual + s B A - M_k) X_k|^2 / 2 on each device
 
 ONE = laid_out((*SHAPES[:2], RESIDUALS[0]))
