@@ -113,7 +113,7 @@ class Collection:
                 reference = await asyncio.to_thread(self._put, published, correction)
         except StorageFault:
             raise
-        except (OSError, crypto.LocalFault) as error:
+        except (OSError, crypto.LocalFault, crypto.UnusableUpdate) as error:
             _log.error("sum failed", error=type(error).__name__)
             return None
         return RoundRecord(

@@ -20,6 +20,7 @@ from crypto.wire import Source
 from fedloom.errors import Refused
 from fedloom.plans import Plan
 from fedloom.strategies import moved_length
+from fedloom.strategies.arithmetic import Vector
 from fedloom.strategies.factors import Matrix
 from fedloom.strategies.portions import FACTOR_RULES, parts_of
 from fedloom.strategies.products import FactorServer, Updates
@@ -93,12 +94,24 @@ class FactoredTotal:
         paths = [self._path_of(member) for member in members]
         shares = np.array(weights, np.float64) / sum(weights)
         updates = Updates(shares, lambda index, span: _values(paths[index], span))
-        published = self._round.server().published(updates)
+        published = _checked(self._round.server(), updates)
         length = context.parameter_count - context.tail_length
         tail = updates.mean(slice(length, context.parameter_count)).astype(np.float32)
         values = np.concatenate([published, tail])
         summed = replace(context, parameter_count=len(values))
         yield from plain.encoded_sum(summed, len(members), sum(weights), values)
+
+
+def _checked(server: FactorServer, updates: Updates) -> Vector:
+    """Refuse what devices would: products of finite factors may be beyond float32."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            published = server.published(updates)
+    except np.linalg.LinAlgError as error:
+        raise crypto.NotFinite("mean of products", "one that has an SVD", "none") from error
+    if not np.isfinite(published).all():
+        raise crypto.NotFinite("new factors", "finite values", "NaN or infinity")
+    return published
 
 
 def _values(path: Path, span: slice) -> Matrix:

@@ -241,6 +241,11 @@ def _card(model: TrainedModel, forms: tuple[Form, ...], found: dict[str, str], o
                 f"Trained on weights stored as {model.plan.base_storage.name.lower()}: on the base "
                 "model's own it answers a little otherwise. The form `merged` does not."
             )
+        if form is Form.ONNX and model.has_residual:
+            parts.append(
+                "PEFT leaves the residuals out of this adapter, with which it is another model: "
+                "for PEFT there is the form `peft`."
+            )
         if form is Form.PEFT and model.has_residual:
             parts.append(
                 "The server has added to the adapted weights (LoRA rules flora, fedex). What it "

@@ -265,6 +265,29 @@ def test_flexlora_in_a_whole_model(count: int, seed: int) -> None:
 # as the coordinator makes it of files
 
 
+def total_of(
+    terms: LocalTraining,
+    updates: Float32,
+    weights: Sequence[int],
+    state: ServerState,
+    folder: Path,
+    tail: int = 0,
+) -> FactoredTotal:
+    """Let agents encode, and the coordinator take the files in, the first one last."""
+    count, length = updates.shape
+    context = crypto.UpdateContext(bytes(16), 1, 1, length, 10, 1 << 10, 1.0, tail_length=tail)
+    plan = Plan("", (), LAYOUT, TextClassification(("a", "b"), 8, 0), PlanOrigin("m", RANK, ALPHA))
+    round_ = FactorRound(terms, plan, state.rounds, lambda: state)
+    total = FactoredTotal(context, round_, lambda slot: folder / str(slot))
+    for slot in (*range(1, count), 0):
+        encoder = plain.encoder(context, slot, None, np.random.default_rng())
+        encoded = b"".join(encoder.encode(updates[slot], weights[slot]))
+        (folder / str(slot)).write_bytes(encoded)
+        with (folder / str(slot)).open("rb") as file:
+            total.add(slot, file)
+    return total
+
+
 @pytest.mark.parametrize("lora", NEEDS_FACTORS)
 @pytest.mark.parametrize("personal", [Personal.NONE, Personal.FEDPER])
 def test_the_sum_of_files_is_the_rules(tmp_path: Path, lora: LoraRule, personal: Personal) -> None:
@@ -277,18 +300,8 @@ def test_the_sum_of_files_is_the_rules(tmp_path: Path, lora: LoraRule, personal:
     sent = update_length(terms, LAYOUT)
     tails = random.standard_normal((4, 3)).astype(np.float32)
     updates = np.concatenate([cohort.updates[:, :sent], tails], axis=1)
-    context = crypto.UpdateContext(bytes(16), 1, 1, sent + 3, 10, 1 << 10, 1.0, tail_length=3)
-    plan = Plan("", (), LAYOUT, TextClassification(("a", "b"), 8, 0), PlanOrigin("m", RANK, ALPHA))
     state = ServerState(cohort.theta.copy())
-    round_ = FactorRound(terms, plan, 0, lambda: state)
-    total = FactoredTotal(context, round_, lambda slot: tmp_path / str(slot))
-    for slot in (2, 0, 3, 1):
-        encoder = plain.encoder(context, slot, None, random)
-        (tmp_path / str(slot)).write_bytes(
-            b"".join(encoder.encode(updates[slot], cohort.weights[slot]))
-        )
-        with (tmp_path / str(slot)).open("rb") as file:
-            total.add(slot, file)
+    total = total_of(terms, updates, cohort.weights, state, tmp_path, tail=3)
     encoded = b"".join(total.result())
     assert len(encoded) == total.encoded_sum_size
     moved = moved_length(terms, LAYOUT)
@@ -306,6 +319,15 @@ def test_the_sum_of_files_is_the_rules(tmp_path: Path, lora: LoraRule, personal:
         np.testing.assert_array_equal(found.theta[HEAD], cohort.theta[HEAD])
         found.theta[HEAD] = expected.theta[HEAD]
     np.testing.assert_array_equal(found.theta, expected.theta)
+
+
+def test_products_beyond_float32_end_the_sum_and_not_the_coordinator(tmp_path: Path) -> None:
+    """The updates themselves are finite, so they were accepted."""
+    terms, cohort = terms_of(LoraRule.FEDEX), cohort_of(3, 5)
+    cohort.updates[1, :28] = 1e38
+    total = total_of(terms, cohort.updates, cohort.weights, ServerState(cohort.theta), tmp_path)
+    with pytest.raises(crypto.NotFinite):
+        list(total.result())
 
 
 # on the device, and what is refused
