@@ -57,6 +57,16 @@ class Parts:
         """Number of values of a movement in a sum."""
         return sum(part.stop - part.start for part in self.applied)
 
+    def place_of(self, tensor: TrainableTensor) -> slice:
+        """Return where a tensor stands in a movement that moves it, an update's or a sum's."""
+        place = 0
+        for part in self.applied:
+            if part.start <= tensor.offset < part.stop:
+                place += tensor.offset - part.start
+                return slice(place, place + tensor.size)
+            place += part.stop - part.start
+        raise ValueError(f"expected a tensor that is sent or moved, found {tensor.name}")
+
     @property
     def shared_length(self) -> int:
         """Number of values that are sent for each of a strategy's vectors."""

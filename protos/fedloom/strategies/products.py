@@ -57,26 +57,17 @@ class FactorServer:
 
     def published(self, updates: Updates) -> Vector:
         """Return what stands in the sum: (U,) movements, then (R,) those of the residual."""
-        starts, length = _places(self.parts)
-        rest = sum(part.stop - part.start for part in self.parts.moved)
-        found = np.empty(length + rest, np.float32)
+        length = self.parts.shared_length
+        found = np.empty(self.parts.applied_length, np.float32)
         for start in range(0, length, _BLOCK):  # that of factors is overwritten
             block = slice(start, min(start + _BLOCK, length))
             found[block] = updates.mean(block)
         for index, target in enumerate(targets_of(self.layout)):
-            self._put(found, starts, length, target, updates, index)
+            self._put(found, target, updates, index)
         return found
 
-    def _put(
-        self,
-        found: Vector,
-        starts: dict[int, int],
-        length: int,
-        target: Target,
-        updates: Updates,
-        index: int,
-    ) -> None:
-        factors = [(tensor, _place(starts, tensor)) for tensor in (target.b, target.a)]
+    def _put(self, found: Vector, target: Target, updates: Updates, index: int) -> None:
+        factors = [(tensor, self.parts.place_of(tensor)) for tensor in (target.b, target.a)]
 
         def read(device: int) -> Pair:
             b, a = (self._before(t) + updates.read(device, s).reshape(t.shape) for t, s in factors)
@@ -93,8 +84,7 @@ class FactorServer:
         lacking = trained.mean_product()
         lacking -= b @ a
         lacking *= self.scale
-        start = length + target.residual.offset - self.parts.moved[0].start
-        found[start : start + lacking.size] = lacking.ravel()
+        found[self.parts.place_of(target.residual)] = lacking.ravel()
 
     def _before(self, tensor: TrainableTensor) -> Matrix:
         values = self.theta[tensor.offset : tensor.offset + tensor.size]
@@ -104,18 +94,3 @@ class FactorServer:
         """Return what the devices will have."""
         values = self.theta[tensor.offset : tensor.offset + tensor.size] + movement
         return values.astype(np.float64).reshape(tensor.shape)
-
-
-def _places(parts: Parts) -> tuple[dict[int, int], int]:
-    """Return where each shared part of theta begins in an update, by its offset, and U."""
-    starts, length = {}, 0
-    for part in parts.shared:
-        starts[part.start] = length
-        length += part.stop - part.start
-    return starts, length
-
-
-def _place(starts: dict[int, int], tensor: TrainableTensor) -> slice:
-    part = max(start for start in starts if start <= tensor.offset)
-    start = starts[part] + tensor.offset - part
-    return slice(start, start + tensor.size)
