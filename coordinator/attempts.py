@@ -121,9 +121,11 @@ class Attempts:
 
     def _factors(self) -> FactorRound | None:
         """Return what the round's sum follows from where it takes every device's factors."""
-        run, history = self._run, self._run.agents.history
+        run = self._run
         if run.config.training.lora not in NEEDS_FACTORS:
             return None
+        # A journal that is replayed may open an attempt whose sum is stored already.
+        history = tuple(one for one in run.agents.history if one.round < run.state.round)
         before = partial(self._model.after, history)
         return FactorRound(run.config.training, run.plan, len(history), before)
 

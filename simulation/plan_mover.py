@@ -49,9 +49,7 @@ class PlanMover:
 
     @functools.cached_property
     def _session(self) -> GraphSession:
-        graph = train_contract(
-            self._plan.task, self._plan.parameter_count, self._plan.trained_count
-        )
+        graph = train_contract(self._plan.task, self._plan.parameter_count)
         return GraphSession(self._folder, graph, self._threads, Reason.TRAINING_FAILED)
 
     def move(
