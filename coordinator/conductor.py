@@ -31,7 +31,6 @@ from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.v1 import control_pb2
 
 TICK_SECONDS = 0.5
-LEAVING_SECONDS = 0.1  # between two looks at who is still here
 _log = structlog.get_logger()
 
 
@@ -58,15 +57,6 @@ class Conductor:
             else:
                 self._settled = True
                 await asyncio.sleep(TICK_SECONDS)
-
-    async def deserted(self) -> None:
-        """Wait until no agent is connected.
-
-        Ending a stream resets it, and what its agent has not read by then is lost: a slow one would
-        not hear how its run ended until somebody serves again.
-        """
-        while any(self._sessions):  # noqa: ASYNC110 - whoever comes in between counts as well
-            await asyncio.sleep(LEAVING_SECONDS)
 
     async def _execute(self, record: RunRecord) -> None:
         try:

@@ -1,7 +1,6 @@
 """The coordinator's process: its ports, its services, one conductor."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -45,7 +44,6 @@ from fedloom.errors import ConfigError, Reason, Refused
 from fedloom.v1 import artifact_pb2_grpc, control_pb2_grpc, enrolment_pb2_grpc
 
 SHUTDOWN_SECONDS = 2.0  # for calls to end after agents were sent away
-FAREWELL_SECONDS = 10.0  # for agents to hear how the last run ended, and to leave if they want to
 DRAIN_SECONDS = 30.0  # for updates that were received whole to be added
 STORAGE_SECONDS = 10.0  # between two tries after the store or the artifacts failed
 _log = structlog.get_logger()
@@ -149,8 +147,6 @@ async def serve(home: Path, until_idle: bool) -> None:
         supervisor.tell("STOPPING=1")
         if conducting.done():
             conducting.result()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(conductor.deserted(), FAREWELL_SECONDS)
         _log.info("stopping")
     # Runs are conducted to the last: an update that was being added still has a run to go to.
     for task in (conducting, stopping, watching, tidying):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LARGEST_TOP_SHARE = 0.5  # a listed value takes 8 bytes, a plain one 4
 # Whose updates are a movement and nothing else: what waits on a device is a movement too.
 MOVEMENTS = ("FED_AVG", "FED_PROX", "FED_AVG_M", "FED_ADAGRAD", "FED_ADAM", "FED_YOGI")
+READ_WHOLE = ("FLORA", "FLEXLORA", "FEDEX")  # LoRA rules that make new factors of all that is sent
 
 
 class Compression(IntEnum):
@@ -50,6 +51,11 @@ def compression_problem(terms: "LocalTraining") -> str:
             f"expected compression NONE with {terms.strategy.name}, whose server counts on whole "
             f"updates (or strategy FED_AVG or FED_PROX, or fewer bits by protection.update_bits), "
             f"found {name}"
+        )
+    if kind is not Compression.NONE and terms.lora.name in READ_WHOLE:
+        return (
+            f"expected compression NONE with lora {terms.lora.name}, which reads every factor of "
+            f"every agent (or lora FFA, or FEDIT at a smaller rank), found {name}"
         )
     if kind is Compression.RANDOM_MASK and not 0 < share < 1:
         return f"expected compression_share above 0 and below 1 with {name}, found {share}"

@@ -1,14 +1,12 @@
 """How a run ends for those who missed its end, or a part of it: all come to the same adapter."""
 
-import asyncio
-
 import numpy as np
 import pytest
 
 from coordinator.run_state import Phase
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import control_pb2
-from tests.integration.federation import PATIENCE_SECONDS, Federation, until
+from tests.integration.federation import Federation, until
 from tests.integration.test_reconnection import hold
 
 
@@ -64,19 +62,3 @@ async def test_an_agent_that_declined_a_part_exports_the_run_s_adapter_all_the_s
         assert (await agent.finished()).outcome == control_pb2.RUN_OUTCOME_COMPLETED
     assert len(federation.store.rounds(run_id)[-1].slots) == 2
     assert np.array_equal(agents[0].theta(run_id), agents[1].theta(run_id))
-
-
-async def test_who_has_conducted_the_last_run_can_wait_until_its_agents_have_left(
-    federation: Federation,
-) -> None:
-    agents = await federation.enrol_all()
-    for agent in agents:
-        agent.start()
-    await federation.connected(agents)
-    assert federation.conductor is not None
-    left = asyncio.create_task(federation.conductor.deserted())
-    for agent in agents:
-        assert not left.done()
-        await agent.stop()
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        await left

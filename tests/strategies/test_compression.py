@@ -20,7 +20,7 @@ from fedloom.strategies import RULES, ServerState, algorithm, update_length
 from fedloom.strategies.parts import gathered, unfolded
 from fedloom.strategies.portions import parts_of
 from fedloom.strategies.random_mask import RandomMask
-from fedloom.terms import LocalTraining, LoraRule, Personal, Strategy, Weighting
+from fedloom.terms import NEEDS_FACTORS, LocalTraining, LoraRule, Personal, Strategy, Weighting
 from tests.strategies.federation import Device, run
 from tests.strategies.samples import terms_of
 from tests.strategies.test_convergence import OPTIMUM, SGD, START, distance, quadratic_devices
@@ -309,6 +309,7 @@ def test_masks_that_make_up_for_the_rest_overshoot_where_rounds_move_all_the_way
         {"unbiased": True},
         TOP | {"unbiased": True},
         MASK | {"unbiased": True, "error_feedback": True},
+        *(MASK | {"lora": rule} for rule in NEEDS_FACTORS),
     ],
     ids=str,
 )
