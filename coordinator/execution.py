@@ -6,7 +6,7 @@ What changed the state is in the journal first: a coordinator that is killed rep
 """
 
 import asyncio
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import replace
 
 import structlog
@@ -50,6 +50,7 @@ from coordinator.round_sum import load_protection
 from coordinator.rounds import handle
 from coordinator.run_keys import Grant
 from coordinator.run_state import Phase, RunState, Wish
+from coordinator.selection import UNKNOWN, Traits
 from coordinator.store import RunRecord
 from coordinator.uploads import Uploads
 from fedloom.errors import Refused
@@ -102,12 +103,13 @@ class Execution:
             self._journal.restart(self._clock.now(), self.state)
         await self._attempts.restore()
 
-    def take_up(self, connected: Set[str]) -> None:
+    def take_up(self, connected: Mapping[str, Traits]) -> None:
         """Go on with those who are here.
 
         They come as one: else a round would begin with the first `minimum` of them.
         """
-        self.post(TakenUp(frozenset(connected)))
+        told = {agent: said for agent, said in connected.items() if said != UNKNOWN}
+        self.post(TakenUp(frozenset(connected), told))
 
     async def _replay(self) -> bool:
         """Repeat what the journal says, without telling anyone; False when it is empty."""
