@@ -56,7 +56,6 @@ from coordinator.uploads import Uploads
 from fedloom.errors import Refused
 from fedloom.plans import Plan
 from fedloom.quality import Quality, named
-from fedloom.v1 import control_pb2
 
 _log = structlog.get_logger()
 
@@ -73,7 +72,7 @@ class Execution:
         self.finished = asyncio.Event()
         self._store = facilities.store
         self._clock = Clock()
-        self.agents = Correspondence(record, config, facilities.store, facilities.sessions)
+        self.agents = Correspondence(record, config, facilities)
         self._audit = AuditLog(facilities.store.engine)
         self._meter = RunMeter(facilities.metrics, self._clock.now())
         self._journal = Journal(facilities.store, record.run_id)
@@ -200,7 +199,7 @@ class Execution:
         if state.phase is Phase.SUMMING and self._attempts.masking:
             self._attempts.repeat_masks(agent)  # the list that it vouches for
         elif not effects and not state.phase.over:
-            self.agents.nothing_to_do(agent, state)
+            self.agents.nothing_to_do(agent, state, self._clock.now())
 
     def _is_adding(self, event: Event) -> bool:
         """While an update is on its way into the sum, nothing may close the sum without it."""
@@ -306,8 +305,7 @@ class Execution:
             self._round_started = now
             self._reports.open_round()
             self._log.info("round started", round=state.round, invited=len(agents))
-            others = state.connected - agents
-            self.agents.waiting(others, state, control_pb2.WAIT_CAUSE_NOT_SELECTED)
+            self.agents.dismiss(state.connected - agents, state, now)
         masked = self.config.encoding.protection.has_masks
         if masked and state.phase is Phase.COLLECTING:
             return  # an invitation is for the next attempt: joining it gives this one up

