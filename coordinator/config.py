@@ -150,6 +150,11 @@ class RunConfig:
         return self.release is Release.COORDINATOR and self.encoding.protection.needs_tenseal
 
     @property
+    def bounds(self) -> Bounds:
+        """What of the run its selection must agree with."""
+        return _bounds(self.cohort, self.deadlines)
+
+    @property
     def policy(self) -> RunPolicy:
         """What decides how the run goes."""
         return RunPolicy(
@@ -306,6 +311,11 @@ def _aggregation(reader: "_Reader") -> Aggregation:
     return Aggregation(rule, **values)
 
 
+def _bounds(cohort: CohortTerms, deadlines: Deadlines) -> Bounds:
+    places = max(1, cohort.size)
+    return Bounds(cohort.minimum, places, cohort.population, MAX_CAPACITY, deadlines.training)
+
+
 def _selection(reader: "_Reader", cohort: CohortTerms, deadlines: Deadlines) -> Selection:
     values: dict[str, Any] = {
         "rule": reader.member("selection.rule", SelectionRule, UNIFORM.rule),
@@ -316,9 +326,7 @@ def _selection(reader: "_Reader", cohort: CohortTerms, deadlines: Deadlines) -> 
             key, default = f"selection.{field.name}", field.default
             values[field.name] = reader.value(key, type(default), default)
     selection = Selection(**values)
-    size = max(1, cohort.size)
-    bounds = Bounds(cohort.minimum, size, cohort.population, MAX_CAPACITY, deadlines.training)
-    for problem in selection_problems(selection, bounds):
+    for problem in selection_problems(selection, _bounds(cohort, deadlines)):
         reader.require(False, problem)
     return selection
 

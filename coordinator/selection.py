@@ -111,18 +111,29 @@ def problems(selection: Selection, bounds: Bounds) -> Iterator[str]:
             "selection.most_rounds: expected 0 < most_rounds < window <= "
             f"{MAX_WINDOW}, found {cap} and window = {window}; without a cap leave both out"
         )
-    elif bounds.population and bounds.population * cap < bounds.minimum * window:
-        least = -(-bounds.minimum * window // bounds.population)
+    elif cap and 0 < bounds.population < fewest_agents(selection, bounds):
         yield (
-            f"selection.most_rounds: expected at least {least}, by which {bounds.population} "
-            f"agents (cohort.population) fill {window} rounds of cohort.minimum = "
-            f"{bounds.minimum}, found {cap}"
+            f"cohort.population: expected at least {fewest_agents(selection, bounds)} under "
+            f"selection.most_rounds = {cap} of {window}, or a round may find fewer than "
+            f"cohort.minimum, found {bounds.population}"
         )
     if selection.rule is SelectionRule.UNIFORM and selection.round_seconds:
         yield (
             'selection.round_seconds: expected with rule = "available" or "capability", found '
             '"uniform", which asks nobody for time'
         )
+
+
+def fewest_agents(selection: Selection, bounds: Bounds) -> int:
+    """Return how many agents there must be, so that every round finds `minimum` under the cap.
+
+    The rounds of a window before the last fill (window - 1) * invitations places; that many divided
+    by the cap is how many agents may be out for the last one.
+    """
+    if not selection.most_rounds:
+        return bounds.minimum
+    invited = (selection.window - 1) * selection.invitations(bounds.places)
+    return bounds.minimum + invited // selection.most_rounds
 
 
 def _out_of_range(selection: Selection, bounds: Bounds) -> Iterator[str]:
