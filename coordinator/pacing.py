@@ -6,8 +6,8 @@ of a large one to come spread over time, as often as rounds need them and no mor
 gives the aims and no formula; these are ours:
 
     rate  = min(MARGIN * wanted / round_seconds, ARRIVALS_PER_SECOND)     arrivals that are wanted
-    mean  = enrolled / rate, forced into LEAST_AWAY to MOST_AWAY           time between two visits
-    away  = mean * uniform(1/2, 3/2)                                       of one agent
+    mean  = enrolled / rate, MEAN_AWAY at most                             time between two visits
+    away  = uniform(LEAST_AWAY, 2 mean - LEAST_AWAY)                       of one agent
 
 The fleet keeps that rate by itself: whoever comes finds its place among the reserve or is sent away
 for about `mean` again. Nobody leaves whom the next round may want: the reserve stays, unless the
@@ -24,7 +24,7 @@ from coordinator.selection import select
 ARRIVALS_PER_SECOND = 200.0
 MARGIN = 2.0  # arrivals for each agent wanted: some leave again, some do not suit
 LEAST_AWAY_SECONDS = 60.0  # below, a connection that stays is cheaper
-MOST_AWAY_SECONDS = 86_400.0  # devices live by days
+MEAN_AWAY_SECONDS = 43_200.0  # at most: devices live by days, and twice the mean is one
 LONG_ROUND_SECONDS = 600.0  # what is left of a round for which the reserve leaves, too
 FIRST_ROUND_SECONDS = 300.0  # supposed of a round before there was one
 SLACK = 0.25  # part of a long round that is left when the first of the reserve are back
@@ -56,7 +56,7 @@ def mean_away(fleet: Fleet, need: Need) -> float:
     """Return the mean seconds between two visits of an agent at which enough come."""
     rate = MARGIN * max(1, need.reserve) / max(1.0, need.round_seconds or FIRST_ROUND_SECONDS)
     seconds = fleet.enrolled / min(rate, ARRIVALS_PER_SECOND)
-    return min(max(seconds, 0.0), MOST_AWAY_SECONDS)
+    return min(seconds, MEAN_AWAY_SECONDS)
 
 
 def surplus_away(fleet: Fleet, need: Need, waiting: int, draw: str) -> int:
@@ -89,7 +89,8 @@ def dismissed(
 ) -> Mapping[str, int]:
     """Return for how many seconds each of those who have nothing to do leaves; 0: it stays.
 
-    `able`: those of them whom the next round may invite.
+    `able`: those of them who may be its reserve. Who was in the round before is not: it has had its
+    turn, and a reserve that is the same for ever would be the whole fleet that ever trains.
     """
     kept = select(able & waiting, need.reserve, f"{draw}/reserve")
     return {
@@ -113,9 +114,11 @@ def arrival(fleet: Fleet, need: Need, waiting: int, able: bool, draw: str) -> in
 
 def refused_away(fleet: Fleet, draw: str) -> float:
     """Return the seconds after which an agent may try again that finds every stream taken."""
-    return _about(max(fleet.enrolled / ARRIVALS_PER_SECOND, LEAST_AWAY_SECONDS), draw)
+    mean = fleet.enrolled / ARRIVALS_PER_SECOND
+    return _about(min(max(mean, LEAST_AWAY_SECONDS), MEAN_AWAY_SECONDS), draw)
 
 
 def _about(mean: float, draw: str) -> int:
     chance = random.Random(draw).random()  # noqa: S311 - spreads, hides nothing
-    return int(min(mean * (0.5 + chance), MOST_AWAY_SECONDS))
+    # From little to twice the mean: whoever was sent away together comes back evenly from now on.
+    return int(LEAST_AWAY_SECONDS + 2 * chance * (mean - LEAST_AWAY_SECONDS))

@@ -103,7 +103,7 @@ class RunState:
     returners: tuple[str, ...] = ()  # who may be asked next
     reason: Reason | None = None  # why the run failed
     traits: Mapping[str, Traits] = field(default_factory=dict)  # of those connected, if they told
-    recent: tuple[frozenset[str], ...] = ()  # whom the last finished rounds invited, for the cap
+    recent: tuple[frozenset[str], ...] = ()  # whom the last finished rounds invited
     began: float = 0.0  # when the open round, or the last one, invited
     round_seconds: float = 0.0  # from the last round's invitations to its end; 0: there was none
 

@@ -191,7 +191,7 @@ def _tired(selection: Selection, agents: Set[str], recent: Recent) -> frozenset[
     """Return who has been invited as often as the cap allows."""
     if not selection.most_rounds:
         return frozenset()
-    rounds = last_rounds(selection, recent)
+    rounds = recent[max(0, len(recent) - (selection.window - 1)) :]
     return frozenset(
         agent
         for agent in agents
@@ -200,8 +200,8 @@ def _tired(selection: Selection, agents: Set[str], recent: Recent) -> frozenset[
 
 
 def last_rounds(selection: Selection, recent: Recent) -> tuple[frozenset[str], ...]:
-    """Return what of `recent` the cap looks at: the window without the round that comes."""
-    count = selection.window - 1 if selection.most_rounds else 0
+    """Return what of `recent` is looked at again: the last round, and the cap's window."""
+    count = max(1, selection.window - 1)
     return tuple(frozenset(invited) for invited in recent[max(0, len(recent) - count) :])
 
 

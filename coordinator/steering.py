@@ -38,7 +38,7 @@ class Steering:
         """Return for how many seconds each of those leaves whom a round has not invited."""
         if state.policy.selection.pacing is Pacing.NONE:
             return dict.fromkeys(waiting, 0)
-        able = _able(state, waiting, now)
+        able = _able(state, waiting, now) - (state.recent[-1] if state.recent else frozenset())
         return pacing.dismissed(self.fleet, _need(state, now), waiting, able, _draw(state))
 
     def arrival(self, agent: str, state: RunState, now: float) -> int:

@@ -38,7 +38,8 @@ LAST_BACKOFF_SECONDS = 30.0
 AVAILABILITY_SECONDS = 60.0  # how often the owner's hours and the power are looked at
 MOST_AWAY_SECONDS = 86_400.0  # no coordinator sends this device away for longer
 MOST_SPREAD_SECONDS = 3600.0  # nor has it wait longer before it tries again after a cut
-OPENING_SECONDS = 60.0  # over which devices with the same hours come, where no fleet is known
+FIRST_OPENING_SECONDS = 900.0  # over which devices with the same hours come that know no fleet
+OPENING_SECONDS = 60.0  # the same at least, where the coordinator has said how it is paced
 GOODBYE_SECONDS = 5.0  # for the coordinator to end a stream that we end
 PROGRESS_SECONDS = 1.0  # how often progress is looked at while training
 _log = structlog.get_logger()
@@ -61,6 +62,7 @@ class Session:
         self._away_seconds = 0.0  # that the coordinator asked for; 0: it did not
         self._last_away_seconds = 0.0  # a measure of how large the fleet is
         self._spread_seconds = 0.0
+        self._knows_fleet = False
         self._departing = False
         self.finished: asyncio.Queue[control_pb2.Finished] = asyncio.Queue()
 
@@ -108,7 +110,8 @@ class Session:
             self._status.link(Link.AWAY, why)
             await asyncio.sleep(min(max(1.0, hours.opens_in(local_now())), AVAILABILITY_SECONDS))
         if was_closed:
-            spread = max(OPENING_SECONDS, self._last_away_seconds)
+            least = OPENING_SECONDS if self._knows_fleet else FIRST_OPENING_SECONDS
+            spread = max(least, self._last_away_seconds)
             await asyncio.sleep(hours.opening_delay(local_now(), spread))
 
     async def _departure(self) -> float:
@@ -299,6 +302,7 @@ class Session:
             if run is not None and run.run_id == waiting.run_id:
                 run.round_closed(waiting.round)
         self._status.step(Step.WAITING, waiting.run_id, waiting.round, cause)
+        self._knows_fleet = True
         self._spread_seconds = min(float(waiting.spread_seconds), MOST_SPREAD_SECONDS)
         self._away_seconds = min(float(waiting.come_back_seconds), MOST_AWAY_SECONDS)
         if self._away_seconds:

@@ -119,8 +119,8 @@ def test_as_many_agents_as_are_asked_for_keep_every_round_supplied(
         recent = last_rounds(selection, (*recent, choose(selection, may, {}, size, str(number))))
 
 
-def test_without_a_cap_nothing_is_remembered() -> None:
-    assert last_rounds(UNIFORM, (frozenset("ab"), frozenset("c"))) == ()
+def test_without_a_cap_only_the_last_round_is_remembered() -> None:
+    assert last_rounds(UNIFORM, (frozenset("ab"), frozenset("c"))) == (frozenset("c"),)
 
 
 # the draw

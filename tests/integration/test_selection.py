@@ -92,6 +92,7 @@ class Hours(Availability):
 def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "AVAILABILITY_SECONDS", 0.05)
     monkeypatch.setattr(session, "OPENING_SECONDS", 0.05)
+    monkeypatch.setattr(session, "FIRST_OPENING_SECONDS", 0.05)
 
 
 @pytest.mark.parametrize("kind", ["plain", "masked", "encrypted", "sealed"])
