@@ -2,14 +2,14 @@
 
 What an agent asks for comes first (its hours), then what the run asks for (memory, speed, engine),
 then fairness (a cap on rounds in a window); of those who are left a sample is drawn. Devices tell
-what they have when they connect, as in FedCS (Nishio and Yonetani, arXiv:1804.08333v2, section
-III-B, "Resource Request"). FedCS then takes the fastest first, and so the same ones for ever. Here
-rule "capability" draws with the weights by which Oort discounts slow clients (Lai et al.,
-arXiv:2010.06081v3, section 4.3, equation (1)): 1 for an agent that is expected to be done within T,
-`round_seconds`, and (T/t)^2 for one that needs t > T. A device of which nothing is known counts as
-fast, so that it is tried (Oort's exploration). Every weight is above 0: nobody is left out for
-good. The draw without replacement is by keys log(u) / w (Efraimidis and Spirakis,
-arXiv:1012.0256, section 3, algorithm A-Res).
+what they have when they connect, as in the step "Resource Request" of FedCS (Nishio and Yonetani,
+arXiv:1804.08333v2). FedCS then takes the fastest first, and so the same ones for ever. Here rule
+"capability" draws with the weights by which Oort discounts slow clients (Lai et al.,
+arXiv:2010.06081v3, equation (1), without its statistical utility, which is a device's loss and not
+the coordinator's to know): 1 for an agent that is expected to be done within T, `round_seconds`,
+and (T/t)^2 for one that needs t > T. A device of which nothing is known counts as fast, so that it
+is tried. Every weight is above 0: nobody is left out for good. The draw without replacement is by
+keys log(u) / w (Efraimidis and Spirakis, arXiv:1012.0256, algorithm A-Res).
 
 Over-selection: more agents are invited than a round needs, and those who are ready first make its
 cohort. Bonawitz et al. invite 130 % (arXiv:1902.01046v2, section 9).
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from enum import Enum
 
-SLOWNESS_EXPONENT = 2.0  # alpha of Oort's equation (1), with the value of its section 7.1
+SLOWNESS_EXPONENT = 2.0  # alpha of Oort's equation (1)
 MAX_OVER_SELECTION = 10.0
 MAX_RESERVE = 100.0
 ENGINES = ("", "onnx", "torch")
