@@ -14,6 +14,7 @@ for about `mean` again. Nobody leaves whom the next round may want: the reserve 
 open round is a long one; then it comes back before that ends.
 """
 
+import math
 import random
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Need:
     reserve: int  # that stay for the next round
     round_seconds: float  # from one round to the next, as it was last; 0: there was none
     seconds_left: float = 0.0  # of the open round, as far as can be told; 0: cannot be told
+    patience_seconds: float = math.inf  # for which the run waits for agents before it fails
 
 
 def mean_away(fleet: Fleet, need: Need) -> float:
@@ -75,9 +77,10 @@ def reserve_away(need: Need, draw: str) -> int:
     """Return for how many seconds one of the reserve leaves; 0: it stays.
 
     All are back when three quarters of the rest of the round have passed, so that one that ends
-    sooner than the last finds many of them; and they come spread over the quarter before that.
+    sooner than the last finds many of them; and they come spread over the quarter before that. A
+    round that has to be tried again finds them before the run's patience ends.
     """
-    left = need.seconds_left
+    left = min(need.seconds_left, need.patience_seconds / 2)
     if left < LONG_ROUND_SECONDS:
         return 0
     chance = random.Random(draw).random()  # noqa: S311 - spreads, hides nothing

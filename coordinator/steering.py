@@ -69,7 +69,8 @@ def _need(state: RunState, now: float) -> Need:
     invited = policy.selection.invitations(policy.cohort_size)
     lasted = state.round_seconds
     left = max(0.0, state.began + lasted - now) if lasted else 0.0
-    return Need(round(invited * policy.selection.reserve), lasted, left)
+    reserve = round(invited * policy.selection.reserve)
+    return Need(reserve, lasted, left, policy.gathering_seconds)
 
 
 def _able(state: RunState, agents: Set[str], now: float) -> frozenset[str]:

@@ -25,7 +25,8 @@ LEAST, MOST = pacing.LEAST_AWAY_SECONDS, 2 * pacing.MEAN_AWAY_SECONDS
 LARGE, SMALL = Fleet(1_000_000, 3840), Fleet(5, 3840)
 
 fleets = st.builds(Fleet, st.integers(0, 10**8), st.integers(1, 10**5))
-needs = st.builds(Need, st.integers(0, 10**4), st.floats(0, 1e6), st.floats(0, 1e6))
+seconds = st.floats(0, 1e6)
+needs = st.builds(Need, st.integers(0, 10**4), seconds, seconds, st.floats(1, 1e6))
 draws = st.text(max_size=6)
 _names = [f"agent-{i}" for i in range(40)]
 
@@ -59,10 +60,11 @@ def test_nobody_is_sent_away_for_moments_or_for_days(
 @given(needs, draws)
 def test_the_reserve_is_back_before_a_long_round_ends(need: Need, draw: str) -> None:
     away = pacing.reserve_away(need, draw)
-    if need.seconds_left < pacing.LONG_ROUND_SECONDS:
+    left = min(need.seconds_left, need.patience_seconds / 2)
+    if left < pacing.LONG_ROUND_SECONDS:
         assert away == 0
     else:
-        assert need.seconds_left / 2 - 1 <= away <= need.seconds_left * 3 / 4
+        assert left / 2 - 1 <= away <= left * 3 / 4
 
 
 @given(
@@ -163,7 +165,10 @@ def test_who_was_in_the_round_before_is_not_the_reserve() -> None:
 
 def test_a_long_round_lets_the_reserve_go() -> None:
     state = replace(_training(Selection()).state, round_seconds=7200.0)
-    assert 3599 <= _steering(5).arrival("x", state, 0.0) <= 5400
+    patient = replace(state, policy=replace(state.policy, gathering_seconds=1e6))
+    assert 3599 <= _steering(5).arrival("x", patient, 0.0) <= 5400
+    hasty = replace(state, policy=replace(state.policy, gathering_seconds=2000.0))
+    assert 499 <= _steering(5).arrival("x", hasty, 0.0) <= 750
 
 
 def test_without_a_run_agents_leave_only_when_streams_run_short() -> None:

@@ -145,6 +145,20 @@ async def test_agents_that_are_not_needed_leave_and_come_back(
     assert all(agent.engine.begun == 0 for agent in others)
 
 
+@pytest.mark.parametrize("kind", ["plain", "sealed"])
+async def test_agents_take_turns_under_a_cap(federation: Federation, kind: str) -> None:
+    """Whoever has the keys of the rounds before gives them on, though it has had its turn."""
+    agents = await federation.enrol_all((30, 50, 100, 70, 20, 60))
+    for agent in agents:
+        agent.start()
+    await federation.connected(agents)
+    run_id = start(federation, kind, "most_rounds = 1\nwindow = 2", rounds=3)
+    record = await federation.run_over(run_id)
+    assert record.phase is Phase.COMPLETED
+    trained = sorted(agent.engine.begun for agent in agents)
+    assert trained == [1, 1, 1, 2, 2, 2], "the first three again in the third round"
+
+
 async def test_without_pacing_everybody_stays(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
