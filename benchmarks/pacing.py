@@ -18,13 +18,8 @@ from numpy.typing import NDArray
 from coordinator import pacing
 from coordinator.pacing import Fleet, Need
 from coordinator.selection import Selection, choose
-from edge_agent.session import (
-    FIRST_BACKOFF_SECONDS,
-    FIRST_OPENING_SECONDS,
-    LAST_BACKOFF_SECONDS,
-    MOST_SPREAD_SECONDS,
-    OPENING_SECONDS,
-)
+from edge_agent.absence import FIRST_OPENING_SECONDS, MOST_SPREAD_SECONDS, OPENING_SECONDS
+from edge_agent.session import FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS
 
 HOUR, DAY = 3600, 86_400
 STREAMS = 3840  # of the default 4,096 connections

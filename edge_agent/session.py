@@ -1,7 +1,6 @@
 """The agent's life: connect, take part in runs, connect again."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -9,6 +8,7 @@ from datetime import UTC, datetime
 import grpc
 import structlog
 
+from edge_agent.absence import Absence
 from edge_agent.availability import local_now
 from edge_agent.capability import told_capability
 from edge_agent.connection import Backoff, Closings, Unreachable, open_channel
@@ -35,11 +35,6 @@ from fedloom.version import PROTOCOL_VERSION, software
 
 FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 30.0
-AVAILABILITY_SECONDS = 60.0  # how often the owner's hours and the power are looked at
-MOST_AWAY_SECONDS = 86_400.0  # no coordinator sends this device away for longer
-MOST_SPREAD_SECONDS = 3600.0  # nor has it wait longer before it tries again after a cut
-FIRST_OPENING_SECONDS = 900.0  # over which devices with the same hours come that know no fleet
-OPENING_SECONDS = 60.0  # the same at least, where the coordinator has said how it is paced
 GOODBYE_SECONDS = 5.0  # for the coordinator to end a stream that we end
 PROGRESS_SECONDS = 1.0  # how often progress is looked at while training
 _log = structlog.get_logger()
@@ -58,11 +53,7 @@ class Session:
         self._steps: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
         self._at_work = asyncio.Lock()  # held during a step
         self._heartbeat_seconds = 15.0
-        self._asked_away = asyncio.Event()
-        self._away_seconds = 0.0  # that the coordinator asked for; 0: it did not
-        self._last_away_seconds = 0.0  # a measure of how large the fleet is
-        self._spread_seconds = 0.0
-        self._knows_fleet = False
+        self._absence = Absence(device.availability, self._status)
         self._departing = False
         self.finished: asyncio.Queue[control_pb2.Finished] = asyncio.Queue()
 
@@ -77,8 +68,9 @@ class Session:
     async def _stay(self) -> None:
         """Stay connected while this device takes part, with the newest certificate."""
         while True:
-            await self._until_available()
-            self._departing, self._away_seconds = False, 0.0
+            await self._absence.until_available()
+            self._departing = False
+            self._absence.needed()
             connected = asyncio.create_task(self._stay_connected())
             renewed = asyncio.create_task(self._renewed())
             departing = asyncio.create_task(self._departure())
@@ -98,36 +90,20 @@ class Session:
                     task.cancel()
                 await asyncio.wait(tasks)
             self._run = None  # it knew the old connection; the next one reads the disk
-            await self._be_away(away_seconds)
-
-    # away
-
-    async def _until_available(self) -> None:
-        """Wait until the owner's hours and the power let this device take part."""
-        hours, was_closed = self._device.availability, False
-        while why := hours.why_not(local_now()):
-            was_closed = True
-            self._status.link(Link.AWAY, why)
-            await asyncio.sleep(min(max(1.0, hours.opens_in(local_now())), AVAILABILITY_SECONDS))
-        if was_closed:
-            least = OPENING_SECONDS if self._knows_fleet else FIRST_OPENING_SECONDS
-            spread = max(least, self._last_away_seconds)
-            await asyncio.sleep(hours.opening_delay(local_now(), spread))
+            await self._absence.pass_by(away_seconds)
 
     async def _departure(self) -> float:
         """Return for how many seconds to be away, when that is due and no step is being done."""
         while True:
-            if why := self._device.availability.why_not(local_now()):
+            if why := self._absence.why_not_now():
                 self._stop_taking_part(why)
                 async with self._at_work:
                     return 0.0
-            if self._away_seconds:
+            if self._absence.seconds:
                 async with self._at_work:
-                    if self._away_seconds and self._steps.empty():
-                        return self._away_seconds
-            self._asked_away.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._asked_away.wait(), AVAILABILITY_SECONDS)
+                    if self._absence.seconds and self._steps.empty():
+                        return self._absence.seconds
+            await self._absence.look_again()
 
     def _stop_taking_part(self, why: str) -> None:
         """Decline the round in hand, so that nobody waits for it, and stop its training."""
@@ -149,12 +125,6 @@ class Session:
         await asyncio.wait({connected}, timeout=GOODBYE_SECONDS)
         if connected.done():
             connected.result()
-
-    async def _be_away(self, seconds: float) -> None:
-        if seconds:
-            _log.info("away", seconds=seconds)
-            self._status.link(Link.AWAY, f"asked to come back in {seconds:.0f} s")
-            await asyncio.sleep(seconds)
 
     async def _renewed(self) -> Identity:
         """Return a newer identity when there is one and no step is being done."""
@@ -181,8 +151,7 @@ class Session:
                     if self._departing:
                         return
                     self._status.link(Link.RECONNECTING, str(cause))
-                    longest = min(self._last_away_seconds, MOST_SPREAD_SECONDS)
-                    backoff.spread(self._spread_seconds, longest)
+                    backoff.spread(self._absence.spread_seconds, self._absence.longest_pause)
                     seconds = backoff.pause(cause)
                     _log.info("reconnecting", cause=str(cause), seconds=round(seconds, 1))
                     await asyncio.sleep(seconds)
@@ -195,7 +164,7 @@ class Session:
     async def _converse(self, channel: grpc.aio.Channel, worker: asyncio.Task[None]) -> None:
         """Hold one control stream until it ends; a dead worker ends it with its error."""
         self._outbox = asyncio.Queue()
-        self._away_seconds = 0.0
+        self._absence.needed()
         self._outbox.put_nowait(self._hello())
         call = control_pb2_grpc.ControlServiceStub(channel).Connect(self._requests())
         heart = asyncio.create_task(self._beat())
@@ -275,11 +244,11 @@ class Session:
                 case None:
                     _log.info("unknown step ignored")  # a newer coordinator's
                 case "invitation" | "result" | "finished":
-                    self._away_seconds = 0.0
+                    self._absence.needed()
                     self._interrupt_if_past(message)
                     self._steps.put_nowait(message)
                 case _:
-                    self._away_seconds = 0.0
+                    self._absence.needed()
                     self._steps.put_nowait(message)
 
     def _react(self, refused: Refused) -> None:
@@ -302,12 +271,7 @@ class Session:
             if run is not None and run.run_id == waiting.run_id:
                 run.round_closed(waiting.round)
         self._status.step(Step.WAITING, waiting.run_id, waiting.round, cause)
-        self._knows_fleet = True
-        self._spread_seconds = min(float(waiting.spread_seconds), MOST_SPREAD_SECONDS)
-        self._away_seconds = min(float(waiting.come_back_seconds), MOST_AWAY_SECONDS)
-        if self._away_seconds:
-            self._last_away_seconds = self._away_seconds
-            self._asked_away.set()
+        self._absence.told(waiting.come_back_seconds, waiting.spread_seconds)
 
     def _interrupt_if_past(self, message: control_pb2.ConnectResponse) -> None:
         """The run went on: training for a round that is closed is of no use."""

@@ -10,7 +10,7 @@ import pytest
 
 from coordinator import pacing
 from coordinator.run_state import Phase
-from edge_agent import session
+from edge_agent import absence
 from edge_agent.availability import Availability, Window
 from edge_agent.status import Link, read_status
 from fedloom.adapters import Theta
@@ -90,9 +90,9 @@ class Hours(Availability):
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "AVAILABILITY_SECONDS", 0.05)
-    monkeypatch.setattr(session, "OPENING_SECONDS", 0.05)
-    monkeypatch.setattr(session, "FIRST_OPENING_SECONDS", 0.05)
+    monkeypatch.setattr(absence, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(absence, "OPENING_SECONDS", 0.05)
+    monkeypatch.setattr(absence, "FIRST_OPENING_SECONDS", 0.05)
 
 
 @pytest.mark.parametrize("kind", ["plain", "masked", "encrypted", "sealed"])

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent import connection
+from edge_agent.absence import MOST_AWAY_SECONDS, MOST_SPREAD_SECONDS
 from edge_agent.connection import Backoff, Unreachable
 from edge_agent.identity import Identity
 from edge_agent.participation import Device
-from edge_agent.session import MOST_AWAY_SECONDS, MOST_SPREAD_SECONDS, Session
+from edge_agent.session import Session
 from fedloom.artifacts import (
     SENT_PART_BYTES,
     SMALLEST_PART_BYTES,
@@ -112,7 +113,7 @@ async def test_no_coordinator_sends_a_device_away_for_ever(tmp_path: Path) -> No
     device = Device(tmp_path, cast(Identity, None), Protection.PLAIN, cast(Any, None), None)
     session = Session(device, frozenset({Protection.PLAIN}))
     session._wait(control_pb2.Waiting(come_back_seconds=2**32 - 1, spread_seconds=2**32 - 1))
-    assert session._away_seconds == MOST_AWAY_SECONDS
-    assert session._spread_seconds == MOST_SPREAD_SECONDS
+    assert session._absence.seconds == MOST_AWAY_SECONDS
+    assert session._absence.spread_seconds == MOST_SPREAD_SECONDS
     session._wait(control_pb2.Waiting(cause=control_pb2.WAIT_CAUSE_GATHERING))
-    assert session._away_seconds == 0, "stay"
+    assert session._absence.seconds == 0, "stay"
