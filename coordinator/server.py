@@ -60,7 +60,8 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     limits = load_limits(home / CONFIG_FILE)
     allow_files(limits)
     steering = Steering(store.roster.count, limits.streams)
-    admission = Admission(limits, retry_seconds=steering.refused)
+    admission = Admission(limits)
+    admission.retry_seconds = steering.refused
     spool, certificate = home / "spool", authority.certificate
     conductor = Conductor(
         Facilities(

@@ -184,16 +184,11 @@ class Pace:
 class Admission:
     """What is open now, and who came how often."""
 
-    def __init__(
-        self,
-        limits: Limits,
-        clock: Callable[[], float] = time.monotonic,
-        retry_seconds: Callable[[str], float] = lambda agent: RETRY_SECONDS,
-    ) -> None:
-        """`retry_seconds` says of an agent when it may try again that finds no free stream."""
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self.clock = clock
-        self.retry_seconds = retry_seconds
+        # When an agent may try again that finds no free stream; the fleet's pacing knows better.
+        self.retry_seconds: Callable[[str], float] = lambda agent: RETRY_SECONDS
         self.calls: Counter[str] = Counter()  # connection (gRPC's name of the peer) -> open calls
         self.connections: Counter[str] = Counter()  # address -> connections that carry a call
         self.streams: Counter[str] = Counter()  # agent -> open control streams

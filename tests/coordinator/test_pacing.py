@@ -200,7 +200,8 @@ async def test_whoever_finds_every_stream_taken_is_told_when_to_come_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(limits, "HOLD_SECONDS", 0.0)
-    admission = Admission(Limits(connections=32), retry_seconds=lambda agent: 1234.0)
+    admission = Admission(Limits(connections=32))
+    admission.retry_seconds = lambda agent: 1234.0
     async with AsyncExitStack() as calls:
         for number in range(30):
             call = await calls.enter_async_context(admission.call(f"ipv4:10.0.0.{number}:1"))
