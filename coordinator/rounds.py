@@ -41,7 +41,6 @@ from coordinator.phases import applying, collecting, gathering
 from coordinator.phases.collecting import IllegalEvent
 from coordinator.phases.gathering import KEY_SECONDS, MAX_ROUND_FAILURES, Step
 from coordinator.run_state import Phase, RunState, Wish
-from coordinator.selection import UNKNOWN
 from fedloom.errors import Reason
 
 __all__ = ["KEY_SECONDS", "MAX_ROUND_FAILURES", "IllegalEvent", "handle"]
@@ -87,9 +86,14 @@ def _take_up(state: RunState, event: TakenUp, now: float) -> Step:
         Phase.TRAINING: policy.training_seconds,
         Phase.APPLYING: policy.applying_seconds,
     }.get(state.phase, policy.upload_seconds)
-    here = replace(state, deadline=now + seconds, connected=frozenset(), traits={}, grant=None)
-    for agent in agents:
-        here = gathering.admit(here, agent, event.traits.get(agent, UNKNOWN))
+    here = replace(
+        state,
+        deadline=now + seconds,
+        connected=agents,
+        excluded={name: why for name, why in state.excluded.items() if name not in agents},
+        traits=event.traits,
+        grant=None,
+    )
     match state.phase:
         case Phase.GATHERING:
             return gathering.gather(here, now)

@@ -58,8 +58,9 @@ def _with(traits: Mapping[str, Traits], agent: str, said: Traits) -> Mapping[str
     """Return the traits after what one agent said; who said nothing takes no room."""
     if traits.get(agent, UNKNOWN) == said:
         return traits
-    others = {name: known for name, known in traits.items() if name != agent}
-    return others if said == UNKNOWN else {**others, agent: said}
+    if said != UNKNOWN:
+        return {**traits, agent: said}
+    return {name: known for name, known in traits.items() if name != agent}
 
 
 def learn(state: RunState, agent: str, training_seconds: float) -> RunState:
@@ -133,12 +134,15 @@ def _only_lasting(excluded: Mapping[str, Reason]) -> dict[str, Reason]:
 def gather(state: RunState, now: float) -> Step:
     """Start the round when enough agents are here and all of them hold the run's keys."""
     candidates, policy = state.candidates, state.policy
-    may = eligible(policy.selection, candidates, state.traits, state.recent, now)
-    if state.paused or len(may) < policy.minimum_agents:
+    if state.paused or len(candidates) < policy.minimum_agents:
         return state, ()
-    if state.policy.needs_key:
-        if state.grant is not None and state.grant.holder in candidates:
-            return state, ()
+    if policy.needs_key and state.grant is not None and state.grant.holder in candidates:
+        return state, ()
+    may = eligible(policy.selection, candidates, state.traits, state.recent, now)
+    if len(may) < policy.minimum_agents:
+        return state, ()
+    if policy.needs_key:
+        # Of all who are here: one that may not be invited now may hold what the others lack.
         grant = state.keys.next_grant(candidates, state.past_keys)
         if grant is not None:
             keys = state.keys.asked(grant)
