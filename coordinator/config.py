@@ -10,6 +10,20 @@ size = 100
 quorum = 0                     # agents that suffice once they are ready; 0: all who were invited
 population = 0                 # agents that may ever take part; "scaffold" and "fed_dyn" need it
 
+[selection]                    # who is invited; coordinator/selection.py has the rules' papers
+rule = "uniform"               # "available": whose hours leave time for a round; "capability": of
+                               # these, slower ones more rarely
+over_selection = 1.0           # invitations for each place; above 1 the first `size` that are ready
+                               # make the cohort
+most_rounds = 0                # that an agent is invited to in `window` finished rounds in a row;
+window = 0                     # 0: any
+round_seconds = 0.0            # that an agent should need; 0: deadlines.training
+least_memory_mb = 0            # that an agent must have told, 10^6 bytes
+least_samples_per_second = 0.0 # in its last training
+engine = ""                    # or "onnx", "torch": that it must have
+pacing = "steered"             # surplus agents are told to leave and when to come back; or "none"
+reserve = 1.0                  # agents that stay for the next round, for each that a round invites
+
 [training]                     # on every agent; control.proto says what each key is
 strategy = "fed_avg"           # one of those in coordinator/strategies/README.md
 weighting = "samples"          # or "uniform", "compute": what an update counts for
@@ -72,6 +86,8 @@ from coordinator.aggregation import Rule as AggregationRule
 from coordinator.compression import DEFAULT_SHARE, compression_problems
 from coordinator.plateau import NO_PLATEAU, PlateauRule
 from coordinator.run_state import RunPolicy
+from coordinator.selection import UNIFORM, Bounds, Pacing, Selection, SelectionRule
+from coordinator.selection import problems as selection_problems
 from coordinator.strategies.unsupported import LORA_RULES
 from fedloom.compression import Compression
 from fedloom.errors import ConfigError, Refused
@@ -79,6 +95,7 @@ from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Metric, Report
 from fedloom.schedules import effective_steps
 from fedloom.terms import (
+    MAX_CAPACITY,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
     NEEDS_FACTORS,
@@ -136,11 +153,17 @@ class RunConfig:
     evaluation: EvaluationTerms = DEFAULT_EVALUATION
     plateau: PlateauRule = NO_PLATEAU
     aggregation: Aggregation = MEAN
+    selection: Selection = UNIFORM
 
     @property
     def returns_sums(self) -> bool:
         """Whether agents hand over sums that the coordinator cannot open."""
         return self.release is Release.COORDINATOR and self.encoding.protection.needs_tenseal
+
+    @property
+    def bounds(self) -> Bounds:
+        """What of the run its selection must agree with."""
+        return _bounds(self.cohort, self.deadlines)
 
     @property
     def policy(self) -> RunPolicy:
@@ -159,6 +182,7 @@ class RunConfig:
             quorum=self.cohort.quorum,
             returns_sums=self.returns_sums,
             plateau=self.plateau,
+            selection=self.selection.within(self.deadlines.training),
         )
 
 
@@ -200,6 +224,7 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         lambda: _evaluation(reader, encoding.protection, plateau), DEFAULT_EVALUATION
     )
     aggregation = _aggregation(reader)
+    selection = _selection(reader, cohort, deadlines)
     for problem in aggregation.problems(encoding, training, cohort.minimum):
         reader.require(False, problem)
     lora = training.lora.name.lower()
@@ -261,6 +286,7 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         evaluation,
         plateau,
         aggregation,
+        selection,
     )
 
 
@@ -303,6 +329,26 @@ def _aggregation(reader: "_Reader") -> Aggregation:
         default: Any = DEFAULTS.get(rule, {}).get(field.name, field.default)
         values[field.name] = reader.value(f"aggregation.{field.name}", type(default), default)
     return Aggregation(rule, **values)
+
+
+def _bounds(cohort: CohortTerms, deadlines: Deadlines) -> Bounds:
+    places = max(1, cohort.size)
+    return Bounds(cohort.minimum, places, cohort.population, MAX_CAPACITY, deadlines.training)
+
+
+def _selection(reader: "_Reader", cohort: CohortTerms, deadlines: Deadlines) -> Selection:
+    values: dict[str, Any] = {
+        "rule": reader.member("selection.rule", SelectionRule, UNIFORM.rule),
+        "pacing": reader.member("selection.pacing", Pacing, UNIFORM.pacing),
+    }
+    for field in fields(Selection):
+        if field.name not in values:
+            key, default = f"selection.{field.name}", field.default
+            values[field.name] = reader.value(key, type(default), default)
+    selection = Selection(**values)
+    for problem in selection_problems(selection, _bounds(cohort, deadlines)):
+        reader.require(False, problem)
+    return selection
 
 
 def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import RunConfig, parse_run_config, unencodable
+from coordinator.selection import fewest_agents
 from fedloom.errors import ConfigError, FedloomError, Refused
 from fedloom.plans import Plan, load_plan, verify_members
 from fedloom.quality import metrics_of
@@ -124,6 +125,14 @@ def _warnings(config: RunConfig, around: Surroundings) -> Iterator[str]:
         yield (
             f"cohort.minimum: {config.cohort.minimum} agents are needed, "
             f"{around.enrolled_agents} are enrolled: the run will wait for more (`invite`)"
+        )
+    if fewest_agents(config.selection, config.bounds) > max(
+        around.enrolled_agents, config.cohort.minimum
+    ):
+        yield (
+            f"selection.most_rounds: {fewest_agents(config.selection, config.bounds)} agents are "
+            f"needed so that each round finds cohort.minimum under this cap, "
+            f"{around.enrolled_agents} are enrolled: a round may wait in vain"
         )
     if config.training.population > around.enrolled_agents:
         yield (

@@ -33,6 +33,7 @@ class Trained:
     update: Outgoing
     mean_loss: float
     seconds: float
+    samples: int
 
 
 class Training:
@@ -134,7 +135,8 @@ class Training:
         )
         shares = tail_shares(run.terms.evaluation, run.plan.task, update.mean_loss, evaluation)
         sent = outgoing(terms, state, memory, update, layout, own, shares)
-        return Trained(run.terms.round, sent, update.mean_loss, checkpoint.seconds)
+        seconds = checkpoint.seconds
+        return Trained(run.terms.round, sent, update.mean_loss, seconds, update.samples)
 
     def _own_after(
         self, run: Undertaking, memory: Memory, start: Theta, update: LocalUpdate

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
+from coordinator.selection import Selection
 from edge_agent.engine import Evaluation
 from edge_agent.local_rules import remembered
 from fedloom.adapters import Theta
@@ -24,6 +25,18 @@ _MEMORIES = "memories"
 _ENGINES = ("local", "ray")
 
 
+def require_simulable(selection: Selection) -> None:
+    """Raise ConfigError for what of `[selection]` clients without hours and memory cannot meet."""
+    needs = ("most_rounds", "least_memory_mb", "least_samples_per_second", "engine")
+    for name in needs:
+        if getattr(selection, name):
+            raise ConfigError(
+                f"selection.{name}",
+                "expected none in a simulation, whose clients are equals and not remembered from "
+                "round to round; leave it out of the file that is simulated",
+            )
+
+
 class Simulation:
     """A run that has come so far; `folder` keeps it, None forgets it with the object."""
 
@@ -36,6 +49,7 @@ class Simulation:
         evaluate: Evaluate,
         progress: Progress | None = None,
     ) -> None:
+        require_simulable(federation.config.selection)
         self.federation = federation
         self.records = records
         self._evaluate = evaluate

@@ -14,7 +14,14 @@ from coordinator.events import (
     Tick,
     Uploaded,
 )
-from coordinator.phases.gathering import Step, admit, exclude, try_round_again, wrong_round
+from coordinator.phases.gathering import (
+    Step,
+    admit,
+    exclude,
+    learn,
+    try_round_again,
+    wrong_round,
+)
 from coordinator.run_state import Phase, RunState
 from fedloom.errors import Reason
 
@@ -30,7 +37,7 @@ def invited_connected(state: RunState, event: AgentConnected, now: float) -> Ste
     """Invite an agent again that may have missed it."""
     again = event.agent in state.invited and event.agent not in state.ready
     effects = (Invite(frozenset({event.agent})),) if again else ()
-    return admit(state, event.agent), effects
+    return admit(state, event.agent, event.traits), effects
 
 
 def ready(state: RunState, event: Ready, now: float) -> Step:
@@ -38,7 +45,8 @@ def ready(state: RunState, event: Ready, now: float) -> Step:
     if event.round != state.round or event.agent not in state.invited:
         return wrong_round(state, event.agent)
     readies = {**state.ready, event.agent: event.weight_class}
-    return _form_cohort_when_enough(replace(state, ready=readies), now)
+    learned = learn(state, event.agent, event.training_seconds)
+    return _form_cohort_when_enough(replace(learned, ready=readies), now)
 
 
 def training_declined(state: RunState, event: Declined, now: float) -> Step:
@@ -49,9 +57,9 @@ def training_declined(state: RunState, event: Declined, now: float) -> Step:
 
 
 def _form_cohort_when_enough(state: RunState, now: float) -> Step:
-    quorum = state.policy.quorum
+    enough = state.policy.enough
     all_answered = state.invited - set(state.excluded) <= set(state.ready)
-    if all_answered or (quorum and len(set(state.ready) - set(state.excluded)) >= quorum):
+    if all_answered or (enough and len(set(state.ready) - set(state.excluded)) >= enough):
         return _form_cohort(state, now)
     return state, ()
 
@@ -62,7 +70,8 @@ def training_tick(state: RunState, event: Tick, now: float) -> Step:
 
 
 def _form_cohort(state: RunState, now: float) -> Step:
-    members = sorted(set(state.ready) - set(state.excluded))
+    usable = [agent for agent in state.ready if agent not in state.excluded]
+    members = sorted(usable[: state.policy.cohort_size])  # the first, if more were invited
     if len(members) < state.policy.minimum_agents:
         return try_round_again(state, now)
     collecting = replace(
@@ -81,7 +90,7 @@ def _form_cohort(state: RunState, now: float) -> Step:
 
 def member_connected(state: RunState, event: AgentConnected, now: float) -> Step:
     """Tell a member again what it may have missed, unless its update is in."""
-    admitted = admit(state, event.agent)
+    admitted = admit(state, event.agent, event.traits)
     if event.agent not in state.cohort or event.agent in state.uploaded:
         return admitted, ()
     # The agent may have restarted and lost its update: the invitation lets it train again.

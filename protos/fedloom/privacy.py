@@ -74,7 +74,9 @@ def privacy_statement(terms: PrivacyTerms) -> PrivacyStatement:
 def _clear(terms: PrivacyTerms) -> str:
     return (
         "the coordinator is told who takes part and when, how long training took, each agent's "
-        f"number of samples up to a power of two, {_told_quality(terms.evaluation)}, and after "
+        f"number of samples up to a power of two, {_told_quality(terms.evaluation)}, how long an "
+        "agent's hours last, unless its policy withholds it its memory, speed, processors and "
+        "engine, up to powers of two, and after "
         "each round how many values were clipped, their range for the next one, and the model's "
         "SHA-256; agents see the names in their cohort and the largest number of samples up to a "
         "power of two"
