@@ -124,6 +124,7 @@ class Attempts:
             lambda agent, message: run.agents.mask_step(agent, state.round, message),
             lambda agent, message: run.remember(MaskMessage(agent, message)),
             self._facilities.metrics,
+            run.config.aggregation.groups,
         )
 
     def repeat(self, agent: str) -> None:

@@ -46,6 +46,8 @@ minimum_delta = 0.0            # by less than this it is no better
 
 [aggregation]                  # what is made of a round's updates
 rule = "mean"                  # "plain" alone: one of those in coordinator/strategies/README.md
+groups = 1                     # 3 or more: a sum for each of so many random groups, under any
+                               # protection; rule: "median", "trimmed_mean", "geometric_median"
 
 [deadlines]                    # seconds
 training = 3600
@@ -71,6 +73,7 @@ from fedloom.schedules import effective_steps
 from fedloom.terms import (
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    MOVEMENTS,
     STRATEGIES_WITH,
     STRATEGY_DEFAULTS,
     Encoding,
@@ -181,14 +184,16 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         }
     )
     encoding = reader.checked(lambda: _encoding(reader, cohort), Encoding(Protection.ENCRYPTED))
-    training = reader.checked(lambda: _training(reader, cohort, encoding), LocalTraining())
+    aggregation = _aggregation(reader)
+    training = reader.checked(
+        lambda: _training(reader, cohort, encoding, aggregation), LocalTraining()
+    )
     release = reader.member("protection.release", Release, Release.AGENTS)
     gate = reader.checked(lambda: _gate(reader), OPEN_GATE)
     plateau = _plateau(reader)
     evaluation = reader.checked(
         lambda: _evaluation(reader, encoding.protection, plateau), DEFAULT_EVALUATION
     )
-    aggregation = _aggregation(reader)
     for problem in aggregation.problems(encoding, training, cohort.minimum):
         reader.require(False, problem)
     reader.require("\0" not in name, "name: expected a text without NUL")
@@ -285,9 +290,14 @@ def _aggregation(reader: "_Reader") -> Aggregation:
     return Aggregation(rule, **values)
 
 
-def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:
+def _training(
+    reader: "_Reader", cohort: CohortTerms, encoding: Encoding, aggregation: Aggregation
+) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
     values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
+    values |= aggregation.group_terms
+    if strategy not in MOVEMENTS:  # `problems` says that groups do not go with it
+        values["groups"], values["group_trim"] = 0, 0.0
     for field in fields(LocalTraining):
         if field.name in values:
             continue

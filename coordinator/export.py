@@ -7,6 +7,7 @@ goes on where it ended.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
@@ -17,7 +18,7 @@ from coordinator.config import RunConfig
 from coordinator.contexts import context_of_round
 from coordinator.published import Published
 from coordinator.store import RoundRecord, RunRecord, Store
-from crypto import masked
+from crypto import groups, masked
 from fedloom.adapters import Theta, adapter_header, read_adapter
 from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference
 from fedloom.errors import ConfigError
@@ -25,6 +26,7 @@ from fedloom.exports import INFERENCE_FILES
 from fedloom.model_cards import CARD_FILE, RunFacts, describe
 from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan
 from fedloom.strategies import algorithm
+from fedloom.strategies.grouped import combined
 from fedloom.terms import Protection
 from fedloom.version import software
 
@@ -128,8 +130,16 @@ def _read_sum(
     reference = record.sum if record.opened is None else record.opened
     scratch.unlink(missing_ok=True)
     published.fetch(reference.sha256, scratch)
-    with scratch.open("rb") as file:
+
+    def open_one(members: Sequence[int], source: crypto.Source) -> crypto.OpenedSum:
         if config.encoding.protection is Protection.MASKED:
-            return masked.read_sum(context, record.slots, file)
+            return masked.read_sum(context, members, source)
         plain = replace(context, cohort=b"")  # opened sums belong to no cohort's masks
-        return crypto.protection("plain").open_sum(plain, None, record.slots, file)
+        return crypto.protection("plain").open_sum(plain, None, members, source)
+
+    training = config.training
+    with scratch.open("rb") as file:
+        if not training.groups or record.opened is not None:  # agents return what their rule made
+            return open_one(record.slots, file)
+        rule, tail = partial(combined, training), context.tail_length
+        return groups.open_sums(record.slots, training.groups, file, open_one, rule, tail)

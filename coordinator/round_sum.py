@@ -1,8 +1,9 @@
 """The sum of one attempt: updates go in as they arrive, each whole or not at all."""
 
 import asyncio
+import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -12,6 +13,7 @@ import structlog
 
 import crypto
 from coordinator.aggregation import MEAN, Aggregation
+from crypto import groups
 from crypto.masks import Correction
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
@@ -79,14 +81,32 @@ class RoundSum:
         self.context = context
         self.adding: str | None = None  # the agent whose update is on its way into the sum
         self._members = members
-        self._new_total = partial(crypto.protection(_NAMES[protection]).accumulator, context)
-        if not aggregation.is_mean:
+        self._new_sum = partial(crypto.protection(_NAMES[protection]).accumulator, context)
+        self._new_total: Callable[[int], crypto.Accumulator] = self._new_sum
+        if aggregation.groups > 1:
+            self._new_total = partial(self._grouped_total, aggregation.groups)
+        elif not aggregation.is_mean:
             self._new_total = partial(self._robust_total, aggregation)
         self._accepted: dict[str, bytes] = {}
         self._accumulator = self._new_total(processes)
         self._announced: dict[int, Path] = {}  # by slot
         self._spool = spool
         spool.mkdir(parents=True, exist_ok=True)
+
+    def _grouped_total(self, count: int, processes: int) -> crypto.Accumulator:
+        """Return a total for each group; an update is added to one of them, in this process.
+
+        Who masks with whom the members must know, so that their cohort draws the groups; elsewhere
+        the coordinator does, from who takes part: no agent knows that before it is in the cohort.
+        """
+        del processes
+        drawn = groups.draw(self.context.cohort or self._seed(), len(self._members), count)
+        return groups.GroupedTotal(drawn, partial(self._new_sum, 1))
+
+    def _seed(self) -> bytes:
+        c = self.context
+        told = [c.run_id.hex(), str(c.round), str(c.attempt), *self._members]
+        return hashlib.sha256("\0".join(told).encode()).digest()
 
     def _robust_total(self, aggregation: Aggregation, processes: int) -> crypto.Accumulator:
         """Return a total that reads the spool at the end; it makes no use of processes."""

@@ -57,6 +57,7 @@ class Federation:
             (not keeps_own_model(training), "training.personal"),
             (not training.fine_tune_steps, "training.fine_tune_steps"),
             (aggregation.is_mean, "aggregation.rule"),
+            (aggregation.groups == 1, "aggregation.groups"),
             (not self.config.plateau.patience, "evaluation.patience"),
         ):
             if not usable:

@@ -19,10 +19,13 @@ class PrivacyTerms:
     minimum: int  # fewest updates in a sum of the run
     authority_is_offline: bool | None = None  # None: not known on this side
     evaluation: EvaluationTerms = DEFAULT_EVALUATION
+    groups: int = 0  # sums of a round, each of one group's updates; 0: one of all
 
     @property
     def fewest(self) -> int:
         """Fewest updates that a sum of this run can have: devices insist on some under masks."""
+        if self.groups:
+            return MINIMUM_SUM
         return max(self.minimum, MINIMUM_SUM if self.protection.has_masks else 1)
 
     @property
@@ -112,7 +115,8 @@ def _coordinator(terms: PrivacyTerms) -> str:
         case Protection.MASKED:
             return f"{_sum(terms)}, and the total number of samples"
         case Protection.ENCRYPTED | Protection.SEALED if terms.sums_are_returned:
-            return f"{_sum(terms)}, and the total number of samples: agents return them"
+            made = "what agents make of " if terms.groups else ""
+            return f"{made}{_sum(terms)}, and the total number of samples: agents return them"
         case Protection.ENCRYPTED | Protection.SEALED:
             return "no update, no sum and no model"
 
@@ -125,6 +129,11 @@ def _coordinator_with_agents(terms: PrivacyTerms) -> str:
             return "with one agent: every update, since all agents hold the same key"
         case Protection.MASKED | Protection.SEALED:
             few = tolerated(terms.fewest)
+            if terms.groups:
+                return (
+                    f"with {few} agent of a group: the sum of the others in that group; with more "
+                    "of one group: every update of that group; who is in which group is random"
+                )
             return (
                 f"with {few} {'agent' if few == 1 else 'agents'} (of a large cohort about a "
                 "third): the sum of the others; with more: every update"
@@ -142,6 +151,11 @@ def _agent(terms: PrivacyTerms) -> str:
 
 def _sum(terms: PrivacyTerms) -> str:
     what = "updates and of their agents' quality" if _is_summed(terms) else "updates"
+    if terms.groups:
+        return (
+            f"the means of each round's {what} in {terms.groups} random groups, at least "
+            f"{terms.fewest} of them in each group"
+        )
     if terms.fewest == 1:
         return f"the mean of each round's {what}, which may be one update alone"
     return f"the mean of each round's {what}, at least {terms.fewest} of them"

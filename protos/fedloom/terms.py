@@ -19,6 +19,7 @@ MAX_WEIGHT_CLASS = 24  # weights (samples or steps) up to 2^24 per agent and rou
 UPDATE_BITS = (16, 8)
 CLIP_MARGIN = 1.25  # on Adam's movement in a round
 ADAPTIVITIES = (1e-9, 1e9)  # whose squares a float32 holds
+MAX_GROUPS = 100
 MINIMUM_SUM = 3  # fewest updates in a sum under masks: each device insists, whoever asks
 
 _E = TypeVar("_E", bound=IntEnum)
@@ -108,6 +109,14 @@ class Weighting(IntEnum):
     COMPUTE = 3  # steps made
 
 
+class GroupRule(IntEnum):
+    """What is made of the means of a round's groups."""
+
+    MEDIAN = 1
+    TRIMMED_MEAN = 2
+    GEOMETRIC_MEDIAN = 3
+
+
 class Schedule(IntEnum):
     """How a learning rate goes on from its warm-up."""
 
@@ -146,7 +155,10 @@ _ENUMS: dict[str, type[IntEnum]] = {
     "round_schedule": Schedule,
     "lora": LoraRule,
     "personal": Personal,
+    "group_rule": GroupRule,
 }
+# Whose updates are a movement and nothing else, of which any device's may be left out.
+MOVEMENTS = (Strategy.FED_AVG, Strategy.FED_PROX, Strategy.FED_AVG_M, *_FED_OPT)
 
 
 def _require(condition: bool, what: str, found: object) -> None:
@@ -195,11 +207,15 @@ class LocalTraining:
     head_steps: int = 0
     personal_lambda: float = 0.0
     fine_tune_steps: int = 0
+    groups: int = 0  # 0: one sum of all
+    group_rule: GroupRule = GroupRule.MEDIAN
+    group_trim: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_ranges()
         self._check_strategy()
         self._check_personal()
+        self._check_groups()
 
     def _check_ranges(self) -> None:
         for name, least, most in (
@@ -272,6 +288,17 @@ class LocalTraining:
             "(lora FFA goes with DITTO)",
             self.personal.name,
         )
+
+    def _check_groups(self) -> None:
+        wanted = f"groups 0 or 3..{MAX_GROUPS}: of two, a rule cannot tell which is right"
+        _require(self.groups == 0 or 3 <= self.groups <= MAX_GROUPS, wanted, self.groups)
+        movement = self.strategy in MOVEMENTS
+        _require(movement or not self.groups, "groups 0 with this strategy", self.groups)
+        if self.groups and self.group_rule is GroupRule.TRIMMED_MEAN:
+            fits = self.group_trim * self.groups >= 1 and self.group_trim < 0.5
+            _require(fits, "group_trim in [1/groups, 0.5), which cuts one", self.group_trim)
+        else:
+            _require(self.group_trim == 0, "group_trim 0 without TRIMMED_MEAN", self.group_trim)
 
     @classmethod
     def from_message(cls, message: control_pb2.LocalTraining) -> Self:
