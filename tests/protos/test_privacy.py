@@ -42,6 +42,21 @@ def test_what_the_coordinator_reads(protection: Protection, release: Release, re
     )
 
 
+@pytest.mark.parametrize("protection", Protection)
+def test_groups_are_told_to_whoever_opens_them(protection: Protection) -> None:
+    terms = PrivacyTerms(protection, Release.COORDINATOR, 12, groups=4)
+    assert terms.fewest == MINIMUM_SUM
+    found = privacy_statement(terms)
+    means = "in 4 random groups, at least 3 of them in each group"
+    assert means in found.agent
+    assert (means in found.coordinator) == (protection is not Protection.PLAIN)
+    assert found.coordinator.startswith("what agents make of") == protection.needs_tenseal
+    if protection.has_masks:
+        assert "with 1 agent of a group: the sum of the others in that group" in (
+            found.coordinator_with_agents
+        )
+
+
 @pytest.mark.parametrize("terms", ALL, ids=str)
 def test_equal_terms_give_equal_lines_that_can_be_printed(terms: PrivacyTerms) -> None:
     lines = list(privacy_statement(terms).lines())
