@@ -20,6 +20,7 @@ from fedloom.terms import (
     GroupRule,
     LocalTraining,
     Protection,
+    Strategy,
 )
 
 
@@ -91,6 +92,9 @@ class Aggregation:
             elif value and self.rule not in owners:
                 told = " or ".join(f'"{owner.name.lower()}"' for owner in owners)
                 yield f"aggregation.{key}: expected 0 unless aggregation.rule is {told}"
+        if training.strategy is Strategy.FED_MA:
+            yield from self._matching_problems(encoding)
+            return
         if self.groups != 1:
             yield from self._group_problems()
             yield from self._group_surroundings(training, minimum)
@@ -112,6 +116,19 @@ class Aggregation:
                 'training.strategy = "fed_avg" or "fed_prox"'
             )
         yield from self._number_problems(minimum)
+
+    def _matching_problems(self, encoding: Encoding) -> Iterator[str]:
+        if encoding.protection is not Protection.PLAIN:
+            yield (
+                'training.strategy: "fed_ma" matches the neurons of every agent, which '
+                f'protection.kind = "{encoding.protection.name.lower()}" hides from the '
+                'coordinator; use protection.kind = "plain", or training.strategy = "fed_avg"'
+            )
+        if not self.is_mean or self.groups != 1:
+            yield (
+                'aggregation: expected rule = "mean" and one group with "fed_ma", which makes one '
+                'model of the agents\' in its own way; use training.strategy = "fed_avg"'
+            )
 
     def _group_problems(self) -> Iterator[str]:
         if self.groups != 1 and not 3 <= self.groups <= MAX_GROUPS:

@@ -21,6 +21,7 @@ from coordinator.run_state import Phase, RunState
 from crypto import cohort
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
+from fedloom.strategies.fedma import matched_layers
 from fedloom.v1 import control_pb2
 
 
@@ -108,6 +109,7 @@ class Attempts:
             self._facilities.metrics,
             self._facilities.crypto_processes,
             run.config.aggregation,
+            matched_layers(run.config.training, run.plan.layout, state.completed),
         )
         run.agents.cohort(state.cohort, state, self.open, run.seconds_left())
         late = state.invited - set(state.cohort)

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -17,6 +17,7 @@ from crypto import groups
 from crypto.masks import Correction
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
+from fedloom.strategies.fedma import Layer
 from fedloom.terms import Protection
 
 _log = structlog.get_logger()
@@ -77,13 +78,17 @@ class RoundSum:
         spool: Path,
         processes: int = 1,
         aggregation: Aggregation = MEAN,
+        layers: Sequence[Layer] = (),
     ) -> None:
+        """`layers` are those whose neurons are matched (`fedloom.strategies.fedma`), if any."""
         self.context = context
         self.adding: str | None = None  # the agent whose update is on its way into the sum
         self._members = members
         self._new_sum = partial(crypto.protection(_NAMES[protection]).accumulator, context)
         self._new_total: Callable[[int], crypto.Accumulator] = self._new_sum
-        if aggregation.groups > 1:
+        if layers:
+            self._new_total = partial(self._matched_total, layers)
+        elif aggregation.groups > 1:
             self._new_total = partial(self._grouped_total, aggregation.groups)
         elif not aggregation.is_mean:
             self._new_total = partial(self._robust_total, aggregation)
@@ -114,6 +119,13 @@ class RoundSum:
 
         del processes
         return RobustTotal(self.context, aggregation, self._accepted_path)
+
+    def _matched_total(self, layers: Sequence[Layer], processes: int) -> crypto.Accumulator:
+        """Return a total that matches what is in the spool at the end; no use of processes."""
+        from coordinator.strategies.matching import MatchedTotal
+
+        del processes
+        return MatchedTotal(self.context, layers, self._accepted_path)
 
     def _accepted_path(self, slot: int) -> Path:
         return self._path(slot, self._accepted[self._members[slot]])

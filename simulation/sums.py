@@ -15,7 +15,7 @@ from fedloom.errors import ConfigError
 from fedloom.plans import Plan
 from fedloom.quality import EvaluationTerms, Report
 from fedloom.strategies.portions import keeps_own_model, sends_everything
-from fedloom.terms import Protection
+from fedloom.terms import Protection, Strategy
 from simulation.masks import MaskedCohort
 from simulation.movers import Trained
 
@@ -53,6 +53,7 @@ class Federation:
     def __post_init__(self) -> None:
         training, aggregation = self.config.training, self.config.aggregation
         for usable, key in (
+            (training.strategy is not Strategy.FED_MA, "training.strategy"),
             (sends_everything(training), "training.lora"),
             (not keeps_own_model(training), "training.personal"),
             (not training.fine_tune_steps, "training.fine_tune_steps"),

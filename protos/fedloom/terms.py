@@ -81,6 +81,7 @@ class Strategy(IntEnum):
     FED_NOVA = 7
     SCAFFOLD = 8
     FED_DYN = 9
+    FED_MA = 12
 
 
 class LoraRule(IntEnum):
@@ -216,6 +217,7 @@ class LocalTraining:
         self._check_strategy()
         self._check_personal()
         self._check_groups()
+        self._check_matching()
 
     def _check_ranges(self) -> None:
         for name, least, most in (
@@ -269,6 +271,18 @@ class LocalTraining:
         _require(
             self.server_learning_rate == 1 or self.strategy is not Strategy.FED_DYN,
             "server_learning_rate 1 with FED_DYN, whose server has no rate",
+            self.server_learning_rate,
+        )
+
+    def _check_matching(self) -> None:
+        if self.strategy is not Strategy.FED_MA:
+            return
+        whole = self.lora is LoraRule.FEDIT and self.personal is Personal.NONE
+        wanted = "lora FEDIT and personal NONE with FED_MA, which matches whole layers"
+        _require(whole, wanted, (self.lora.name, self.personal.name))
+        _require(
+            self.server_learning_rate == 1,
+            "server_learning_rate 1 with FED_MA, whose server takes weights over",
             self.server_learning_rate,
         )
 

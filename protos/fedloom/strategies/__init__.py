@@ -9,6 +9,7 @@ from fedloom.strategies import (
     fedavg,
     fedavgm,
     feddyn,
+    fedma,
     fednova,
     fedopt,
     fedprox,
@@ -46,6 +47,7 @@ _ALL = (
     fednova.RULE,
     scaffold.RULE,
     feddyn.RULE,
+    fedma.RULE,
 )
 RULES: dict[Strategy, Rule] = {rule.strategy: rule for rule in _ALL}
 

@@ -5,10 +5,11 @@ from fedloom.errors import Reason, Refused
 from fedloom.plans import Role
 from fedloom.strategies import fedit, fedrep, fedsa_lora, ffa_lora, rolora
 from fedloom.strategies.factors import FactorRule
+from fedloom.strategies.fedma import matched_parts
 from fedloom.strategies.fedper import with_own_head
 from fedloom.strategies.parts import Fate, FateOf, Layout, Parts, divide, gathered, scattered
 from fedloom.strategies.rule import Memory
-from fedloom.terms import LocalTraining, LoraRule, Personal
+from fedloom.terms import LocalTraining, LoraRule, Personal, Strategy
 
 FACTOR_RULES: dict[LoraRule, FactorRule] = {
     rule.lora: rule for rule in (fedit.RULE, ffa_lora.RULE, rolora.RULE, fedsa_lora.RULE)
@@ -19,7 +20,8 @@ _OWN_HEAD = (Personal.FEDPER, Personal.FEDREP)
 
 def sends_everything(terms: LocalTraining) -> bool:
     """Tell whether every update holds all of theta, whatever the layout."""
-    return terms.lora is LoraRule.FEDIT and terms.personal not in _OWN_HEAD
+    matched = terms.strategy is Strategy.FED_MA
+    return terms.lora is LoraRule.FEDIT and terms.personal not in _OWN_HEAD and not matched
 
 
 def keeps_own_model(terms: LocalTraining) -> bool:
@@ -36,6 +38,8 @@ def parts_of(terms: LocalTraining, layout: Layout, rounds: int) -> Parts:
 
     Raises Refused(PLAN_UNSUPPORTED) for a layout without what the terms train or keep.
     """
+    if terms.strategy is Strategy.FED_MA:
+        return matched_parts(layout, rounds)
     _check_roles(terms, {tensor.role for tensor in layout})
     parts = divide(layout, _fate_of(terms), rounds)
     if not parts.shared:
