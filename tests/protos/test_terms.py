@@ -19,9 +19,11 @@ from fedloom.terms import (
     MAX_EPOCHS,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    MOVEMENTS,
     STRATEGIES_WITH,
     UPDATE_BITS,
     Encoding,
+    GroupRule,
     LocalTraining,
     LoraRule,
     Optimizer,
@@ -77,6 +79,16 @@ _OF_STRATEGIES: dict[str, st.SearchStrategy[float]] = {
 }
 
 
+_groups = st.sampled_from(
+    [
+        {},
+        {"groups": 3},
+        {"groups": 100, "group_rule": GroupRule.GEOMETRIC_MEDIAN},
+        {"groups": 7, "group_rule": GroupRule.TRIMMED_MEAN, "group_trim": 0.3},
+    ]
+)
+
+
 @st.composite
 def trainings(draw: st.DrawFn) -> LocalTraining:
     """Any terms of local training within the limits."""
@@ -96,8 +108,11 @@ def trainings(draw: st.DrawFn) -> LocalTraining:
         "warmup_rounds": draw(st.integers(0, MAX_STEPS)),
         **draw(_amounts),
     }
-    values |= draw(_what_travels)
-    if strategy is not Strategy.FED_DYN:
+    if strategy is not Strategy.FED_MA:
+        values |= draw(_what_travels)
+    if strategy in MOVEMENTS:
+        values |= draw(_groups)
+    if strategy not in (Strategy.FED_DYN, Strategy.FED_MA):
         values["server_learning_rate"] = draw(_rate)
     for name, strategies in STRATEGIES_WITH.items():
         if strategy in strategies:
