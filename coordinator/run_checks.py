@@ -175,7 +175,7 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
 
 
 def _check_matching(plan: Plan, found: CheckedRun) -> None:
-    from coordinator.strategies.permutations import check_permutable  # and ONNX Runtime with it
+    from coordinator.plans.permutations import check_permutable  # and ONNX Runtime with it
 
     try:
         looked = found.plan_folder is not None and check_permutable(plan, found.plan_folder)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from coordinator.strategies.permutations import permuted
+from coordinator.plans.permutations import permuted
 from edge_agent.checkpoints import Checkpoint
 from edge_agent.engine import LocalUpdate, Progress
 from fedloom.adapters import Theta, read_adapter

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.plans import PlanRequest, build_plan
-from coordinator.strategies.permutations import check_permutable
+from coordinator.plans.permutations import check_permutable
 from fedloom.errors import Refused
 from fedloom.graph_contracts import INFER_GRAPH
 from fedloom.plans import Plan

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import crypto
+from coordinator.plans.permutations import permuted
 from coordinator.strategies.matching import MatchedTotal, match
-from coordinator.strategies.permutations import permuted
 from crypto import plain
 from edge_agent.engine import LocalUpdate
 from edge_agent.local_rules import LocalSteps, outgoing

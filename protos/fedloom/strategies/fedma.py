@@ -63,7 +63,7 @@ def chain(layout: Layout) -> tuple[Layer, ...]:
     """Return the layers, first to last; raises Refused(PLAN_UNSUPPORTED) for any other layout.
 
     Shapes alone do not show what is added or multiplied between layers: who starts a run has the
-    plan's graph looked at (`coordinator.strategies.permutations`).
+    plan's graph looked at (`coordinator.plans.permutations`).
     """
     layers: list[Layer] = []
     for tensor in layout:
