@@ -24,9 +24,15 @@ class PrivacyTerms:
     @property
     def fewest(self) -> int:
         """Fewest updates that a sum of this run can have: devices insist on some under masks."""
-        if self.groups:
-            return MINIMUM_SUM
+        if self.groups:  # under masks a quorum of each group: crypto/cohort/quorum.py
+            quorum = 2 * self.smallest_group // 3 + 1
+            return max(MINIMUM_SUM, quorum if self.protection.has_masks else 0)
         return max(self.minimum, MINIMUM_SUM if self.protection.has_masks else 1)
+
+    @property
+    def smallest_group(self) -> int:
+        """Fewest members of a group, before any of them vanishes."""
+        return self.minimum // (self.groups or 1)
 
     @property
     def sums_are_returned(self) -> bool:
@@ -128,11 +134,13 @@ def _coordinator_with_agents(terms: PrivacyTerms) -> str:
         case Protection.ENCRYPTED:
             return "with one agent: every update, since all agents hold the same key"
         case Protection.MASKED | Protection.SEALED:
-            few = tolerated(terms.fewest)
+            few = tolerated(terms.smallest_group if terms.groups else terms.fewest)
             if terms.groups:
                 return (
-                    f"with {few} agent of a group: the sum of the others in that group; with more "
-                    "of one group: every update of that group; who is in which group is random"
+                    f"with {few} {'agent' if few == 1 else 'agents'} of a group: the sum of the "
+                    "others in that group; with more of one group: every update of that group; "
+                    "groups are random, but a coordinator can try keys for agents of its own until "
+                    "they fall into the group of an agent that it wants"
                 )
             return (
                 f"with {few} {'agent' if few == 1 else 'agents'} (of a large cohort about a "

@@ -10,7 +10,7 @@ from edge_agent.engine import LocalUpdate
 from fedloom.adapters import Theta, read_adapter
 from fedloom.plans import ADAPTER_FILE
 from tests.integration.engines import LARGEST_VALUE
-from tests.integration.federation import LAYOUT, Agent, Federation, command
+from tests.integration.federation import LAYOUT, Agent, Federation, command, until
 from tests.integration.test_restarts import all_agree
 from tests.integration.test_strategies import distinct
 
@@ -77,11 +77,17 @@ def expected(federation: Federation, run_id: bytes, agents: list[Agent], clip: f
 async def test_a_hostile_agent_decides_its_own_group_alone(
     federation: Federation, kind: str
 ) -> None:
+    """The coordinator stops in round 2, too, and goes on with what is spooled."""
     agents = await federation.enrol_all(SAMPLES)
     agents[4].engine._spoil = spoilt
+    agents[7].engine.pauses_at = 2
     run_id = start(federation, kind)
     for agent in agents:
         agent.start()
+    await until("round 2", lambda: agents[7].engine.begun == 2)
+    await federation.stop()
+    agents[7].engine.may_finish.set()
+    await federation.start()
     theta = await all_agree(federation, run_id, agents)
     # The others' values, whatever it sends; a mean of all would have moved some by CLIP / 9.
     moved = np.abs(theta - federation.initial_theta()).max()

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from crypto import cohort
+from crypto.groups import draw
 from fedloom.privacy import PrivacyStatement, PrivacyTerms, privacy_statement, tolerated
 from fedloom.quality import EvaluationTerms, Report
 from fedloom.terms import MINIMUM_SUM, Protection, Release
@@ -55,6 +56,19 @@ def test_groups_are_told_to_whoever_opens_them(protection: Protection) -> None:
         assert "with 1 agent of a group: the sum of the others in that group" in (
             found.coordinator_with_agents
         )
+
+
+def test_larger_groups_are_told_as_the_protocol_holds_them() -> None:
+    """The smallest group of any cohort, a quorum of it, and who may collude in it."""
+    for minimum, groups in itertools.product(range(9, 90), (3, 4, 7)):
+        if minimum < 3 * groups:
+            continue
+        terms = PrivacyTerms(Protection.SEALED, Release.AGENTS, minimum, groups=groups)
+        sizes = [draw(bytes(32), n, groups) for n in range(minimum, minimum + 3 * groups)]
+        least = [min(map(group_of.count, range(groups))) for group_of in sizes]
+        assert terms.fewest == min(map(cohort.quorum, least))
+        told = privacy_statement(terms).coordinator_with_agents
+        assert told.startswith(f"with {min(map(cohort.tolerated, least))} agent")
 
 
 @pytest.mark.parametrize("terms", ALL, ids=str)
