@@ -157,6 +157,7 @@ class Operations:
             self._authority_is_offline,
             config.evaluation,
             config.training.groups,
+            config.training.sends_labels,
         )
 
     def watch(self, run_id: bytes, agent_limit: int) -> Callable[[], RunProgress]:

@@ -53,6 +53,7 @@ class Terms:
             self.minimum,
             evaluation=self.evaluation,
             groups=self.training.groups,
+            sends_labels=self.training.sends_labels,
         )
 
 

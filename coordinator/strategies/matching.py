@@ -91,8 +91,19 @@ class _Devices:
         return np.concatenate(list(self.updates.of(slice(place, place + size)).blocks()), axis=1)
 
 
-def matched(updates: Updates, layers: Sequence[Layer]) -> Iterator[Values]:
-    """Yield the global layers' values, first to last; one layer of all devices is in memory."""
+def class_shares(counts: Values, shares: Values) -> Values:
+    """Return p_jk of the counts n_jk, (K, C): `shares` (K,) for a class that nobody has."""
+    counts = np.maximum(counts, 0)
+    whole = counts.sum(axis=0)
+    found: Values = np.where(whole > 0, counts / np.where(whole > 0, whole, 1), shares[:, None])
+    return found
+
+
+def matched(updates: Updates, layers: Sequence[Layer], counts: Values) -> Iterator[Values]:
+    """Yield the global layers' values, first to last; one layer of all devices is in memory.
+
+    `counts` (K, C) are the rows of each label.
+    """
     devices = _Devices(updates, layers[0].start)
     shares, count = updates.shares, updates.count
     places: Places | None = None  # of the layer before; None: its order is every device's
@@ -109,8 +120,11 @@ def matched(updates: Updates, layers: Sequence[Layer]) -> Iterator[Values]:
             places = match(np.concatenate([rows, biases], axis=2), shares)
             weights = np.stack([w[p] for w, p in zip(weights, places, strict=True)])
             biases = np.stack([b[p] for b, p in zip(biases, places, strict=True)])
-        yield np.tensordot(shares, weights, 1).reshape(-1)
-        yield np.tensordot(shares, biases, 1).reshape(-1)
+        by_row = np.tile(shares[:, None], shape[1])  # (K, outputs)
+        if layer is layers[-1]:
+            by_row = class_shares(counts, shares)
+        yield np.einsum("ko,ko...->o...", by_row, weights).reshape(-1)
+        yield np.einsum("ko,kov->ov", by_row, biases).reshape(-1)
 
 
 def _inputs_moved(weights: Values, places: Places, spread: int) -> Values:
@@ -163,8 +177,12 @@ class MatchedTotal:
         weights = [self._roll.weights[member] for member in members]
         yield plain.sum_prefix(self._context, len(members), sum(weights))
         values = length - self._context.tail_length
+        outputs = self._layers[-1].weight.shape[0]
         updates = Updates([self._path_of(member) for member in members], weights, slice(0, values))
-        for layer in matched(updates, self._layers):
+        labels = updates.of(slice(values - outputs, values))
+        counts = np.concatenate(list(labels.blocks()), axis=1)
+        for layer in matched(updates, self._layers, counts):
             yield layer.astype("<f4").tobytes()
+        yield bytes(4 * outputs)  # nobody needs to know how many rows are of which label
         for rest in combined(updates.of(slice(values, length)), updates.shares):
             yield rest.astype("<f4").tobytes()

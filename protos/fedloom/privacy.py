@@ -20,6 +20,7 @@ class PrivacyTerms:
     authority_is_offline: bool | None = None  # None: not known on this side
     evaluation: EvaluationTerms = DEFAULT_EVALUATION
     groups: int = 0  # sums of a round, each of one group's updates; 0: one of all
+    sends_labels: bool = False  # whether an update says how many rows are of each label
 
     @property
     def fewest(self) -> int:
@@ -117,7 +118,8 @@ def _coordinator(terms: PrivacyTerms) -> str:
     match terms.protection:
         case Protection.PLAIN:
             quality = "its agent's quality, " if _is_summed(terms) else ""
-            return f"every update, {quality}and its number of samples"
+            labels = ", by label where they have one" if terms.sends_labels else ""
+            return f"every update, {quality}and its number of samples{labels}"
         case Protection.MASKED:
             return f"{_sum(terms)}, and the total number of samples"
         case Protection.ENCRYPTED | Protection.SEALED if terms.sums_are_returned:

@@ -219,6 +219,11 @@ class LocalTraining:
         self._check_groups()
         self._check_matching()
 
+    @property
+    def sends_labels(self) -> bool:
+        """Whether an update says how many of the agent's rows are of each label."""
+        return self.strategy is Strategy.FED_MA
+
     def _check_ranges(self) -> None:
         for name, least, most in (
             ("epochs", 1, MAX_EPOCHS),

@@ -58,6 +58,14 @@ def test_groups_are_told_to_whoever_opens_them(protection: Protection) -> None:
         )
 
 
+def test_labels_are_told_where_updates_say_them() -> None:
+    told = [
+        privacy_statement(PrivacyTerms(Protection.PLAIN, Release.AGENTS, 3, sends_labels=labels))
+        for labels in (False, True)
+    ]
+    assert ["by label" in statement.coordinator for statement in told] == [False, True]
+
+
 def test_larger_groups_are_told_as_the_protocol_holds_them() -> None:
     """The smallest group of any cohort, a quorum of it, and who may collude in it."""
     for minimum, groups in itertools.product(range(9, 90), (3, 4, 7)):

@@ -15,14 +15,18 @@ import crypto
 from coordinator.plans.permutations import permuted
 from coordinator.strategies.matching import MatchedTotal, match
 from crypto import plain
+from edge_agent.batches import LabelledArrays
 from edge_agent.engine import LocalUpdate
 from edge_agent.local_rules import LocalSteps, outgoing
+from edge_agent.local_training import label_counts
 from fedloom.errors import Refused
 from fedloom.plans import Role, TrainableTensor
 from fedloom.strategies import ServerState, algorithm, update_length
-from fedloom.strategies.fedma import chain, matched_parts, open_layers
+from fedloom.strategies.fedma import chain, label_shares, matched_parts, open_layers
+from fedloom.strategies.fedma import outputs as outputs_of
 from fedloom.strategies.parts import Layout
 from fedloom.strategies.portions import parts_of, sends_everything
+from fedloom.tasks import ArrayInput, ArrayLearning
 from fedloom.terms import LocalTraining, LoraRule, Personal, Strategy
 from tests.strategies.federation import Float32, Float64
 from tests.strategies.samples import terms_of
@@ -100,25 +104,39 @@ def shuffled(layout: Layout, theta: Float32, seed: int) -> Float32:
 
 
 def aggregate(
-    layout: Layout, models: Sequence[Float32], weights: Sequence[int] | None = None, rounds: int = 0
+    layout: Layout,
+    models: Sequence[Float32],
+    weights: Sequence[int] | None = None,
+    rounds: int = 0,
+    counts: Sequence[Sequence[int]] | None = None,
+    tail: Sequence[float] = (),
 ) -> Float32:
-    """Let devices encode, the coordinator match, and a device open."""
+    """Let devices encode, the coordinator match, and a device open; `tail` has one for each."""
     layers = open_layers(layout, rounds)
     start = layers[0].start
-    length = length_of(layout) - start
-    context = crypto.UpdateContext(bytes(16), 1, 1, length, 100, 1 << 10, 1.0)
+    values = length_of(layout) - start
+    length = values + outputs_of(layout) + (1 if tail else 0)
+    context = crypto.UpdateContext(
+        bytes(16), 1, 1, length, 100, 1 << 10, 1.0, tail_length=1 if tail else 0
+    )
     with TemporaryDirectory() as name:
         total = MatchedTotal(context, layers, lambda slot: Path(name) / str(slot))
         for slot, model in enumerate(models):
             encoder = plain.encoder(context, slot, None, np.random.default_rng())
-            data = b"".join(encoder.encode(model[start:], 1 if weights is None else weights[slot]))
+            labels = label_shares(layout, () if counts is None else counts[slot])
+            more = np.array([tail[slot]] if tail else [], np.float32)
+            update = np.concatenate([model[start:], labels, more])
+            data = b"".join(encoder.encode(update, 1 if weights is None else weights[slot]))
             (Path(name) / str(slot)).write_bytes(data)
             assert len(data) == total.encoded_update_size
             total.add(slot, io.BytesIO(data))
         encoded = b"".join(total.result())
     assert len(encoded) == total.encoded_sum_size
     mean = plain.open_sum(context, None, total.members, io.BytesIO(encoded)).mean
-    return np.concatenate([models[0][:start], mean])
+    assert not mean[values : values + outputs_of(layout)].any()
+    if tail:
+        assert mean[-1] == pytest.approx(np.average(tail, weights=weights))
+    return np.concatenate([models[0][:start], mean[:values]])
 
 
 def models_of(layout: Layout, count: int, seed: int, noise: float = 0.05) -> list[Float32]:
@@ -227,7 +245,7 @@ def test_frozen_layers_are_neither_sent_nor_moved(rounds: int) -> None:
     layers = chain(MLP)
     start = layers[rounds % 3].start
     assert matched_parts(MLP, rounds).shared == (slice(start, length_of(MLP)),)
-    assert update_length(TERMS, MLP, rounds) == length_of(MLP) - start
+    assert update_length(TERMS, MLP, rounds) == length_of(MLP) - start + 2
     models = models_of(MLP, 3, 1)
     models = [np.concatenate([models[0][:start], one[start:]]) for one in models]
     found = aggregate(MLP, models, rounds=rounds)
@@ -235,6 +253,33 @@ def test_frozen_layers_are_neither_sent_nor_moved(rounds: int) -> None:
     if rounds % 3 == 2:  # only the outputs, which have a meaning
         expected = np.mean(np.stack(models).astype(np.float64), axis=0)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [MLP, CNN], ids=["mlp", "cnn"])
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 2**32),
+    counts=st.lists(st.tuples(*[st.integers(0, 9)] * 2), min_size=3, max_size=3),
+)
+def test_the_last_layer_is_weighted_by_class(
+    layout: Layout, seed: int, counts: list[tuple[int, int]]
+) -> None:
+    """p_jk of the paper; by the weights where nobody has a row of the label."""
+    models, weights = models_of(layout, 3, seed, noise=0.01), [5, 2, 1]
+    found = tensors_of(layout, aggregate(layout, models, weights, 0, counts, (0.1, 0.2, 0.9)))
+    last = chain(layout)[-1]
+    for tensor in filter(None, (last.weight, last.bias)):
+        rows = [tensors_of(layout, one)[tensor.name].astype(np.float64) for one in models]
+        for k in range(2):
+            n_k = [count[k] for count in counts]
+            p_k = n_k if sum(n_k) else weights
+            expected = np.average([one[k] for one in rows], axis=0, weights=p_k)
+            np.testing.assert_allclose(found[tensor.name][k], expected, rtol=0, atol=1e-6)
+    hidden = chain(layout)[0].weight
+    plainly = np.average(
+        [tensors_of(layout, one)[hidden.name] for one in models], axis=0, weights=weights
+    )
+    np.testing.assert_allclose(found[hidden.name], plainly, rtol=0, atol=1e-6)
 
 
 # a federation
@@ -276,11 +321,11 @@ def test_rounds_lead_a_federation_to_what_all_of_its_data_say() -> None:
             update = LocalUpdate(theta - state.theta, 24, 0.0)
             sent.append(outgoing(terms, state, (), update, MLP).values)
         start = parts.shared[0].start
-        whole = [np.concatenate([state.theta[:start], one]) for one in sent]
+        whole = [np.concatenate([state.theta[:start], one[:-2]]) for one in sent]
         for one, values in zip(whole, sent, strict=True):
             assert len(values) == update_length(terms, MLP, state.rounds)
             assert np.isfinite(one).all()
-        mean = aggregate(MLP, whole, rounds=state.rounds)[start:]
+        mean = np.append(aggregate(MLP, whole, rounds=state.rounds)[start:], np.zeros(2))
         before = state.theta
         state = run.apply(state, mean.astype(np.float32), 3)
         np.testing.assert_array_equal(state.theta[:start], before[:start])
@@ -318,6 +363,16 @@ def test_what_is_no_chain_is_refused_by_its_tensors_name(layout: Layout, told: s
 def test_terms_that_matching_cannot_have_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(Refused, match="FED_MA"):
         LocalTraining(strategy=Strategy.FED_MA, **wrong)  # type: ignore[arg-type]
+
+
+def test_labels_are_counted_where_rows_have_one() -> None:
+    rows = LabelledArrays({"x": np.zeros((6, 2), np.float32)}, np.array([1, 0, 1, 1, 1, 0]))
+    inputs = (ArrayInput("x", (2,)),)
+    assert label_counts(ArrayLearning(inputs, ("a", "b", "c")), rows) == (2, 4, 0)
+    values = LabelledArrays(rows.arrays, np.zeros((6, 2), np.float32))
+    assert label_counts(ArrayLearning(inputs, values=2), values) == ()
+    assert label_shares(MLP, (2, 4)).tolist() == [2.0**-23, 2.0**-22]
+    assert not label_shares(MLP, (2, 4, 0)).any()  # outputs that are no labels
 
 
 def test_terms_travel_and_send_parts() -> None:

@@ -70,4 +70,5 @@ def update_length(terms: LocalTraining, layout: Layout, rounds: int = 0) -> int:
     It is that of a movement alone where the strategy sends nothing else. Raises as `algorithm`.
     """
     parts = parts_of(terms, layout, rounds)
-    return length(RULES[terms.strategy].sends, parts.shared_length)
+    sent = length(RULES[terms.strategy].sends, parts.shared_length)
+    return sent + (fedma.outputs(layout) if terms.sends_labels else 0)

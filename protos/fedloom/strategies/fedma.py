@@ -7,19 +7,22 @@ layers, n = t mod N:
     layers before n are frozen; devices train layer n and those behind it, and send their weights
     Pi_j <- matching of device j's neurons in layer n (`coordinator.strategies.matching`)
     W_n <- sum_j p_j Pi_j W_j,n            W_j,n+1 <- W_j,n+1 Pi_j^T            n <- n + 1, ...
-    the last layer, whose outputs have a meaning, is the mean
+    the last layer, whose outputs have a meaning, is weighted by class:
+    W_N's row k <- sum_j p_jk W_j,N's row k    p_jk = n_jk / sum_j n_jk, of rows with label k
 
 so that N rounds freeze one layer after another, and the next one begins again with all of them.
-What travels is the weights themselves, not a movement, and the server's step takes them over.
+What travels is the weights themselves, not a movement, and the server's step takes them over; and
+behind them n_jk / 2^24 for each output k, zeros where rows have no label: then, and for a label
+that nobody has, p_jk is p_j. What is published has zeros there.
 
 Deviations. A plan fixes the length of theta, hence the width of the global layers: it is the
 devices' own, every neuron is matched with one, and no new ones are made (the paper's global model
 grows). Devices begin a round from what is published, which has the layers behind n matched as well,
 and not from their own weights behind n: one sum is published for all. p_j is what the run's
-weighting says, 1/J in the paper (`uniform`), and in the last layer too, where the paper weighs
-each class by a device's share of its rows: no message tells the coordinator a device's labels.
+weighting says, 1/J in the paper (`uniform`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +33,9 @@ from fedloom.plans import Role, TrainableTensor
 from fedloom.strategies.arithmetic import Vector, blocks, flush
 from fedloom.strategies.parts import Layout, Parts
 from fedloom.strategies.rule import Algorithm, Memory, Rule, Segment, Sent, ServerState
-from fedloom.terms import LocalTraining, Strategy
+from fedloom.terms import MAX_WEIGHT_CLASS, LocalTraining, Strategy
 
+_MOST_ROWS = 1 << MAX_WEIGHT_CLASS
 _GOES = "strategy fed_ma matches a chain of linear and convolutional layers; use fed_avg"
 
 
@@ -133,6 +137,19 @@ def matched_parts(layout: Layout, rounds: int) -> Parts:
     return Parts((slice(start, stop),), frozen=(slice(0, start),) if start else ())
 
 
+def outputs(layout: Layout) -> int:
+    """Return C, the number of the last layer's outputs."""
+    return chain(layout)[-1].weight.shape[0]
+
+
+def label_shares(layout: Layout, counts: Sequence[int]) -> Vector:
+    """Return what an update has behind its weights, (C,), of the rows of each label."""
+    found = np.zeros(outputs(layout), np.float32)
+    if len(counts) == len(found):
+        np.divide(counts, _MOST_ROWS, out=found, casting="same_kind")
+    return found
+
+
 def _sent(state: ServerState, memory: Memory, delta: Theta, steps: float) -> Sent:
     del memory, steps
     delta += state.theta
@@ -141,9 +158,10 @@ def _sent(state: ServerState, memory: Memory, delta: Theta, steps: float) -> Sen
 
 def _apply(state: ServerState, mean_update: Vector, count: int) -> ServerState:
     del count
-    for block in blocks(len(mean_update)):
-        flush(mean_update[block])
-    return ServerState(np.asarray(mean_update, np.float32), state.rounds + 1)
+    weights = mean_update[: len(state.theta)]
+    for block in blocks(len(weights)):
+        flush(weights[block])
+    return ServerState(weights, state.rounds + 1)
 
 
 def _algorithm(terms: LocalTraining) -> Algorithm:
@@ -156,6 +174,6 @@ RULE = Rule(
     "FedMA",
     "arXiv:2002.06440, Algorithm 1",
     _algorithm,
-    needs="its weights, of layers that are not frozen; a chain of linear and convolutional layers",
-    sends=(Segment("weights"),),
+    needs="its weights, where no layer is frozen, and its rows of each label; a chain of layers",
+    sends=(Segment("weights"),),  # and `outputs` values more
 )
