@@ -16,6 +16,7 @@ from fedloom.terms import (
     MAX_GROUPS,
     MINIMUM_SUM,
     MOVEMENTS,
+    NEEDS_FACTORS,
     Encoding,
     GroupRule,
     LocalTraining,
@@ -115,6 +116,12 @@ class Aggregation:
                 f'"{training.strategy.name.lower()}" has to count them all; use '
                 'training.strategy = "fed_avg" or "fed_prox"'
             )
+        if training.lora in NEEDS_FACTORS:
+            yield (
+                f'aggregation.rule: "{name}" and training.lora = "{training.lora.name.lower()}" '
+                'both say what is made of the updates; use aggregation.rule = "mean", or '
+                'training.lora = "ffa"'
+            )
         yield from self._number_problems(minimum)
 
     def _matching_problems(self, encoding: Encoding) -> Iterator[str]:
@@ -162,6 +169,12 @@ class Aggregation:
             yield (
                 "aggregation.groups: expected a strategy whose server may leave updates out, found "
                 f'"{training.strategy.name.lower()}"; use training.strategy = "fed_avg"'
+            )
+        if training.lora in NEEDS_FACTORS:
+            yield (
+                f"aggregation.groups: expected a LoRA rule that takes means, found "
+                f'"{training.lora.name.lower()}", which takes every agent\'s factors; use '
+                'training.lora = "ffa"'
             )
 
     def _number_problems(self, minimum: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ import structlog
 
 import crypto
 from coordinator.aggregation import MEAN, Aggregation
+from coordinator.strategies.factored_total import FactoredTotal, FactorRound
 from crypto import groups
 from crypto.masks import Correction
 from fedloom.artifacts import ArtifactReference
@@ -79,6 +80,7 @@ class RoundSum:
         processes: int = 1,
         aggregation: Aggregation = MEAN,
         layers: Sequence[Layer] = (),
+        factors: FactorRound | None = None,
     ) -> None:
         """`layers` are those whose neurons are matched (`fedloom.strategies.fedma`), if any."""
         self.context = context
@@ -92,6 +94,8 @@ class RoundSum:
             self._new_total = partial(self._grouped_total, aggregation.groups)
         elif not aggregation.is_mean:
             self._new_total = partial(self._robust_total, aggregation)
+        if factors is not None:
+            self._new_total = partial(self._factored_total, factors)
         self._accepted: dict[str, bytes] = {}
         self._accumulator = self._new_total(processes)
         self._announced: dict[int, Path] = {}  # by slot
@@ -126,6 +130,10 @@ class RoundSum:
 
         del processes
         return MatchedTotal(self.context, layers, self._accepted_path)
+
+    def _factored_total(self, factors: FactorRound, processes: int) -> crypto.Accumulator:
+        del processes
+        return FactoredTotal(self.context, factors, self._accepted_path)
 
     def _accepted_path(self, slot: int) -> Path:
         return self._path(slot, self._accepted[self._members[slot]])

@@ -91,6 +91,9 @@ class LoraRule(IntEnum):
     FFA = 2
     ROLORA = 3
     FEDSA = 4
+    FLORA = 5
+    FLEXLORA = 6
+    FEDEX = 7
 
 
 class Personal(IntEnum):
@@ -148,6 +151,9 @@ STRATEGY_DEFAULTS: dict[Strategy, dict[str, float]] = {
 _NEEDED = ("server_adaptivity", "dynamic_alpha", "population", "auxiliary_scale")
 _COUNTS_STEPS = (Strategy.FED_NOVA, Strategy.SCAFFOLD)
 _COUNTS_DEVICES = (Strategy.SCAFFOLD, Strategy.FED_DYN)
+# Whose server needs every device's factors, and gives new ones in the place of their mean.
+NEEDS_FACTORS = (LoraRule.FLORA, LoraRule.FLEXLORA, LoraRule.FEDEX)
+_TAKES_MODELS = (Strategy.FED_AVG, Strategy.FED_PROX)
 _ENUMS: dict[str, type[IntEnum]] = {
     "strategy": Strategy,
     "optimizer": Optimizer,
@@ -218,6 +224,7 @@ class LocalTraining:
         self._check_personal()
         self._check_groups()
         self._check_matching()
+        self._check_factors()
 
     @property
     def sends_labels(self) -> bool:
@@ -313,11 +320,31 @@ class LocalTraining:
         _require(self.groups == 0 or 3 <= self.groups <= MAX_GROUPS, wanted, self.groups)
         movement = self.strategy in MOVEMENTS
         _require(movement or not self.groups, "groups 0 with this strategy", self.groups)
+        means = self.lora not in NEEDS_FACTORS
+        _require(means or not self.groups, f"groups 0 with lora {self.lora.name}", self.groups)
         if self.groups and self.group_rule is GroupRule.TRIMMED_MEAN:
             fits = self.group_trim * self.groups >= 1 and self.group_trim < 0.5
             _require(fits, "group_trim in [1/groups, 0.5), which cuts one", self.group_trim)
         else:
             _require(self.group_trim == 0, "group_trim 0 without TRIMMED_MEAN", self.group_trim)
+
+    def _check_factors(self) -> None:
+        if self.lora not in NEEDS_FACTORS:
+            return
+        name = self.lora.name
+        _require(
+            self.strategy in _TAKES_MODELS and self.server_learning_rate == 1,
+            f"strategy FED_AVG or FED_PROX and server_learning_rate 1 with lora {name}, whose "
+            "server gives new factors, no movement to be scaled or remembered (every strategy goes "
+            "with lora FFA, whose mean of products is exact as well)",
+            f"{self.strategy.name} and {self.server_learning_rate:g}",
+        )
+        _require(
+            self.personal is not Personal.DITTO,
+            f"personal NONE, FEDPER or FEDREP with lora {name}, whose factors a round replaces: "
+            "no model of one's own is near them (lora FFA goes with DITTO)",
+            self.personal.name,
+        )
 
     @classmethod
     def from_message(cls, message: control_pb2.LocalTraining) -> Self:

@@ -72,7 +72,7 @@ def chain(layout: Layout) -> tuple[Layer, ...]:
     layers: list[Layer] = []
     for tensor in layout:
         before = layers[-1] if layers else None
-        if tensor.role in (Role.LORA_A, Role.LORA_B):
+        if tensor.role in (Role.LORA_A, Role.LORA_B, Role.RESIDUAL):
             raise _unsupported(tensor, "no adapter")
         if len(tensor.shape) == 1:
             layers[-1:] = [_with_bias(before, tensor)]
