@@ -306,8 +306,6 @@ def _training(
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
     values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
     values |= aggregation.group_terms
-    if strategy not in MOVEMENTS:  # `problems` says that groups do not go with it
-        values["groups"], values["group_trim"] = 0, 0.0
     for field in fields(LocalTraining):
         if field.name in values:
             continue
@@ -317,6 +315,8 @@ def _training(
         else:
             default = STRATEGY_DEFAULTS.get(strategy, {}).get(field.name, default)
             values[field.name] = reader.value(key, type(default), default)
+    if strategy not in MOVEMENTS or values["lora"] in NEEDS_FACTORS:
+        values["groups"], values["group_trim"] = 0, 0.0  # `problems` says that they do not go so
     _check_population(reader, strategy, cohort)
     if strategy in STRATEGIES_WITH["auxiliary_scale"]:
         values["auxiliary_scale"] = _auxiliary_scale(reader, values, encoding)

@@ -357,6 +357,9 @@ def test_groups_go_with_every_protection_and_say_what_else_they_need() -> None:
     dyn = {"training": {"strategy": "fed_dyn", "weighting": "uniform", "max_steps": 1}}
     told = problems(aggregation=median, cohort={"minimum": 12, "population": 100}, **dyn)
     assert "aggregation.groups: expected a strategy whose server may leave updates out" in told
+    factors = {"training": {"lora": "flexlora"}, "protection": {"kind": "plain"}}
+    told = problems(aggregation=median, cohort=twelve, **factors)
+    assert 'found "flexlora", which takes every agent\'s factors' in told
 
 
 def training_of(strategy: str, **changes: Any) -> LocalTraining:
