@@ -62,6 +62,8 @@ minimum_delta = 0.0            # by less than this it is no better
 
 [aggregation]                  # what is made of a round's updates
 rule = "mean"                  # "plain" alone: one of those in coordinator/strategies/README.md
+groups = 1                     # 3 or more: a sum for each of so many random groups, under any
+                               # protection; rule: "median", "trimmed_mean", "geometric_median"
 
 [compression]                  # what of an update travels
 kind = "random_mask"           # or "none", the default; under "plain" also "top_k", "quantised"
@@ -98,6 +100,7 @@ from fedloom.terms import (
     MAX_CAPACITY,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    MOVEMENTS,
     NEEDS_FACTORS,
     STRATEGIES_WITH,
     STRATEGY_DEFAULTS,
@@ -216,14 +219,16 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         }
     )
     encoding = reader.checked(lambda: _encoding(reader, cohort), Encoding(Protection.ENCRYPTED))
-    training = reader.checked(lambda: _training(reader, cohort, encoding), LocalTraining())
+    aggregation = _aggregation(reader)
+    training = reader.checked(
+        lambda: _training(reader, cohort, encoding, aggregation), LocalTraining()
+    )
     release = reader.member("protection.release", Release, Release.AGENTS)
     gate = reader.checked(lambda: _gate(reader), OPEN_GATE)
     plateau = _plateau(reader)
     evaluation = reader.checked(
         lambda: _evaluation(reader, encoding.protection, plateau), DEFAULT_EVALUATION
     )
-    aggregation = _aggregation(reader)
     selection = _selection(reader, cohort, deadlines)
     for problem in aggregation.problems(encoding, training, cohort.minimum):
         reader.require(False, problem)
@@ -351,10 +356,12 @@ def _selection(reader: "_Reader", cohort: CohortTerms, deadlines: Deadlines) -> 
     return selection
 
 
-def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:
+def _training(
+    reader: "_Reader", cohort: CohortTerms, encoding: Encoding, aggregation: Aggregation
+) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
     values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
-    values |= _compression(reader)
+    values |= _compression(reader) | aggregation.group_terms
     for field in fields(LocalTraining):
         if field.name in values:
             continue
@@ -364,6 +371,8 @@ def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> Loc
         else:
             default = STRATEGY_DEFAULTS.get(strategy, {}).get(field.name, default)
             values[field.name] = reader.value(key, type(default), default)
+    if strategy not in MOVEMENTS or values["lora"] in NEEDS_FACTORS:
+        values["groups"], values["group_trim"] = 0, 0.0  # `problems` says that they do not go so
     _check_population(reader, strategy, cohort)
     if strategy in STRATEGIES_WITH["auxiliary_scale"]:
         values["auxiliary_scale"] = _auxiliary_scale(reader, values, encoding)

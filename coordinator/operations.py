@@ -156,6 +156,8 @@ class Operations:
             config.cohort.minimum,
             self._authority_is_offline,
             config.evaluation,
+            config.training.groups,
+            config.training.sends_labels,
         )
 
     def watch(self, run_id: bytes, agent_limit: int) -> Callable[[], RunProgress]:

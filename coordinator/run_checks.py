@@ -16,7 +16,7 @@ from fedloom.errors import ConfigError, FedloomError, Refused
 from fedloom.plans import Plan, load_plan, verify_members
 from fedloom.quality import metrics_of
 from fedloom.tasks import ArrayLearning
-from fedloom.terms import LoraRule, Personal
+from fedloom.terms import LoraRule, Personal, Strategy
 
 MAX_FILE_BYTES = 1 << 20
 # No protection sends more per value, and none more than this beyond it (headers, counters).
@@ -165,6 +165,8 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
     except Refused as refused:
         found.problems.append(f"training: {refused.subject}")
         return
+    if config.training.strategy is Strategy.FED_MA:
+        _check_matching(plan, found)
     if problem := unencodable(config.encoding, config.training, length):
         found.problems.append(f"this plan cannot be encoded for such a cohort: {problem}")
     if config.gate.bounds_accuracy and isinstance(plan.task, ArrayLearning) and plan.task.values:
@@ -179,6 +181,22 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
         found.problems.append(f"the disk of the spool is too full: up to {told}")
     elif around.free_bytes < most:
         found.warnings.append(f"the disk of the spool may become full: up to {told}")
+
+
+def _check_matching(plan: Plan, found: CheckedRun) -> None:
+    from coordinator.plans.permutations import check_permutable  # and ONNX Runtime with it
+
+    try:
+        looked = found.plan_folder is not None and check_permutable(plan, found.plan_folder)
+    except Refused as refused:
+        found.problems.append(f"training.strategy: {refused.subject}")
+        return
+    if not looked:
+        found.warnings.append(
+            "training.strategy: the plan's graph could not be run here (which takes its folder, "
+            "with infer.onnx, and onnxruntime): that its layers follow one another, with nothing "
+            "added or multiplied between them, is taken from names and shapes"
+        )
 
 
 def _unmeasured(config: RunConfig, plan: Plan) -> str:

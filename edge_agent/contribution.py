@@ -15,6 +15,7 @@ from edge_agent.status import Step
 from edge_agent.undertaking import Surroundings, Undertaking
 from fedloom.artifacts import ArtifactReference, reference_of
 from fedloom.errors import Reason, Refused
+from fedloom.terms import MINIMUM_SUM
 from fedloom.v1 import artifact_pb2, control_pb2
 
 _UPDATE_FILE = "update.bin"
@@ -55,6 +56,12 @@ class Contribution:
             )
         if run.masking is None and cohort.members.count(self._here.agent_id) != 1:
             raise Refused(Reason.NOT_IN_COHORT, "expected this agent once among the members")
+        least, found = MINIMUM_SUM * run.terms.training.groups, len(cohort.members)
+        if found < least and run.masking is None:
+            raise Refused(
+                Reason.COHORT_REFUSED,
+                f"expected {least} members, {MINIMUM_SUM} in each group, found {found}",
+            )
         clip = run.clip(cohort.weight_cap)
         if cohort.clip != clip:
             raise Refused(Reason.MALFORMED, f"expected clip {clip!r}, found {cohort.clip!r}")

@@ -49,7 +49,12 @@ class Terms:
     def privacy(self) -> PrivacyTerms:
         """What each party's knowledge follows from; who has the authority's key is not told."""
         return PrivacyTerms(
-            self.encoding.protection, self.release, self.minimum, evaluation=self.evaluation
+            self.encoding.protection,
+            self.release,
+            self.minimum,
+            evaluation=self.evaluation,
+            groups=self.training.groups,
+            sends_labels=self.training.sends_labels,
         )
 
 

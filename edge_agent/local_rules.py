@@ -33,6 +33,7 @@ from fedloom.strategies import (
 )
 from fedloom.strategies.arithmetic import blocks
 from fedloom.strategies.error_feedback import return_cut
+from fedloom.strategies.fedma import label_shares
 from fedloom.strategies.parts import Parts
 from fedloom.strategies.portions import keeps_own_model, resting
 from fedloom.strategies.rule import Places
@@ -86,8 +87,10 @@ def outgoing(
     steps = effective_steps(terms, steps_of(terms, update.samples))
     sent = algorithm(terms, layout).sent(state, strategys(terms, memory), update.delta, steps)
     kept = sent.memory if own is None else (*sent.memory, own)
-    tail = np.array(shares, np.float32)
-    values = np.concatenate([sent.values, tail]) if shares else sent.values
+    tail, parts = np.array(shares, np.float32), [sent.values]
+    if terms.sends_labels:
+        parts.append(label_shares(layout, update.label_counts))
+    values = np.concatenate([*parts, tail]) if shares or len(parts) > 1 else sent.values
     waiting = sent.memory[-1] if sent.places is not None else None
     weight = weight_of(terms, update.samples)
     return Outgoing(values, weight, kept, tail, waiting, sent.places)

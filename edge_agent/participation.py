@@ -166,7 +166,12 @@ class Participation:
             await self._keys.take(message.envelopes)
         if terms.encoding.protection.has_masks and self._masking is None:
             self._masking = await asyncio.to_thread(
-                Masking, self._folder, self._device.identity, terms.run_id, terms.minimum
+                Masking,
+                self._folder,
+                self._device.identity,
+                terms.run_id,
+                terms.minimum,
+                terms.training.groups or 1,
             )
         plan, engine, state = await self._take_up_plan(terms)
         # In a thread: the first one imports TenSEAL, for which the event loop has no time.

@@ -19,7 +19,7 @@ from fedloom.strategies import Memory
 from fedloom.strategies.compressed import waiting_places
 from fedloom.strategies.error_feedback import return_cut
 from fedloom.strategies.portions import keeps_own_model, sends_everything
-from fedloom.terms import Protection
+from fedloom.terms import Protection, Strategy
 from simulation.masks import MaskedCohort
 from simulation.movers import Trained
 
@@ -57,10 +57,12 @@ class Federation:
     def __post_init__(self) -> None:
         training, aggregation = self.config.training, self.config.aggregation
         for usable, key in (
+            (training.strategy is not Strategy.FED_MA, "training.strategy"),
             (sends_everything(training), "training.lora"),
             (not keeps_own_model(training), "training.personal"),
             (not training.fine_tune_steps, "training.fine_tune_steps"),
             (aggregation.is_mean, "aggregation.rule"),
+            (aggregation.groups == 1, "aggregation.groups"),
             (not self.config.plateau.patience, "evaluation.patience"),
         ):
             if not usable:

@@ -21,6 +21,7 @@ from fedloom.terms import (
     Optimizer,
     Protection,
     Release,
+    Strategy,
     Weighting,
 )
 
@@ -79,6 +80,8 @@ def _length(rule: Rule) -> str:
     vectors = sum(segment.per_parameter for segment in rule.sends)
     numbers = len(rule.sends) - vectors
     told = "P" if vectors == 1 else f"{vectors}P"
+    if rule.strategy is Strategy.FED_MA:
+        return f"{told} + C"  # one for each of the model's outputs
     return f"{told} + {numbers}" if numbers else told
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.compression import LARGEST_TOP_SHARE, MOVEMENTS, Compression
+from fedloom.compression import LARGEST_TOP_SHARE, Compression
 from fedloom.errors import Reason, Refused
 from fedloom.strategies.ditto import personal_terms
 from fedloom.strategies.fine_tuning import fine_tuning_terms
@@ -20,10 +20,12 @@ from fedloom.terms import (
     MAX_EPOCHS,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    MOVEMENTS,
     NEEDS_FACTORS,
     STRATEGIES_WITH,
     UPDATE_BITS,
     Encoding,
+    GroupRule,
     LocalTraining,
     LoraRule,
     Optimizer,
@@ -92,6 +94,16 @@ _unbiased = st.builds(
 ).map(lambda values: values | {"compression": Compression.RANDOM_MASK})
 
 
+_groups = st.sampled_from(
+    [
+        {},
+        {"groups": 3},
+        {"groups": 100, "group_rule": GroupRule.GEOMETRIC_MEDIAN},
+        {"groups": 7, "group_rule": GroupRule.TRIMMED_MEAN, "group_trim": 0.3},
+    ]
+)
+
+
 @st.composite
 def trainings(draw: st.DrawFn) -> LocalTraining:
     """Any terms of local training within the limits."""
@@ -111,13 +123,16 @@ def trainings(draw: st.DrawFn) -> LocalTraining:
         "warmup_rounds": draw(st.integers(0, MAX_STEPS)),
         **draw(_amounts),
     }
-    values |= draw(_what_travels)
-    if strategy is not Strategy.FED_DYN:
+    if strategy is not Strategy.FED_MA:
+        values |= draw(_what_travels)
+    if strategy in MOVEMENTS:
+        values |= draw(_groups)
+    if strategy not in (Strategy.FED_DYN, Strategy.FED_MA):
         values["server_learning_rate"] = draw(_rate)
     for name, strategies in STRATEGIES_WITH.items():
         if strategy in strategies:
             values[name] = draw(_OF_STRATEGIES[name])
-    if strategy.name in MOVEMENTS:
+    if strategy in MOVEMENTS:
         values |= draw(_compressions | _unbiased)
     return terms_of(strategy, **(values | NEEDED.get(strategy, {})))
 

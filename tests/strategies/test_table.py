@@ -28,6 +28,8 @@ def test_the_table_says_what_terms_refuse() -> None:
     assert "| `sgd` | `uniform` |" in rows["SCAFFOLD"]
     assert "| any | `uniform` |" in rows["FedDyn"]
     assert "| any | any |" in rows["FedAvg"]
+    assert "| P + C |" in rows["FedMA"]
+    assert rows["FedMA"].endswith("| plain, either release |")
 
 
 def test_every_rule_for_parts_and_every_robust_rule_has_a_row() -> None:

@@ -156,6 +156,7 @@ def messages() -> dict[str, object]:
     found = {
         "advertisement": group.members[0],
         "cohort": group,
+        "grouped_cohort": replace(group, groups=2),
         "boxes": Boxes(ATTEMPT, 0, secret.boxes(group, 0)),
         "acceptance": acceptance,
         "endorsement": Endorsement(ATTEMPT, 0, signature),
@@ -165,6 +166,8 @@ def messages() -> dict[str, object]:
     return {
         "encoded": {name: message.encode().hex() for name, message in found.items()},
         "cohort_digest": group.digest.hex(),
+        "grouped_cohort_digest": replace(group, groups=2).digest.hex(),
+        "groups": replace(group, groups=2).group_of,
         "acceptance_digest": acceptance.digest.hex(),
         "advertisement_statement": group.members[0].statement().hex(),
         "acceptance_statement": acceptance.statement().hex(),

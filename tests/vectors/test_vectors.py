@@ -32,7 +32,7 @@ def test_the_committed_vectors_are_what_the_code_makes(name):
 def test_every_message_reads_back():
     for name, text in load("messages")["encoded"].items():
         message = decode(bytes.fromhex(text))
-        assert type(message).__name__.lower() == name
+        assert type(message).__name__.lower() == name.removeprefix("grouped_")
         assert message.encode().hex() == text
 
 

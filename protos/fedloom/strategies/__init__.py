@@ -9,6 +9,7 @@ from fedloom.strategies import (
     fedavg,
     fedavgm,
     feddyn,
+    fedma,
     fednova,
     fedopt,
     fedprox,
@@ -48,6 +49,7 @@ _ALL = (
     fednova.RULE,
     scaffold.RULE,
     feddyn.RULE,
+    fedma.RULE,
 )
 RULES: dict[Strategy, Rule] = {rule.strategy: rule for rule in _ALL}
 
@@ -71,7 +73,7 @@ def update_length(terms: LocalTraining, layout: Layout, rounds: int = 0) -> int:
     """
     parts = parts_of(terms, layout, rounds)
     sent = length(RULES[terms.strategy].sends, parts.shared_length)
-    return compressed_length(terms, sent)
+    return compressed_length(terms, sent) + (fedma.outputs(layout) if terms.sends_labels else 0)
 
 
 def moved_length(terms: LocalTraining, layout: Layout, rounds: int = 0) -> int:
