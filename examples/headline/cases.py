@@ -160,6 +160,17 @@ FED_ADAM = LocalTraining(
     server_second_momentum=0.99,
     server_adaptivity=1e-6,
 )
+# FedAdam divides by the size of what it sees, so a schedule on the local rate anneals the server's
+# steps only where movements (here about 2e-4) get smaller than `server_adaptivity`.
+ANNEALED = replace(
+    FED_ADAM,
+    local_steps=1,
+    batch_size=8,
+    server_second_momentum=0.95,
+    server_adaptivity=1e-4,
+    round_schedule=Schedule.COSINE,
+    warmup_rounds=10,
+)
 
 CASES = (
     Case(
@@ -169,10 +180,11 @@ CASES = (
         measure=Measure.ACCURACY,
         deal=partial(deal_banking, agents=5, alpha=0.5),
         request=classifier,
-        terms=replace(FED_ADAM, round_schedule=Schedule.COSINE),
-        rounds=32,
-        score_every=8,
+        terms=ANNEALED,
+        rounds=200,
+        score_every=25,
         apart=_APART,
+        alone=replace(_APART, batch_size=4),  # few rows: smaller batches, for more steps
         most_rows=400,
         test_rows=1000,
         close=2.0,
@@ -199,9 +211,13 @@ CASES = (
         measure=Measure.ENTITY_F1,
         deal=_deal_wnut,
         request=_tagger,
-        terms=LocalTraining(learning_rate=4e-3, batch_size=8, round_schedule=Schedule.COSINE),
-        rounds=4,
+        terms=LocalTraining(
+            learning_rate=5e-3, batch_size=8, local_steps=19, round_schedule=Schedule.COSINE
+        ),
+        rounds=8,
+        score_every=2,
         apart=replace(_APART, batch_size=8),
+        alone=replace(_APART, batch_size=4),
         most_rows=300,
         test_rows=600,
     ),

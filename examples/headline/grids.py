@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from examples.headline.cases import (
-    FED_ADAM,
+    ANNEALED,
     Case,
     Request,
     classifier,
@@ -153,7 +153,7 @@ _STRATEGIES = {
 }
 # Rules whose server takes the mean. Others need every device's factors: the coordinator's own work.
 _LORA_RULES = (LoraRule.FEDIT, LoraRule.FFA, LoraRule.ROLORA, LoraRule.FEDSA)
-_LORA = replace(FED_ADAM, local_steps=2, batch_size=8, round_schedule=Schedule.COSINE)
+_LORA = replace(ANNEALED, batch_size=4, server_learning_rate=0.02, warmup_rounds=4)
 
 GRIDS = (
     Grid(
@@ -178,10 +178,10 @@ GRIDS = (
         deal=partial(deal_banking, agents=20, alpha=0.1),
         request=classifier,
         terms={rule.name.lower(): replace(_LORA, lora=rule) for rule in _LORA_RULES},
-        rounds=24,
-        score_every=12,
-        most_rows=40,
+        rounds=40,
+        score_every=20,
+        most_rows=60,
         test_rows=300,
-        apart=LocalTraining(learning_rate=3e-3, epochs=4, step_schedule=Schedule.COSINE),
+        apart=LocalTraining(learning_rate=3e-3, epochs=3, step_schedule=Schedule.COSINE),
     ),
 )
