@@ -181,9 +181,9 @@ CASES = (
         deal=partial(deal_banking, agents=5, alpha=0.5),
         request=classifier,
         terms=ANNEALED,
-        rounds=200,
-        score_every=25,
-        apart=_APART,
+        rounds=400,
+        score_every=50,
+        apart=replace(_APART, learning_rate=6e-3),
         alone=replace(_APART, batch_size=4),  # few rows: smaller batches, for more steps
         most_rows=400,
         test_rows=1000,

@@ -159,7 +159,7 @@ _STRATEGIES = {
 }
 # Rules whose server takes the mean. Others need every device's factors: the coordinator's own work.
 _LORA_RULES = (LoraRule.FEDIT, LoraRule.FFA, LoraRule.ROLORA, LoraRule.FEDSA)
-_LORA = replace(ANNEALED, batch_size=4, server_learning_rate=0.02, warmup_rounds=4)
+_LORA = replace(ANNEALED, batch_size=2, server_learning_rate=0.015, warmup_rounds=4)
 
 GRIDS = (
     Grid(
@@ -170,8 +170,8 @@ GRIDS = (
         deal=_deal_mnist,
         request=network,
         terms=_STRATEGIES,
-        rounds=30,
-        score_every=3,
+        rounds=20,
+        score_every=2,
         most_rows=0,
         test_rows=10_000,
         apart=replace(_SGD, epochs=4),
@@ -186,7 +186,7 @@ GRIDS = (
         terms={rule.name.lower(): replace(_LORA, lora=rule) for rule in _LORA_RULES},
         rounds=40,
         score_every=20,
-        most_rows=60,
+        most_rows=40,
         test_rows=300,
         apart=LocalTraining(learning_rate=3e-3, epochs=3, step_schedule=Schedule.COSINE),
     ),
