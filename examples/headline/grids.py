@@ -185,7 +185,7 @@ GRIDS = (
         request=classifier,
         terms={rule.name.lower(): replace(_LORA, lora=rule) for rule in _LORA_RULES},
         rounds=40,
-        score_every=20,
+        score_every=40,  # fedsa has 20 models to measure
         most_rows=40,
         test_rows=300,
         apart=LocalTraining(learning_rate=3e-3, epochs=3, step_schedule=Schedule.COSINE),

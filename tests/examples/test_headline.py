@@ -90,8 +90,12 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     from examples.headline.plots import draw, draw_grids
 
     draw([run_toy(tmp_path, replace(TOY, rounds=2))], tmp_path / "plot.png")
-    grid = replace(GRID, terms={"fedit": TERMS}, rounds=2, score_every=1)
-    draw_grids([Gridded(grid, [run_toy(tmp_path, grid.case(0))])], tmp_path / "grids.png")
+    grids = [
+        replace(GRID, name=f"every-{every}", terms={"fedit": TERMS}, rounds=2, score_every=every)
+        for every in (1, 2)
+    ]
+    done = [Gridded(grid, [run_toy(tmp_path, grid.case(0))]) for grid in grids]
+    draw_grids(done, tmp_path / "grids.png")
     for name in ("plot.png", "grids.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
