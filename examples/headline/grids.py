@@ -193,8 +193,8 @@ GRIDS = (
         deal=partial(deal_banking, agents=20, alpha=0.1),
         request=classifier,
         terms={rule.name.lower(): replace(_LORA, lora=rule) for rule in _LORA_RULES},
-        rounds=32,
-        score_every=32,  # fedsa has 20 models to measure
+        rounds=28,
+        score_every=28,  # fedsa has 20 models to measure
         most_rows=40,
         test_rows=200,
         apart=LocalTraining(learning_rate=3e-3, epochs=2, step_schedule=Schedule.COSINE),

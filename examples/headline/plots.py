@@ -10,6 +10,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from examples.headline.comparison import CENTRALISED, FEDERATED, LOCAL, Compared
 from examples.headline.grids import Gridded, Row
@@ -46,6 +47,7 @@ def _panel(axes: Axes, one: Compared) -> None:
         axes.plot(rounds, scores, marker=".", color=_COLOURS.get(name), label=name)
     axes.set_title(one.case.name, fontsize=9)
     axes.set_xlabel("round", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(one.case.measure, fontsize=8)
     _plain(axes)
 
@@ -83,6 +85,7 @@ def _by_round(axes: Axes, rows: Sequence[Row], every: int) -> None:
         lowest, highest = list(map(min, by_round)), list(map(max, by_round))
         axes.fill_between(rounds, lowest, highest, color=line.get_color(), alpha=0.12, linewidth=0)
     axes.set_xlabel("round (bands: least to most of the seeds)", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _at_the_end(axes: Axes, rows: Sequence[Row]) -> None:
