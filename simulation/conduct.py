@@ -193,7 +193,7 @@ class _Round:
                 Task(
                     name,
                     order_seed(seed, run.run_id, number, name),
-                    self._memories.read(name, self._before.last.round),
+                    self._memories.read(name, self._before.last.round, self._before.server.theta),
                 )
                 for name in members[start : start + size]
             ]
@@ -218,7 +218,7 @@ class _Round:
             opened.saturated,
             0.0 if stated else crypto.next_clip(context.clip, opened.exponents),
         )
-        rule = algorithm(self._config.training)
+        rule = algorithm(self._config.training, self._federation.plan.layout)
         server = rule.apply(self._before.server, opened.mean, opened.count)
         self._after = Progress(server, last)
         self._report = replace(report, saturated=opened.saturated)

@@ -11,13 +11,13 @@ from edge_agent.data import DataSource
 from edge_agent.engine import Evaluation, LocalUpdate
 from edge_agent.local_training import Step
 from edge_agent.onnx_engine import OnnxEngine
-from edge_agent.optimisers import Vector
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
+from fedloom.strategies.parts import Parts
 from fedloom.terms import LocalTraining
 from simulation.clients import Clients
-from simulation.movers import Task
+from simulation.movers import Journey
 
 
 class PlanMover:
@@ -33,27 +33,24 @@ class PlanMover:
         held_out: Examples | None = None,
         threads: int = 1,
     ) -> None:
+        self.layout = plan.layout
         self._clients = clients
         self._engine = _VirtualEngine(folder, plan, held_out, threads)
 
     def move(
-        self,
-        tasks: Sequence[Task],
-        theta: Theta,
-        terms: LocalTraining,
-        linear: Sequence[Vector | None],
+        self, journeys: Sequence[Journey], terms: LocalTraining, parts: Parts | None
     ) -> list[LocalUpdate | Refused]:
         """See Mover."""
-        pairs = zip(tasks, linear, strict=True)
-        return [self._moved(task, theta, terms, own) for task, own in pairs]
+        return [self._moved(journey, terms, parts) for journey in journeys]
 
     def _moved(
-        self, task: Task, theta: Theta, terms: LocalTraining, linear: Vector | None
+        self, journey: Journey, terms: LocalTraining, parts: Parts | None
     ) -> LocalUpdate | Refused:
-        self._engine.hold(self._clients[task.client])
+        self._engine.hold(self._clients[journey.client])
+        seed, checkpoint = journey.order_seed, _Unkept()
         try:
             update = self._engine.train(
-                theta, terms, task.order_seed, lambda share: None, _Unkept(), linear
+                journey.start, terms, seed, lambda share: None, checkpoint, journey.linear, parts
             )
         except Refused as refused:
             if refused.reason is not Reason.TRAINING_FAILED:

@@ -4,18 +4,20 @@ import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import crypto
+from coordinator.aggregation import Aggregation
 from coordinator.config import RunConfig
-from coordinator.contexts import context_of_cohort
+from coordinator.contexts import context_of_cohort, encoded_length
 from coordinator.run_state import RunState
 from crypto import cohort
 from edge_agent.seeds import rounding
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, Refused
 from fedloom.plans import Plan
 from fedloom.quality import EvaluationTerms, Report
-from fedloom.strategies.portions import keeps_own_model, sends_everything
-from fedloom.terms import Protection
+from fedloom.terms import LoraRule, Protection
 from simulation.masks import MaskedCohort
 from simulation.movers import Trained
 
@@ -26,6 +28,7 @@ _NAMES: dict[Protection, crypto.ProtectionName] = {
     Protection.SEALED: "sealed",
 }
 
+_LORA_RULES = (LoraRule.FEDIT, LoraRule.FFA, LoraRule.ROLORA, LoraRule.FEDSA)
 _CENTRAL = EvaluationTerms(Report.NONE)  # quality is measured on one data set, not by clients
 
 
@@ -51,18 +54,21 @@ class Federation:
     samples: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        training, aggregation = self.config.training, self.config.aggregation
-        for usable, key in (
-            (sends_everything(training), "training.lora"),
-            (not keeps_own_model(training), "training.personal"),
-            (not training.fine_tune_steps, "training.fine_tune_steps"),
-            (aggregation.is_mean, "aggregation.rule"),
-            (not self.config.plateau.patience, "evaluation.patience"),
-        ):
+        training = self.config.training
+        for usable, key in ((training.lora in _LORA_RULES, "training.lora"),):
             if not usable:
                 raise ConfigError(key, "expected the default: a simulation knows no other yet")
-        if not sends_everything(training, self.plan.layout):
-            raise ConfigError("plan", "expected one without --residual: a simulation has none yet")
+        if training.fine_tune_steps:
+            raise ConfigError(
+                "training.fine_tune_steps",
+                "expected 0: what devices train after the run is in no sum, and a simulation ends "
+                f"with the model of all; found {training.fine_tune_steps}",
+            )
+        try:  # rounds may take turns
+            for rounds in (0, 1):
+                encoded_length(self.config, self.plan, rounds)
+        except Refused as refused:
+            raise ConfigError("training", refused.subject) from refused
 
 
 class CohortSum:
@@ -84,9 +90,23 @@ class CohortSum:
             federation.run_id, replace(config, evaluation=_CENTRAL), federation.plan, state, digest
         )
         self._protection = crypto.protection(_NAMES[config.encoding.protection])
-        self._total = self._protection.accumulator(self.context)
+        self._spool: TemporaryDirectory[str] | None = None
+        self._total = self._new_total(config.aggregation)
         self._encoded = b""
         self._samples, self._loss, self._failed = 0, 0.0, 0
+
+    def _new_total(self, aggregation: Aggregation) -> crypto.Accumulator:
+        if aggregation.is_mean:
+            return self._protection.accumulator(self.context)
+        from coordinator.strategies.robust.total import RobustTotal
+
+        self._spool = TemporaryDirectory(prefix="fedloom-cohort-")
+        return RobustTotal(self.context, aggregation, self._spooled)
+
+    def _spooled(self, slot: int) -> Path:
+        """Return where the update of a slot lies for a rule that reads all of them."""
+        assert self._spool is not None  # noqa: S101 - the rule is there
+        return Path(self._spool.name) / f"{slot}.update"
 
     def add(self, slot: int, trained: Trained) -> bytes:
         """Add a member's update; return the hash of what it would have sent, under masks."""
@@ -95,6 +115,8 @@ class CohortSum:
         masks = None if self._masked is None else self._masked.masks(name)
         encoder = self._protection.encoder(context, slot, self._run_key, rng, masks)
         encoded = b"".join(encoder.encode(trained.values, trained.weight))
+        if self._spool is not None:
+            self._spooled(slot).write_bytes(encoded)
         self._total.add(slot, io.BytesIO(encoded))
         self._samples += trained.samples
         self._loss += trained.samples * trained.mean_loss
@@ -112,6 +134,8 @@ class CohortSum:
             if correction is None:
                 return False
         self._encoded = b"".join(self._total.result(correction))
+        if self._spool is not None:
+            self._spool.cleanup()
         return True
 
     def opened(self) -> crypto.OpenedSum:

@@ -18,7 +18,7 @@ from fedloom.adapters import read_adapter
 from fedloom.errors import ConfigError
 from fedloom.plans import ADAPTER_FILE
 from fedloom.terms import LocalTraining
-from simulation.movers import Task
+from simulation.movers import Journey
 from simulation.plan_mover import PlanMover
 from tests.edge_agent import toy
 
@@ -79,7 +79,7 @@ def test_a_virtual_client_moves_as_an_agent_does(folder: Path, terms: LocalTrain
     update = agent.train(made.theta, terms, 17, lambda share: None, toy.Unkept())
     held, _ = read_examples(made.folder, made.plan, source)
     mover = PlanMover(made.folder, made.plan, {"one": held})
-    (moved,) = mover.move([Task("one", 17)], made.theta, terms, [None])
+    (moved,) = mover.move([Journey("one", 17, made.theta)], terms, None)
     np.testing.assert_array_equal(moved.delta, update.delta)
     assert (moved.samples, moved.mean_loss) == (update.samples, update.mean_loss)
 

@@ -61,12 +61,14 @@ class Numbered:
     """A mover whose movements are its tasks' seeds."""
 
     group = 3
+    layout = ()
 
-    def move(self, tasks, theta, terms, linear):
-        if any(task.order_seed == 99 for task in tasks):
+    def move(self, journeys, terms, parts):
+        if any(journey.order_seed == 99 for journey in journeys):
             raise SystemExit("as a process that is killed")
         return [
-            LocalUpdate(np.full(len(theta), task.order_seed, np.float32), 2, 0.5) for task in tasks
+            LocalUpdate(np.full_like(journey.start, journey.order_seed), 2, 0.5)
+            for journey in journeys
         ]
 
     def evaluate(self, theta):
