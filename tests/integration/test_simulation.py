@@ -12,6 +12,7 @@ from edge_agent.examples import read_examples
 from edge_agent.local_rules import remembered
 from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import Theta, read_adapter
+from fedloom.errors import ConfigError
 from fedloom.plans import ADAPTER_FILE, Role, TrainableTensor
 from fedloom.strategies import algorithm
 from fedloom.strategies.portions import keeps_own_model, own_model
@@ -19,6 +20,8 @@ from simulation.conduct import Progress, conduct_round
 from simulation.memories import Memories
 from simulation.models import PlanModel
 from simulation.movers import Alone
+from simulation.records import Records
+from simulation.runs import Simulation
 from simulation.sums import Federation as Simulated
 from tests.edge_agent import toy
 from tests.integration.federation import Federation, command
@@ -79,6 +82,48 @@ async def test_parts_and_own_models_are_those_of_a_real_run(
     if "personal" in training or "fedsa" in training:
         first, second, *_ = real.values()
         assert not np.array_equal(first, second)
+
+
+async def test_a_plateau_ends_both_in_the_same_round(federation: Federation) -> None:
+    folder = federation.folder
+    shutil.rmtree(folder / "plan")
+    made = toy.save_toy(folder / "plan")
+    held_out = toy.write_rows(folder / "test.csv", toy.toy_rows(40, seed=9))
+    examples = {}
+    agents = await federation.enrol_all()
+    for number, agent in enumerate(agents):
+        rows = toy.toy_rows(20 + 15 * number, seed=number)
+        source = toy.write_rows(folder / f"data-{number}.csv", rows)
+        agent.engine = OnnxEngine(folder / "plan", made.plan, source, held_out, threads=1)
+        agent.engine.may_finish = threading.Event()  # which the fixture sets at the end
+        examples[agent.name], _ = read_examples(folder / "plan", made.plan, source)
+    text = RUN.format(kind="plain", training="", agents=3, aggregation="", population=0)
+    plateau = '[evaluation]\nreport = "mean"\npatience = 2\nmetric = "accuracy"'
+    file = folder / "run.toml"
+    file.write_text(text.replace(f"rounds = {ROUNDS}", "rounds = 15") + plateau)
+    run_id = bytes.fromhex(command("run", "start", file, "--home", federation.home))
+    for agent in agents:
+        agent.start()
+    for agent in agents:
+        await agent.finished()
+    rounds = len(federation.store.rounds(run_id))
+    assert 3 < rounds < 15
+
+    config, model = load_run_config(file), PlanModel(folder / "plan")
+    work = model.work(examples, read_examples(folder / "plan", made.plan, held_out)[0])
+    samples = {name: len(held) for name, held in examples.items()}
+    federated = Simulated(run_id, config, model.plan, samples)
+    evaluate = work.make().evaluate
+    simulation = Simulation(federated, model.theta, Records(None, {}), None, evaluate)
+    crew = Alone(work.make())
+    while not simulation.finished:
+        simulation.next_round(crew)
+    assert simulation.progress.server.rounds == rounds
+    real = read_adapter(agents[0].model(run_id) / ADAPTER_FILE, toy.LAYOUT)
+    np.testing.assert_array_equal(simulation.progress.server.theta, real)
+    blind = Simulation(federated, model.theta, Records(None, {}), None, lambda theta: None)
+    with pytest.raises(ConfigError, match="held-out rows"):
+        _ = blind.finished
 
 
 @pytest.mark.parametrize("rule", RULES)

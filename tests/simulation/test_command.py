@@ -1,10 +1,12 @@
 """`fedloom-coordinator simulate`, killed and started again, alone and in several processes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from edge_agent.examples import read_examples
 from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import read_adapter
 from fedloom.errors import ConfigError
-from fedloom.plans import ADAPTER_FILE
+from fedloom.plans import ADAPTER_FILE, Role
 from fedloom.terms import LocalTraining
 from simulation.movers import Journey
 from simulation.plan_mover import PlanMover
@@ -102,8 +104,18 @@ def test_any_number_of_workers_tells_the_same(folder: Path, partition: str) -> N
     assert model.read_bytes() == (folder / "two" / "model" / ADAPTER_FILE).read_bytes()
 
 
-@pytest.mark.parametrize(("kind", "training"), [("plain", SCAFFOLD), ("sealed", "")])
-def test_a_killed_run_goes_on_to_the_same_end(folder: Path, kind: str, training: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "training"), [("plain", SCAFFOLD), ("sealed", ""), ("plain", 'lora = "fedsa"')]
+)
+def test_a_killed_run_goes_on_to_the_same_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, training: str
+) -> None:
+    if "lora" in training:  # what each client keeps is tried after every round
+        shutil.rmtree(folder / "plan")
+        roles = (Role.LORA_A, Role.LORA_B)
+        layout = [replace(one, role=role) for one, role in zip(toy.LAYOUT, roles, strict=True)]
+        monkeypatch.setattr(toy, "LAYOUT", tuple(layout))
+        toy.save_toy(folder / "plan")
     write_run(folder, rounds=14, kind=kind, training=training)
     whole = simulated(folder, "whole", "--workers", "1")
     kills = 0
