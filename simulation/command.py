@@ -90,7 +90,7 @@ def tune(
 ) -> None:
     """Search for the best values of a run by simulating it; killed, the same command goes on."""
     from simulation.command_line import Request
-    from simulation.tuning import TuneRequest
+    from simulation.tuned_runs import TuneRequest
     from simulation.tuning import tune as search
 
     arrays = tuple(array or ())

@@ -16,19 +16,17 @@ section 3.2.2), or "asha", the best third at each rung (Li et al., arXiv:1810.05
 """
 
 import hashlib
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from fedloom.errors import ConfigError, FedloomError, Refused
+from fedloom.errors import ConfigError, Refused
+from simulation.search_folder import STUDY_FILE, require_same, whole_lines
 from simulation.space import Choice, Dimension, Space, Value
+from simulation.trials import Begin, Candidate, State, Trial, Unfit
 
 try:
     import optuna
@@ -45,60 +43,9 @@ except ImportError as error:
     raise ConfigError("tune", 'expected Optuna: pip install "fedloom[sim]"') from error
 
 PRUNERS = ("median", "asha", "none")
-_IDENTITY, _STUDY, _LOCK = "search.json", "study.jsonl", "search.lock"
 _RANDOM_TRIALS = 10  # before proposals are made of what was found
 _UNSTOPPED_TRIALS = 4  # finished ones before "median" stops any
 _REASON = "reason"
-
-
-class Unfit(FedloomError):
-    """A trial's run cannot be conducted: its file is refused, or its training fails."""
-
-
-class Candidate(Protocol):
-    """A trial's run between two rounds."""
-
-    @property
-    def values(self) -> Sequence[float]:
-        """The metric after each round so far."""
-        ...
-
-    @property
-    def finished(self) -> bool:
-        """Whether no round is left."""
-        ...
-
-    def advance(self) -> None:
-        """Conduct a round; raises Unfit or Refused."""
-        ...
-
-    def close(self, kept: bool) -> None:
-        """Let go of it; what it has on disk is `kept` where the trial is to go on later."""
-        ...
-
-
-Begin = Callable[[int, Mapping[str, Value]], Candidate]  # of a trial's number; raises Unfit
-
-
-class State(Enum):
-    """How a trial stands."""
-
-    FINISHED = "finished"
-    STOPPED = "stopped"  # its values were poor
-    REFUSED = "refused"  # it cannot be
-    OPEN = "open"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run file that was tried."""
-
-    number: int  # from 1
-    state: State
-    parameters: Mapping[str, Value]
-    values: tuple[float, ...]  # the metric after each round
-    seconds: float
-    reason: str = ""  # why it was stopped or refused
 
 
 @dataclass(frozen=True)
@@ -129,11 +76,11 @@ class Search:
         first: Mapping[str, Value] | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        _require_same(folder / _IDENTITY, identity)
+        require_same(folder, identity)
         self._rules = rules
         self._distributions = {key: _distribution(found) for key, found in space.items()}
         self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(_whole_lines(folder / _STUDY)))),
+            storage=JournalStorage(JournalFileBackend(str(whole_lines(folder / STUDY_FILE)))),
             study_name="tune",
             direction="maximize" if rules.rises else "minimize",
             pruner=_pruner(rules.pruner),
@@ -334,42 +281,3 @@ def _pruner(name: str) -> optuna.pruners.BasePruner:
             return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         case _:
             return optuna.pruners.NopPruner()
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Have the folder to oneself; raises ConfigError where another search is at work in it."""
-    import fcntl  # not on every system
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                str(folder), "expected no other search at work in this folder, found one"
-            ) from error
-        # A process that was killed while it wrote left this: Optuna would wait for half a minute.
-        (folder / f"{_STUDY}.lock").unlink(missing_ok=True)
-        yield
-
-
-def _require_same(path: Path, identity: Mapping[str, Any]) -> None:
-    stated = json.loads(json.dumps(identity, sort_keys=True))
-    if path.exists() and json.loads(path.read_text()) != stated:
-        raise ConfigError(
-            str(path.parent),
-            "expected a new folder or one of the same search (run, space, data, clients, metric, "
-            "pruner and seed), found another's",
-        )
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(json.dumps(stated, sort_keys=True) + "\n")
-    partial.replace(path)
-
-
-def _whole_lines(path: Path) -> Path:
-    """Cut off a line that was not written to its end."""
-    if path.exists():
-        content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)
-    return path

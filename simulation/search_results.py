@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.quality import Metric
-from simulation.search import State, Trial
 from simulation.space import Value, nested
+from simulation.trials import State, Trial
 
 TABLE_FILE, BEST_FILE, TRIALS_FILE = "results.md", "best.toml", "trials.jsonl"
 _ORDER = {State.FINISHED: 0, State.OPEN: 1, State.STOPPED: 2, State.REFUSED: 3}
@@ -18,6 +18,12 @@ _ORDER = {State.FINISHED: 0, State.OPEN: 1, State.STOPPED: 2, State.REFUSED: 3}
 def headings(keys: Sequence[str], metric: Metric) -> list[str]:
     """Return what stands over the columns of `rows`."""
     return ["trial", "state", metric.value, "rounds", "seconds", *keys, "reason"]
+
+
+def short(keys: Sequence[str]) -> list[str]:
+    """Return the keys without their tables, where that says as much."""
+    names = [key.rpartition(".")[2] for key in keys]
+    return [name if names.count(name) == 1 else key for name, key in zip(names, keys, strict=True)]
 
 
 def rows(trials: Sequence[Trial], keys: Sequence[str], metric: Metric) -> list[list[str]]:

@@ -10,8 +10,10 @@ import pytest
 pytest.importorskip("optuna")
 
 from fedloom.errors import ConfigError, Reason, Refused
-from simulation.search import Rules, Search, State, Trial, Unfit, alone_in
+from simulation.search import Rules, Search
+from simulation.search_folder import alone_in
 from simulation.space import Choice, Interval, Value
+from simulation.trials import State, Trial, Unfit
 
 SPACE = {
     "x": Interval(0.0, 1.0, whole=False),
