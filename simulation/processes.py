@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from edge_agent.local_rules import remembered
 from fedloom.errors import ConfigError, FedloomError, Reason, Refused
 from fedloom.strategies import RULES, Layout, ServerState, update_length
-from fedloom.strategies.portions import sends_everything
 from fedloom.strategies.rule import length
 from fedloom.terms import LocalTraining
 from fedloom.v1 import control_pb2
@@ -219,7 +218,7 @@ class _Desk:
 
 def _longest(terms: LocalTraining, parameter_count: int, layout: Layout) -> int:
     """Return how many values an update has at most: rounds may take turns."""
-    if sends_everything(terms):
+    if not layout:  # then all of theta is sent, whatever it is
         return length(RULES[terms.strategy].sends, parameter_count)
     return max(update_length(terms, layout, rounds) for rounds in (0, 1))
 
