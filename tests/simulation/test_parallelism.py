@@ -7,7 +7,7 @@ from edge_agent.engine import LocalUpdate
 from fedloom.terms import LocalTraining, Optimizer, Strategy
 from simulation.movers import Alone, Task, Trained
 from simulation.processes import Processes, WorkerLost
-from tests.simulation.samples import learning, network, theta
+from tests.simulation.samples import FEATURES, learning, network, theta
 
 TERMS = {
     Strategy.FED_PROX: {"proximal_mu": 0.1},
@@ -55,6 +55,27 @@ def test_groups_differ_from_single_clients_by_rounding_only() -> None:
     single.train(3)
     grouped.train(3)
     np.testing.assert_allclose(theta(single), theta(grouped), atol=1e-6)
+
+
+@pytest.mark.timeout(100)
+def test_workers_do_not_wait_for_threads_that_stayed_with_the_caller() -> None:
+    """A large module, and a caller whose torch has computed with several threads."""
+    import torch
+
+    def trained(workers: int) -> np.ndarray:
+        torch.manual_seed(0)
+        large = torch.nn.Sequential(torch.nn.Linear(FEATURES, 1 << 15), torch.nn.Linear(1 << 15, 4))
+        fl = learning(clients=2, model=large, workers=workers)
+        fl.train(1)
+        return theta(fl)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert torch.ones(1 << 20).add(1).sum() == 2 << 20  # starts them
+        np.testing.assert_array_equal(trained(2), trained(1))
+    finally:
+        torch.set_num_threads(before)
 
 
 class Numbered:
