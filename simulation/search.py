@@ -120,7 +120,11 @@ class Search:
 
     def _counted(self) -> list[FrozenTrial]:
         uncounted = (TrialState.FAIL, TrialState.WAITING)
-        return [trial for trial in self._study.trials if trial.state not in uncounted]
+        return [
+            trial
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.state not in uncounted
+        ]
 
     def _drop_half_proposed(self) -> None:
         """Propose anew what a process that died had not proposed to the end."""
@@ -227,7 +231,7 @@ class _Batch:
         self._tell(_trial(self._numbers[trial.number], frozen))
 
     def _is_told(self, trial: optuna.Trial) -> bool:
-        return self._study.trials[trial.number].state.is_finished()
+        return self._study.get_trials(deepcopy=False)[trial.number].state.is_finished()
 
 
 def _advanced(pair: tuple[optuna.Trial, Candidate]) -> str:
@@ -242,7 +246,7 @@ def _advanced(pair: tuple[optuna.Trial, Candidate]) -> str:
 
 
 def _report(trial: optuna.Trial, candidate: Candidate) -> None:
-    known = trial.study.trials[trial.number].intermediate_values
+    known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
     for step, value in enumerate(candidate.values, 1):
         if step not in known:
             trial.report(value, step)
