@@ -146,7 +146,7 @@ class _Round:
 
     def _collect(self) -> None:
         config, state = self._config, self._state
-        self._sum = CohortSum(self._federation, state, self._run_key)
+        self._sum = CohortSum(self._federation, state, self._run_key, self._before.server)
         terms = round_terms(config.training, self._before.server.rounds, config.rounds)
         self._crew.begin(self._before.server, terms)
         members, done = state.cohort, 0

@@ -94,7 +94,7 @@ def train(
 ) -> list[Outcome]:
     """Train these clients from the server's state, under the round's terms."""
     layout = mover.layout
-    rule, whole = algorithm(terms, layout), sends_everything(terms)
+    rule, whole = algorithm(terms, layout), sends_everything(terms, layout)
     parts = None if whole else parts_of(terms, layout, state.rounds)
     journeys = [
         Journey(

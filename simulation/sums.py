@@ -8,16 +8,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import crypto
-from coordinator.aggregation import Aggregation
 from coordinator.config import RunConfig
 from coordinator.contexts import context_of_cohort, encoded_length
 from coordinator.run_state import RunState
+from coordinator.strategies.factored_total import FactoredTotal, FactorRound
 from crypto import cohort
 from edge_agent.seeds import rounding
 from fedloom.errors import ConfigError, Refused
-from fedloom.plans import Plan
+from fedloom.plans import Plan, Role
 from fedloom.quality import EvaluationTerms, Report
-from fedloom.terms import LoraRule, Protection
+from fedloom.strategies import ServerState
+from fedloom.terms import NEEDS_FACTORS, LoraRule, Protection
 from simulation.masks import MaskedCohort
 from simulation.movers import Trained
 
@@ -28,7 +29,13 @@ _NAMES: dict[Protection, crypto.ProtectionName] = {
     Protection.SEALED: "sealed",
 }
 
-_LORA_RULES = (LoraRule.FEDIT, LoraRule.FFA, LoraRule.ROLORA, LoraRule.FEDSA)
+_LORA_RULES = (
+    LoraRule.FEDIT,
+    LoraRule.FFA,
+    LoraRule.ROLORA,
+    LoraRule.FEDSA,
+    LoraRule.FLEXLORA,
+)
 _CENTRAL = EvaluationTerms(Report.NONE)  # quality is measured on one data set, not by clients
 
 
@@ -58,6 +65,8 @@ class Federation:
         for usable, key in ((training.lora in _LORA_RULES, "training.lora"),):
             if not usable:
                 raise ConfigError(key, "expected the default: a simulation knows no other yet")
+        if any(tensor.role is Role.RESIDUAL for tensor in self.plan.layout):
+            raise ConfigError("plan", "expected one without --residual: a simulation has none yet")
         if training.fine_tune_steps:
             raise ConfigError(
                 "training.fine_tune_steps",
@@ -72,10 +81,14 @@ class Federation:
 
 
 class CohortSum:
-    """One cohort's updates: encoded, added, opened."""
+    """One cohort's updates: encoded, added, opened; `before` is the server's state until then."""
 
     def __init__(
-        self, federation: Federation, state: RunState, run_key: crypto.RunKey | None
+        self,
+        federation: Federation,
+        state: RunState,
+        run_key: crypto.RunKey | None,
+        before: ServerState,
     ) -> None:
         config = federation.config
         self._federation = federation
@@ -91,17 +104,21 @@ class CohortSum:
         )
         self._protection = crypto.protection(_NAMES[config.encoding.protection])
         self._spool: TemporaryDirectory[str] | None = None
-        self._total = self._new_total(config.aggregation)
+        self._total = self._new_total(config, before)
         self._encoded = b""
         self._samples, self._loss, self._failed = 0, 0.0, 0
 
-    def _new_total(self, aggregation: Aggregation) -> crypto.Accumulator:
-        if aggregation.is_mean:
+    def _new_total(self, config: RunConfig, before: ServerState) -> crypto.Accumulator:
+        plan, training = self._federation.plan, config.training
+        if config.aggregation.is_mean and training.lora not in NEEDS_FACTORS:
             return self._protection.accumulator(self.context)
+        self._spool = TemporaryDirectory(prefix="fedloom-cohort-")
+        if training.lora in NEEDS_FACTORS:
+            factors = FactorRound(training, plan, before.rounds, lambda: before)
+            return FactoredTotal(self.context, factors, self._spooled)
         from coordinator.strategies.robust.total import RobustTotal
 
-        self._spool = TemporaryDirectory(prefix="fedloom-cohort-")
-        return RobustTotal(self.context, aggregation, self._spooled)
+        return RobustTotal(self.context, config.aggregation, self._spooled)
 
     def _spooled(self, slot: int) -> Path:
         """Return where the update of a slot lies for a rule that reads all of them."""

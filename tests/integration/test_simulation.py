@@ -13,7 +13,7 @@ from edge_agent.local_rules import remembered
 from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import Theta, read_adapter
 from fedloom.errors import ConfigError
-from fedloom.plans import ADAPTER_FILE, Role, TrainableTensor
+from fedloom.plans import ADAPTER_FILE, PlanOrigin, Role, TrainableTensor
 from fedloom.strategies import algorithm
 from fedloom.strategies.portions import keeps_own_model, own_model
 from simulation.conduct import Progress, conduct_round
@@ -51,9 +51,15 @@ LAYOUT = (
     TrainableTensor("lora_B", (32, 2), 32, Role.LORA_B),
     TrainableTensor("classifier", (3,), 96, Role.HEAD),
 )
+PAIR = (
+    TrainableTensor("lora_A", (1, 32), 0, Role.LORA_A),
+    TrainableTensor("lora_B", (64, 1), 32, Role.LORA_B),
+    TrainableTensor("classifier", (3,), 96, Role.HEAD),
+)
 SCAFFOLD = 'strategy = "scaffold"\noptimizer = "sgd"\nweighting = "uniform"\nmax_steps = 4'
 PARTS = [
     ("plain", 'lora = "ffa"'),
+    ("plain", 'lora = "flexlora"'),
     ("sealed", 'lora = "rolora"'),
     ("sealed", 'lora = "fedsa"'),
     ("plain", f'lora = "fedsa"\n{SCAFFOLD}'),
@@ -75,7 +81,9 @@ RULES = [
 async def test_parts_and_own_models_are_those_of_a_real_run(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, kind: str, training: str
 ) -> None:
-    monkeypatch.setattr("tests.edge_agent.toy.LAYOUT", LAYOUT)
+    layout = PAIR if "flexlora" in training else LAYOUT
+    monkeypatch.setattr("tests.edge_agent.toy.LAYOUT", layout)
+    monkeypatch.setattr("tests.edge_agent.toy.PlanOrigin", lambda name: PlanOrigin(name, 1, 2.0))
     _, real, own = await both(federation, kind, training)
     for name, model in real.items():
         np.testing.assert_array_equal(own[name], model)
