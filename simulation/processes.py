@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import struct
-import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +82,6 @@ class Processes:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's signals are the caller's
             for line in (*self._lines, _Line(ours)):
                 line.close()  # or no socket would end with the caller
-            _compute_alone()
             _work(make, _Line(theirs), self._state, desk)
         except BaseException:
             traceback.print_exc()
@@ -216,15 +214,6 @@ class _Desk:
         values = self._rows[place, index, :length]
         memory = tuple(self.memory(place, index))
         return Trained(values, weight, memory, samples, float.fromhex(loss))
-
-
-def _compute_alone() -> None:
-    """Let torch compute in this thread: the threads of its pool stayed behind with the fork.
-
-    It would wait for them for ever with the first large tensor that it copies.
-    """
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(1)
 
 
 def _longest(terms: LocalTraining, parameter_count: int, layout: Layout) -> int:

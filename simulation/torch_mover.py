@@ -46,7 +46,7 @@ class TorchMover:
     ) -> None:
         require_stateless(module)
         self.layout = layout_of(module, head)
-        self._module = copy.deepcopy(module).float()
+        self._module = copied(module, threads)
         self._loss = loss
         self._clients = clients
         self._held_out = held_out
@@ -130,6 +130,16 @@ def batches_of(
 def tensors(held: Examples, rows: Indices) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the input and the labels of some rows."""
     return torch.from_numpy(held.inputs(rows)[INPUT]), torch.from_numpy(held.labels(rows))
+
+
+def copied(module: torch.nn.Module, threads_: int) -> torch.nn.Module:
+    """Return a copy of the module, made by so many threads.
+
+    In a forked worker torch's other threads stayed behind, with the caller: it would wait for them
+    for ever with the first large tensor that it copies.
+    """
+    with threads(threads_):
+        return copy.deepcopy(module).float()
 
 
 def point_to(parameters: Sequence[torch.nn.Parameter], theta: Theta) -> None:

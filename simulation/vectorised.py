@@ -26,6 +26,7 @@ from simulation.movers import Journey, checked
 from simulation.torch_mover import (
     Loss,
     batches_of,
+    copied,
     evaluate,
     layout_of,
     own_randomness,
@@ -51,7 +52,7 @@ class VectorisedMover:
         head: str = "",
     ) -> None:
         require_stateless(module)
-        self._module = copy.deepcopy(module).float()
+        self._module = copied(module, threads)
         self.layout = layout_of(module, head)
         self._loss = loss
         self._clients = clients
