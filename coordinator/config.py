@@ -49,6 +49,12 @@ minimum_delta = 0.0            # by less than this it is no better
 [aggregation]                  # what is made of a round's updates
 rule = "mean"                  # "plain" alone: one of those in coordinator/strategies/README.md
 
+[compression]                  # what of an update travels
+kind = "random_mask"           # or "none", the default; under "plain" also "top_k", "quantised"
+share = 0.1                    # of the values, that "random_mask" and "top_k" send
+error_feedback = false         # what is not sent waits on the agent; true unless said with "top_k"
+unbiased = true                # "random_mask": what is sent counts for what is not
+
 [deadlines]                    # seconds
 training = 3600
 """
@@ -64,9 +70,11 @@ from typing import Any
 
 from coordinator.aggregation import DEFAULTS, MEAN, Aggregation
 from coordinator.aggregation import Rule as AggregationRule
+from coordinator.compression import DEFAULT_SHARE, compression_problems
 from coordinator.plateau import NO_PLATEAU, PlateauRule
 from coordinator.run_state import RunPolicy
 from coordinator.strategies.unsupported import LORA_RULES
+from fedloom.compression import Compression
 from fedloom.errors import ConfigError, Refused
 from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Metric, Report
@@ -213,6 +221,8 @@ def _run_config(reader: "_Reader", path: Path) -> RunConfig:
         f'"{encoding.protection.name.lower()}" hides from the coordinator; use protection.kind = '
         '"plain", or training.lora = "ffa" or "rolora", whose mean of products is exact as well',
     )
+    for problem in compression_problems(training.compression, encoding, aggregation):
+        reader.require(False, problem)
     reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
@@ -310,6 +320,7 @@ def _aggregation(reader: "_Reader") -> Aggregation:
 def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
     values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
+    values |= _compression(reader)
     for field in fields(LocalTraining):
         if field.name in values:
             continue
@@ -323,6 +334,19 @@ def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> Loc
     if strategy in STRATEGIES_WITH["auxiliary_scale"]:
         values["auxiliary_scale"] = _auxiliary_scale(reader, values, encoding)
     return LocalTraining(**values)
+
+
+def _compression(reader: "_Reader") -> dict[str, Any]:
+    kind = reader.member("compression.kind", Compression, Compression.NONE)
+    share = DEFAULT_SHARE if kind.chooses else 0.0
+    waits = reader.value("compression.error_feedback", bool, kind is Compression.TOP_K)
+    is_scaled = kind is Compression.RANDOM_MASK and not waits
+    return {
+        "compression": kind,
+        "compression_share": reader.value("compression.share", float, share),
+        "error_feedback": waits,
+        "unbiased": reader.value("compression.unbiased", bool, is_scaled),
+    }
 
 
 def _gate(reader: "_Reader") -> ActivationGate:

@@ -99,7 +99,7 @@ class Contribution:
                 raise Refused(Reason.WRONG_ROUND, "expected this device's update trained")
             # First: once the bytes are there they may come into a sum, whatever becomes of us.
             proposed = SumPlace(cohort.round, cohort.attempt, place.slot)
-            await asyncio.to_thread(run.memory.propose, proposed, update.memory)
+            await asyncio.to_thread(self._propose, run, proposed, update, cohort.clip)
             reference = await asyncio.to_thread(
                 run.protection.write_update,
                 update,
@@ -110,6 +110,9 @@ class Contribution:
             )
             self._encoded = (cohort.round, cohort.attempt, reference)
         return self._encoded[2]
+
+    def _propose(self, run: Undertaking, place: SumPlace, update: Outgoing, clip: float) -> None:
+        run.memory.propose(place, update.remembered(run.protection.limit(clip)))
 
     async def _upload(self, cohort: Cohort, update: ArtifactReference) -> None:
         self._here.report(Step.UPLOADING, cohort.round)

@@ -1,5 +1,6 @@
 """The device's side of a run's protection: updates out as files, sums in from files."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,9 @@ from edge_agent.local_rules import Outgoing
 from edge_agent.optimisers import Vector
 from edge_agent.seeds import rounding
 from fedloom.artifacts import ArtifactReference, write_artifact
+from fedloom.compression import Compression
 from fedloom.errors import Reason, Refused
+from fedloom.strategies.compressed import listed_values
 from fedloom.terms import Protection, clip_of
 
 _log = structlog.get_logger()
@@ -77,6 +80,10 @@ class UpdateProtection:
         """Return the range of values in a round; `derived` follows from the round before it."""
         stated = self._terms.encoding.clip
         return stated or derived or clip_of(self._terms.encoding, self._terms.training, weight_cap)
+
+    def limit(self, clip: float) -> float:
+        """Return beyond which a value is cut, in a cohort of this clip."""
+        return math.inf if self._terms.encoding.protection is Protection.PLAIN else clip
 
     def split(self, mean: Vector) -> tuple[Vector, Vector]:
         """Return what the strategy is given of an opened mean, (U + R,), and the tail, (M,)."""
@@ -142,18 +149,21 @@ class UpdateProtection:
         clip: float,
         cohort_digest: bytes = b"",
     ) -> crypto.UpdateContext:
+        length, training = self._update_length(), self._terms.training
         with _refusing():
             return crypto.UpdateContext(
                 run_id=self._terms.run_id,
                 round=round_number,
                 attempt=attempt,
-                parameter_count=self._update_length() + self._tail_length,
+                parameter_count=length + self._tail_length,
                 tail_length=self._tail_length,
                 capacity=self._terms.encoding.capacity,
                 weight_cap=weight_cap,
                 clip=clip,
                 update_bits=self._terms.encoding.update_bits,
                 cohort=cohort_digest,
+                listed=listed_values(training, length),
+                quantised=training.compression is Compression.QUANTISED,
             )
 
     def _sum_context(

@@ -159,7 +159,7 @@ class _Round:
                     self._post(events.Declined(name, state.round, outcome.reason))
                 else:
                     sha256 = self._sum.add(done - 1, outcome)
-                    self._memories.propose(name, state.round, outcome.memory)
+                    self._memories.propose(name, state.round, self._sum.remembered(outcome))
                     self._post(events.Uploaded(name, sha256))
                 self._watch(done, len(members))
 

@@ -41,7 +41,14 @@ class LearningProcess:
                 f"expected one whose clients remember nothing, found {settings.strategy}: "
                 "FederatedLearning knows its clients from round to round",
             )
-        if remembered(settings.config(1 << 7, rounds).training):
+        training = settings.config(1 << 7, rounds).training
+        if training.error_feedback:
+            raise ConfigError(
+                "compression.error_feedback",
+                "expected false, because clients remember nothing here: FederatedLearning knows "
+                "its clients from round to round",
+            )
+        if remembered(training):
             raise ConfigError(
                 "training",
                 "expected nothing that clients keep from round to round (lora, personal): "

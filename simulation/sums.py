@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,10 @@ from edge_agent.seeds import rounding
 from fedloom.errors import ConfigError, Refused
 from fedloom.plans import Plan, Role
 from fedloom.quality import EvaluationTerms, Report
-from fedloom.strategies import ServerState
+from fedloom.strategies import Memory, ServerState
+from fedloom.strategies.compressed import waiting_places
+from fedloom.strategies.error_feedback import return_cut
+from fedloom.strategies.portions import keeps_own_model
 from fedloom.terms import NEEDS_FACTORS, LoraRule, Protection
 from simulation.masks import MaskedCohort
 from simulation.movers import Trained
@@ -105,6 +109,10 @@ class CohortSum:
         self._protection = crypto.protection(_NAMES[config.encoding.protection])
         self._spool: TemporaryDirectory[str] | None = None
         self._total = self._new_total(config, before)
+        training, size = config.training, federation.plan.parameter_count
+        self._places = waiting_places(training, state.completed, size)
+        plain = config.encoding.protection is Protection.PLAIN
+        self._limit = math.inf if plain else self.context.clip
         self._encoded = b""
         self._samples, self._loss, self._failed = 0, 0.0, 0
 
@@ -142,6 +150,16 @@ class CohortSum:
         sha256 = hashlib.sha256(encoded).digest()
         self._masked.uploaded(name, sha256)
         return sha256
+
+    def remembered(self, trained: Trained) -> Memory:
+        """Return what a member remembers once its update is in the sum."""
+        if self._places is None:
+            return trained.memory
+        memory = trained.memory
+        waits = len(memory) - 1 - keeps_own_model(self._federation.config.training)
+        left = memory[waits].copy()
+        return_cut(left, self._places, trained.values, self._limit)
+        return (*memory[:waits], left, *memory[waits + 1 :])
 
     def close(self) -> bool:
         """Take the masks out of the sum; False where that cannot be done."""

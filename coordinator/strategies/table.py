@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 
 from coordinator.config import parse_run_config
+from coordinator.strategies.compression_table import compression_table
 from coordinator.strategies.part_tables import (
     factor_table,
     markdown,
@@ -46,6 +47,7 @@ def with_tables(text: str) -> str:
         ("LoRA rules", factor_table),
         ("personal models", personal_table),
         ("robust rules", robust_table),
+        ("compression", compression_table),
     ):
         begin, end = _BEGIN.format(name), _END.format(name)
         before, rest = text.split(begin)

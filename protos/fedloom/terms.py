@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, Self, TypeVar
 
+from fedloom.compression import Compression, compression_problem
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import control_pb2
 
@@ -152,6 +153,7 @@ _ENUMS: dict[str, type[IntEnum]] = {
     "round_schedule": Schedule,
     "lora": LoraRule,
     "personal": Personal,
+    "compression": Compression,
 }
 
 
@@ -201,12 +203,18 @@ class LocalTraining:
     head_steps: int = 0
     personal_lambda: float = 0.0
     fine_tune_steps: int = 0
+    compression: Compression = Compression.NONE
+    compression_share: float = 0.0
+    error_feedback: bool = False
+    unbiased: bool = False
 
     def __post_init__(self) -> None:
         self._check_ranges()
         self._check_strategy()
         self._check_personal()
         self._check_factors()
+        if problem := compression_problem(self):
+            raise Refused(Reason.MALFORMED, problem)
 
     def _check_ranges(self) -> None:
         for name, least, most in (

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedloom.compression import LARGEST_TOP_SHARE, MOVEMENTS, Compression
 from fedloom.errors import Reason, Refused
 from fedloom.strategies.ditto import personal_terms
 from fedloom.strategies.fine_tuning import fine_tuning_terms
@@ -78,6 +79,18 @@ _OF_STRATEGIES: dict[str, st.SearchStrategy[float]] = {
     "auxiliary_scale": st.floats(0, 1e6, exclude_min=True),
 }
 
+_share = st.floats(0, LARGEST_TOP_SHARE, exclude_min=True)
+_compressions = st.sampled_from([{}, {"compression": Compression.QUANTISED}]) | st.builds(
+    lambda kind, share, more: {"compression": kind, "compression_share": share, **more},
+    st.sampled_from([Compression.RANDOM_MASK, Compression.TOP_K]),
+    _share,
+    st.sampled_from([{}, {"error_feedback": True}]),
+)
+_unbiased = st.builds(
+    lambda share: {"compression_share": share, "unbiased": True},
+    st.floats(0, 1, exclude_min=True, exclude_max=True),
+).map(lambda values: values | {"compression": Compression.RANDOM_MASK})
+
 
 @st.composite
 def trainings(draw: st.DrawFn) -> LocalTraining:
@@ -104,6 +117,8 @@ def trainings(draw: st.DrawFn) -> LocalTraining:
     for name, strategies in STRATEGIES_WITH.items():
         if strategy in strategies:
             values[name] = draw(_OF_STRATEGIES[name])
+    if strategy.name in MOVEMENTS:
+        values |= draw(_compressions | _unbiased)
     return terms_of(strategy, **(values | NEEDED.get(strategy, {})))
 
 

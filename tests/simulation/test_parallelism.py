@@ -36,6 +36,43 @@ def test_any_number_of_workers_ends_with_equal_bits(strategy: Strategy, vectoris
         np.testing.assert_array_equal(trained(workers), alone)
 
 
+@pytest.mark.parametrize(
+    "compression",
+    [
+        {"kind": "random_mask", "share": 0.3},
+        {"kind": "random_mask", "share": 0.3, "error_feedback": True},
+        {"kind": "top_k"},
+        {"kind": "quantised"},
+    ],
+    ids=str,
+)
+def test_what_waits_on_clients_is_the_same_whoever_trains_them(compression: dict) -> None:
+    def trained(workers: int) -> np.ndarray:
+        terms = {"training": {"batch_size": 8}, "compression": compression}
+        fl = learning(terms=terms, cohort_size=5, workers=workers)
+        fl.train(3)
+        return theta(fl)
+
+    np.testing.assert_array_equal(trained(2), trained(1))
+
+
+@pytest.mark.parametrize("more", [{}, {"error_feedback": True}], ids=str)
+def test_a_mask_of_all_values_changes_no_bit(more: dict) -> None:
+    """And a clip that cuts values off does, unless they come back."""
+
+    def trained(compression: dict, kind: str = "plain", clip: float = 0.0) -> np.ndarray:
+        terms = {"protection": {"clip": clip}, "compression": compression}
+        fl = learning(terms=terms, protection=kind)
+        fl.train(4)
+        return theta(fl)
+
+    everything = {"kind": "random_mask", "share": 1 - 1e-9, **more}
+    whole = trained({})
+    np.testing.assert_array_equal(trained(everything), whole)
+    cut, returned = trained({}, "masked", 2e-3), trained(everything, "masked", 2e-3)
+    assert (np.abs(returned - whole).mean() < np.abs(cut - whole).mean()) == bool(more)
+
+
 def test_dropout_follows_from_the_clients_seed_and_leaves_the_callers_alone() -> None:
     import torch
 
