@@ -190,7 +190,7 @@ class Aggregation:
                 f"found faulty = {self.faulty} and cohort.minimum = {minimum}; fewer agents go "
                 'with "median"'
             )
-        if self.selected > minimum - self.faulty - 2:
+        if self.selected and self.selected > minimum - self.faulty - 2:
             yield (
                 f"aggregation.selected: expected at most cohort.minimum - faulty - 2 = "
                 f"{minimum - self.faulty - 2}, found {self.selected}"

@@ -78,6 +78,7 @@ training = 3600
 import math
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from pathlib import Path
@@ -202,7 +203,18 @@ def load_run_config(path: Path) -> RunConfig:
 
 def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     """Check the parsed file; relative paths are relative to the file's folder."""
-    reader = _Reader(table)
+    return _run_config(_Reader(table), path)
+
+
+def known_keys() -> dict[str, type]:
+    """Return every key of a run file, dotted, with the kind of its value."""
+    reader = _Reader({})
+    with suppress(ConfigError):  # an empty file names no plan
+        _run_config(reader, Path("run.toml"))
+    return reader.kinds
+
+
+def _run_config(reader: "_Reader", path: Path) -> RunConfig:
     name = reader.value("name", str, path.stem)
     plan = reader.value("plan", str, "")
     rounds = reader.value("rounds", int, 0)
@@ -488,11 +500,11 @@ class _Reader:
 
     def __init__(self, table: Mapping[str, Any]) -> None:
         self._values = dict(_flatten(table))
-        self._asked: set[str] = set()
+        self.kinds: dict[str, type] = {}  # of every key that was asked for
         self._problems: list[str] = []
 
     def value(self, key: str, kind: type, default: Any) -> Any:
-        self._asked.add(key)
+        self.kinds[key] = kind
         found = self._values.get(key, default)
         if kind is float and type(found) is int and abs(found) < 1 << 63:  # TOML's integers
             found = float(found)
@@ -503,7 +515,7 @@ class _Reader:
 
     def optional(self, key: str) -> float | None:
         """Return a number, or None where there is none."""
-        self._asked.add(key)
+        self.kinds[key] = float
         return self.value(key, float, 0.0) if key in self._values else None
 
     def member(
@@ -531,14 +543,14 @@ class _Reader:
 
     def finish(self, path: Path) -> None:
         unknown = sorted(key for key in self._values if not self._is_known(key))
-        known = ", ".join(sorted(self._asked))
+        known = ", ".join(sorted(self.kinds))
         self._problems += [f"{key}: unknown key; known are {known}" for key in unknown]
         if self._problems:
             raise ConfigError(str(path), "; ".join(self._problems))
 
     def _is_known(self, key: str) -> bool:
-        a_table = self._values[key] == {} and any(k.startswith(f"{key}.") for k in self._asked)
-        return key in self._asked or a_table
+        a_table = self._values[key] == {} and any(k.startswith(f"{key}.") for k in self.kinds)
+        return key in self.kinds or a_table
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

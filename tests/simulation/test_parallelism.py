@@ -7,7 +7,7 @@ from edge_agent.engine import LocalUpdate
 from fedloom.terms import LocalTraining, Optimizer, Strategy
 from simulation.movers import Alone, Task, Trained
 from simulation.processes import Processes, WorkerLost
-from tests.simulation.samples import learning, network, theta
+from tests.simulation.samples import FEATURES, learning, network, theta
 
 TERMS = {
     Strategy.FED_PROX: {"proximal_mu": 0.1},
@@ -94,16 +94,39 @@ def test_groups_differ_from_single_clients_by_rounding_only() -> None:
     np.testing.assert_allclose(theta(single), theta(grouped), atol=1e-6)
 
 
+@pytest.mark.timeout(100)
+def test_workers_do_not_wait_for_threads_that_stayed_with_the_caller() -> None:
+    """A large module, and a caller whose torch has computed with several threads."""
+    import torch
+
+    def trained(workers: int) -> np.ndarray:
+        torch.manual_seed(0)
+        large = torch.nn.Sequential(torch.nn.Linear(FEATURES, 1 << 15), torch.nn.Linear(1 << 15, 4))
+        fl = learning(clients=2, model=large, workers=workers)
+        fl.train(1)
+        return theta(fl)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert torch.ones(1 << 20).add(1).sum() == 2 << 20  # starts them
+        np.testing.assert_array_equal(trained(2), trained(1))
+    finally:
+        torch.set_num_threads(before)
+
+
 class Numbered:
     """A mover whose movements are its tasks' seeds."""
 
     group = 3
+    layout = ()
 
-    def move(self, tasks, theta, terms, linear):
-        if any(task.order_seed == 99 for task in tasks):
+    def move(self, journeys, terms, parts):
+        if any(journey.order_seed == 99 for journey in journeys):
             raise SystemExit("as a process that is killed")
         return [
-            LocalUpdate(np.full(len(theta), task.order_seed, np.float32), 2, 0.5) for task in tasks
+            LocalUpdate(np.full_like(journey.start, journey.order_seed), 2, 0.5)
+            for journey in journeys
         ]
 
     def evaluate(self, theta):
