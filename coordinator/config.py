@@ -12,7 +12,7 @@ population = 0                 # agents that may ever take part; "scaffold" and 
 
 [training]                     # on every agent; control.proto says what each key is
 strategy = "fed_avg"           # one of those in coordinator/strategies/README.md
-weighting = "samples"          # or "uniform", "compute": what an update counts for
+weighting = "samples"          # or "uniform", "compute", of hetlora "factor_norm", its default
 optimizer = "adamw"            # or "sgd", "adagrad"
 epochs = 1                     # or local_steps; max_steps bounds epochs
 batch_size = 16
@@ -20,7 +20,9 @@ learning_rate = 1e-3
 step_schedule = "constant"     # or "cosine", over a round's steps, after warmup_steps
 round_schedule = "constant"    # or "cosine", over the run's rounds, after warmup_rounds
 gradient_clip = 0.0            # largest L2 norm of a gradient; 0: any
-lora = "fedit"                 # or "ffa", "rolora", "fedsa": which factors are trained and sent
+lora = "fedit"                 # or "ffa", "rolora", "fedsa": which factors are trained and sent;
+                               # "hetlora": [adapter] rank of agent.toml (rank_penalty and
+                               # rank_decay prune it); "fed_sb" of plans built with --lora sb
 personal = "none"              # or "fedper", "fedrep" (head_steps), "ditto" (personal_lambda)
 fine_tune_steps = 0            # that each agent makes alone with the finished run's model
 
@@ -69,12 +71,14 @@ from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Metric, Report
 from fedloom.schedules import effective_steps
 from fedloom.terms import (
+    LORA_DEFAULTS,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
     STRATEGIES_WITH,
     STRATEGY_DEFAULTS,
     Encoding,
     LocalTraining,
+    LoraRule,
     Protection,
     Release,
     Strategy,
@@ -223,7 +227,8 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     reader.require(
         implies_clip(training) or encoding.clip > 0,
         "protection.clip: expected a range for the updates' values, because sgd implies none, and "
-        "neither do uniform weights without training.local_steps or training.max_steps",
+        'neither do lora = "hetlora" (beyond a device\'s rank a value moves by all of itself) nor '
+        "uniform weights without training.local_steps or training.max_steps",
     )
     problem = unencodable(encoding, training)
     reader.require(not problem, f"protection: {problem}")
@@ -287,13 +292,19 @@ def _aggregation(reader: "_Reader") -> Aggregation:
 
 def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
-    values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
+    lora = reader.member("training.lora", LoraRule, LocalTraining.lora, LORA_RULES)
+    values: dict[str, Any] = {
+        "strategy": strategy,
+        "population": cohort.population,
+        "lora": lora,
+    }
     for field in fields(LocalTraining):
         if field.name in values:
             continue
         key, default = f"training.{field.name}", field.default
         if isinstance(default, IntEnum):
-            values[field.name] = reader.member(key, type(default), default, LORA_RULES)
+            default = LORA_DEFAULTS.get(lora, {}).get(field.name, default)
+            values[field.name] = reader.member(key, type(default), default)
         else:
             default = STRATEGY_DEFAULTS.get(strategy, {}).get(field.name, default)
             values[field.name] = reader.value(key, type(default), default)

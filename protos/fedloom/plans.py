@@ -49,6 +49,7 @@ class Role(IntEnum):
     LORA_A = 1
     LORA_B = 2
     HEAD = 3
+    LORA_R = 20
 
     @classmethod
     def _missing_(cls, value: object) -> "Role":

@@ -19,6 +19,7 @@ MAX_WEIGHT_CLASS = 24  # weights (samples or steps) up to 2^24 per agent and rou
 UPDATE_BITS = (16, 8)
 CLIP_MARGIN = 1.25  # on Adam's movement in a round
 ADAPTIVITIES = (1e-9, 1e9)  # whose squares a float32 holds
+FACTOR_NORM_UNIT = 2.0**-16  # weights up to 2^24 stand for norms up to 256
 MINIMUM_SUM = 3  # fewest updates in a sum under masks: each device insists, whoever asks
 
 _E = TypeVar("_E", bound=IntEnum)
@@ -89,6 +90,8 @@ class LoraRule(IntEnum):
     FFA = 2
     ROLORA = 3
     FEDSA = 4
+    HETLORA = 8
+    FED_SB = 9
 
 
 class Personal(IntEnum):
@@ -106,6 +109,7 @@ class Weighting(IntEnum):
     SAMPLES = 1
     UNIFORM = 2
     COMPUTE = 3  # steps made
+    FACTOR_NORM = 4  # of B A, in units of FACTOR_NORM_UNIT
 
 
 class Schedule(IntEnum):
@@ -135,6 +139,12 @@ STRATEGY_DEFAULTS: dict[Strategy, dict[str, float]] = {
     Strategy.FED_YOGI: _OF_FED_OPT | {"server_second_momentum": 0.99},
     Strategy.FED_DYN: {"dynamic_alpha": 0.1},
 }
+# What a run file that says nothing means, under a LoRA rule of its own defaults.
+LORA_DEFAULTS: dict[LoraRule, dict[str, IntEnum]] = {
+    LoraRule.HETLORA: {"weighting": Weighting.FACTOR_NORM},
+}
+# Strategies whose update is a movement alone, to wherever it leads.
+_MOVES_ALONE = (Strategy.FED_AVG, Strategy.FED_PROX, Strategy.FED_AVG_M, *_FED_OPT)
 _NEEDED = ("server_adaptivity", "dynamic_alpha", "population", "auxiliary_scale")
 _COUNTS_STEPS = (Strategy.FED_NOVA, Strategy.SCAFFOLD)
 _COUNTS_DEVICES = (Strategy.SCAFFOLD, Strategy.FED_DYN)
@@ -195,11 +205,14 @@ class LocalTraining:
     head_steps: int = 0
     personal_lambda: float = 0.0
     fine_tune_steps: int = 0
+    rank_penalty: float = 0.0
+    rank_decay: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_ranges()
         self._check_strategy()
         self._check_personal()
+        self._check_ranks()
 
     def _check_ranges(self) -> None:
         for name, least, most in (
@@ -273,6 +286,33 @@ class LocalTraining:
             self.personal.name,
         )
 
+    def _check_ranks(self) -> None:
+        _require(
+            (self.rank_penalty > 0) == (self.rank_decay > 0),
+            "rank_penalty and rank_decay both above 0, or neither",
+            (self.rank_penalty, self.rank_decay),
+        )
+        _require(self.rank_decay < 1, "rank_decay in [0, 1)", self.rank_decay)
+        if self.lora is not LoraRule.HETLORA:
+            _require(self.rank_decay == 0, "rank_decay 0 unless lora is HETLORA", self.rank_decay)
+            _require(
+                self.weighting is not Weighting.FACTOR_NORM,
+                "weighting SAMPLES, UNIFORM or COMPUTE unless lora is HETLORA",
+                self.weighting.name,
+            )
+            return
+        _require(
+            self.strategy in _MOVES_ALONE,
+            "a strategy that sends a movement alone with lora HETLORA, such as FED_AVG: beyond a "
+            "device's rank it is no sum of gradients",
+            self.strategy.name,
+        )
+        _require(
+            self.personal is Personal.NONE,
+            "personal NONE with lora HETLORA (lora FEDIT goes with it, at one rank)",
+            self.personal.name,
+        )
+
     @classmethod
     def from_message(cls, message: control_pb2.LocalTraining) -> Self:
         """Validate what a peer sent."""
@@ -339,8 +379,11 @@ def steps_of(terms: LocalTraining, samples: int) -> int:
     return min(steps, terms.max_steps) if terms.max_steps else steps
 
 
-def weight_of(terms: LocalTraining, samples: int) -> int:
-    """Return what the update of a device with so many samples counts for."""
+def weight_of(terms: LocalTraining, samples: int, factor_norm: float = 0.0) -> int:
+    """Return what the update of a device with so many samples counts for.
+
+    `factor_norm`: Frobenius norm of its products B A, for HETLORA.
+    """
     match terms.weighting:
         case Weighting.SAMPLES:
             return samples
@@ -348,12 +391,14 @@ def weight_of(terms: LocalTraining, samples: int) -> int:
             return 1
         case Weighting.COMPUTE:
             return steps_of(terms, samples)
+        case Weighting.FACTOR_NORM:
+            return min(max(round(factor_norm / FACTOR_NORM_UNIT), 1), 1 << MAX_WEIGHT_CLASS)
 
 
 def most_steps(terms: LocalTraining, weight_cap: int) -> int:
     """Return how many steps no member of a cohort exceeds whose largest weight is `weight_cap`.
 
-    0 where nothing says it: uniform weights tell nothing of a device's samples.
+    0 where nothing says it: uniform weights and norms tell nothing of a device's samples.
     """
     match terms.weighting:
         case Weighting.SAMPLES:
@@ -361,13 +406,14 @@ def most_steps(terms: LocalTraining, weight_cap: int) -> int:
         case Weighting.COMPUTE:
             steps = terms.local_steps or terms.max_steps
             return min(steps, weight_cap) if steps else weight_cap
-        case Weighting.UNIFORM:
+        case Weighting.UNIFORM | Weighting.FACTOR_NORM:
             return terms.local_steps or terms.max_steps
 
 
 def implies_clip(terms: LocalTraining) -> bool:
     """Tell whether the range of an update's values follows from the terms."""
-    return terms.optimizer is not Optimizer.SGD and most_steps(terms, 1) > 0
+    to_zero = terms.lora is LoraRule.HETLORA  # a device of a small rank, however long it trains
+    return terms.optimizer is not Optimizer.SGD and not to_zero and most_steps(terms, 1) > 0
 
 
 def clip_of(encoding: Encoding, terms: LocalTraining, weight_cap: int) -> float:
@@ -381,8 +427,8 @@ def clip_of(encoding: Encoding, terms: LocalTraining, weight_cap: int) -> float:
         return encoding.clip
     _require(
         implies_clip(terms),
-        "a clip above 0 where the terms imply none (SGD; uniform weights without local_steps or "
-        "max_steps)",
+        "a clip above 0 where the terms imply none (SGD; HETLORA; uniform weights without "
+        "local_steps or max_steps)",
         0.0,
     )
     return CLIP_MARGIN * terms.learning_rate * most_steps(terms, weight_cap)

@@ -32,6 +32,7 @@ from fedloom.terms import (
     Personal,
     Protection,
     Strategy,
+    Weighting,
     clip_of,
 )
 
@@ -280,20 +281,38 @@ def test_sgd_needs_a_clip_only_where_updates_are_encoded() -> None:
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("fed_sb", "'ffa'"),
         ("flora", "'rolora'"),
         ("flexlora", "'rolora'"),
         ("fedex", "'rolora'"),
-        ("hetlora", "'fedit'"),
     ],
 )
 def test_a_lora_rule_that_has_no_place_here_is_refused_with_the_nearest(
     name: str, nearest: str
 ) -> None:
     found = problems(training={"lora": name})
-    assert "training.lora: expected one of ['fedit', 'fedsa', 'ffa', 'rolora']" in found
+    known = ["fed_sb", "fedit", "fedsa", "ffa", "hetlora", "rolora"]
+    assert f"training.lora: expected one of {known}" in found
     assert "arXiv:" in found
     assert nearest in found
+
+
+def test_devices_of_unequal_rank_are_weighted_by_their_norms_and_need_a_clip() -> None:
+    assert "protection.clip: expected a range" in problems(training={"lora": "hetlora"})
+    clip = {"clip": 0.5}
+    terms = parse_run_config(
+        LEAST | {"training": {"lora": "hetlora"}, "protection": clip}, PATH
+    ).training
+    assert (terms.lora, terms.weighting) == (LoraRule.HETLORA, Weighting.FACTOR_NORM)
+    for key, value, named in (
+        ("strategy", "fed_dyn", "a strategy that sends a movement alone with lora HETLORA"),
+        ("personal", "fedper", "personal NONE with lora HETLORA (lora FEDIT goes with it"),
+        ("rank_decay", 0.5, "rank_penalty and rank_decay both above 0"),
+    ):
+        training = {"lora": "hetlora", "weighting": "uniform", key: value}
+        cohort = {"population": 100} if value == "fed_dyn" else {}
+        assert named in problems(training=training, protection=clip, cohort=cohort)
+    found = problems(training={"weighting": "factor_norm", "lora": "ffa"})
+    assert "weighting SAMPLES, UNIFORM or COMPUTE unless lora is HETLORA" in found
 
 
 def test_what_travels_and_what_stays_is_read_from_the_file() -> None:

@@ -107,6 +107,7 @@ class Agent:
         self.minimum_protection = Protection.PLAIN
         self.permitted_release = Release.AGENTS
         self.permitted_report = Report.MEAN
+        self.rank = 0  # under HetLoRA
         self.protections = frozenset(Protection)
         self.models = ModelMaker(home / "models", identity.agent_id, identity.identity_key)
         self._session: Session | None = None
@@ -122,6 +123,7 @@ class Agent:
             self.models,
             self.permitted_release,
             permitted_report=self.permitted_report,
+            rank=self.rank,
         )
         self._session = Session(device, self.protections)
         self._running = asyncio.create_task(self._session.run())

@@ -3,7 +3,7 @@
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Role
-from fedloom.strategies import fedit, fedrep, fedsa_lora, ffa_lora, rolora
+from fedloom.strategies import fed_sb, fedit, fedrep, fedsa_lora, ffa_lora, hetlora, rolora
 from fedloom.strategies.factors import FactorRule
 from fedloom.strategies.fedper import with_own_head
 from fedloom.strategies.parts import Fate, FateOf, Layout, Parts, divide, gathered, scattered
@@ -11,9 +11,13 @@ from fedloom.strategies.rule import Memory
 from fedloom.terms import LocalTraining, LoraRule, Personal
 
 FACTOR_RULES: dict[LoraRule, FactorRule] = {
-    rule.lora: rule for rule in (fedit.RULE, ffa_lora.RULE, rolora.RULE, fedsa_lora.RULE)
+    rule.lora: rule
+    for rule in (
+        *(fedit.RULE, ffa_lora.RULE, rolora.RULE, fedsa_lora.RULE),
+        *(hetlora.RULE, fed_sb.RULE),
+    )
 }
-_FACTORS = (Role.LORA_A, Role.LORA_B)
+_FACTORS = (Role.LORA_A, Role.LORA_B, Role.LORA_R)
 _OWN_HEAD = (Personal.FEDPER, Personal.FEDREP)
 
 
@@ -55,11 +59,11 @@ def _fate_of(terms: LocalTraining) -> FateOf:
 def _check_roles(terms: LocalTraining, roles: set[Role]) -> None:
     rule = FACTOR_RULES[terms.lora]
     if missing := rule.needs - roles:
-        nearest = "ffa" if Role.LORA_B in roles else "fedit"
+        nearest = _nearest(roles)
         names = " and ".join(sorted(role.name for role in missing))
         raise _unsupported(
-            f"{names} in the plan's layout with lora = {terms.lora.name.lower()!r} (a plan whose A "
-            f"is not frozen); this plan goes with lora = {nearest!r}",
+            f"{names} in the plan's layout with lora = {terms.lora.name.lower()!r} (a plan "
+            f"{_built(rule)}); this plan goes with lora = {nearest!r}",
             "none",
         )
     if terms.personal in _OWN_HEAD and Role.HEAD not in roles:
@@ -68,6 +72,18 @@ def _check_roles(terms: LocalTraining, roles: set[Role]) -> None:
             "plan goes with personal = 'ditto'",
             "none",
         )
+
+
+def _nearest(roles: set[Role]) -> str:
+    if Role.LORA_R in roles:
+        return "fed_sb"
+    return "ffa" if Role.LORA_B in roles else "fedit"
+
+
+def _built(rule: FactorRule) -> str:
+    if Role.LORA_R in rule.needs:
+        return "built with --lora sb"
+    return "whose A is not frozen"
 
 
 def _unsupported(expected: str, found: str) -> Refused:
