@@ -60,6 +60,10 @@ def build(
     freeze_a: Annotated[
         bool | None, typer.Option("--freeze-a", help="Train LoRA's B alone (FFA-LoRA).")
     ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(help="ab: train A and B; sb: train R of B R A alone (Fed-SB); ab."),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer texts are cut.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What a row begins with, such as 'Q: {question} A: '.")
@@ -93,6 +97,7 @@ def build(
         "targets": _names(targets),
         "modules_to_save": _names(modules_to_save),
         "freeze_a": freeze_a,
+        "lora": lora,
         "max_tokens": max_tokens,
         "prompt": prompt,
         "answer": answer,

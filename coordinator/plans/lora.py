@@ -9,8 +9,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers.pytorch_utils import Conv1D
 
 from coordinator.plans.checkpoints import Checkpoint
+from coordinator.plans.lora_sb import is_between, put_between, saved_name
 from coordinator.plans.model import AdaptedModel, Family, frozen_names
-from coordinator.plans.request import ALL_LINEAR, PlanRequest
+from coordinator.plans.request import ALL_LINEAR, LORA_SB, PlanRequest
 from coordinator.plans.sources import ModelSource
 from coordinator.plans.tokenization import TextTokenizer
 from fedloom.errors import ConfigError
@@ -52,7 +53,7 @@ class Adapted:
                 self.request.rank,
                 self.request.alpha,
                 self.targets,
-                self.request.freeze_a,
+                self.request.freeze_a or self.request.lora == LORA_SB,
             ),
             structure=_structure(self.network, family, self.request),
             tokenizer=tokenizer,
@@ -89,6 +90,8 @@ def adapt(
         for name, parameter in network.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
+    if request.lora == LORA_SB:
+        put_between(network, request.rank)
     return Adapted(network.eval(), request, source, targets, head)
 
 
@@ -152,15 +155,17 @@ def _layout(network: Any, trainable: tuple[str, ...], head: str) -> tuple[Traina
     offset = 0
     for name in trainable:
         tensor = parameters[name]
-        saved_name = saved_names[tensor.data_ptr()]
+        saved = saved_name(name) if is_between(name) else saved_names[tensor.data_ptr()]
         role = _role(name, head)
-        layout.append(TrainableTensor(saved_name, tuple(tensor.shape), offset, role))
+        layout.append(TrainableTensor(saved, tuple(tensor.shape), offset, role))
         offset += tensor.numel()
     return tuple(layout)
 
 
 def _role(name: str, head: str) -> Role:
     """Return what a trainable parameter of PEFT's model is."""
+    if is_between(name):
+        return Role.LORA_R
     if ".lora_A." in name:
         return Role.LORA_A
     if ".lora_B." in name:
@@ -170,7 +175,7 @@ def _role(name: str, head: str) -> Role:
 
 def _base_name(name: str) -> str:
     """Return the base model's name of a weight, or PEFT's of a frozen part of the adapter."""
-    if ".lora_A." in name:
+    if ".lora_A." in name or ".lora_B." in name:
         return name.replace(".default", "")
     return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
 
@@ -193,5 +198,6 @@ def _structure(network: Any, family: Family, request: PlanRequest) -> dict[str, 
         "family": type(family).__name__,
         "labels": network.config.num_labels,
         "alpha": request.alpha,
+        "lora": request.lora,
         "loss_pieces": request.loss_pieces,
     }

@@ -22,7 +22,9 @@ CLASSIFICATION = "classification"
 NER = "ner"
 CAUSAL_LM = "causal-lm"
 MODULE = "module"
-_LORA = ("rank", "alpha", "targets", "modules_to_save", "freeze_a")
+LORA_AB = "ab"
+LORA_SB = "sb"
+_LORA = ("rank", "alpha", "targets", "modules_to_save", "freeze_a", "lora")
 # What each task takes besides a model, a name and a seed.
 _TAKEN = {
     CLASSIFICATION: ("labels", "max_tokens", *_LORA),
@@ -41,8 +43,9 @@ class PlanRequest:
     that returns a TrainableModule. `targets` are the linear layers that get LoRA, by the end of
     their names, or `all-linear`; none are PEFT's choice for the architecture. The adapter's product
     is scaled by `alpha / rank`. `modules_to_save` are trained whole. `freeze_a` keeps LoRA's A at
-    its random start (FFA-LoRA, arXiv:2403.12313). `prompt` and `answer` are the templates of
-    CausalLanguageModelling; `loss_pieces` cut its head and loss in training, where logits need most
+    its random start (FFA-LoRA, arXiv:2403.12313); with `lora` "sb" both factors are frozen, and R
+    of B R A is trained (LoRA-SB, arXiv:2411.19557; Fed-SB, arXiv:2502.15436). `prompt` and `answer`
+    are the templates of CausalLanguageModelling; `loss_pieces` cut its head and loss in training, where logits need most
     of a step's memory. `seed` decides the initial LoRA A and every value that the checkpoint
     does not bring, the classification head first of all. With `dp` the plan has `train_dp.onnx`, an
     export of its own: it takes as long as the others together. `base` is how the frozen matrices
@@ -58,6 +61,7 @@ class PlanRequest:
     targets: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     freeze_a: bool = False
+    lora: str = LORA_AB
     max_tokens: int | None = None  # the task's default, or the model's limit where that is lower
     prompt: str = ""
     answer: str = "{text}"
@@ -94,6 +98,10 @@ class PlanRequest:
     def _check_adapter(self) -> None:
         _require(1 <= self.rank <= MAX_RANK, "rank", f"1..{MAX_RANK}", self.rank)
         _require(0 < self.alpha < float("inf"), "alpha", "a positive number", self.alpha)
+        known = (LORA_AB, LORA_SB)
+        _require(self.lora in known, "lora", f"one of {', '.join(known)}", self.lora[:64])
+        both = self.freeze_a and self.lora == LORA_SB
+        _require(not both, "freeze_a", "none with lora sb, which freezes both factors", "one")
         targets = self.targets
         named = targets is None or (bool(targets) and all(targets))
         _require(named, "targets", f"names, or {ALL_LINEAR}", targets)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+import numpy as np
+
 from fedloom.adapters import Theta, write_adapter
 from fedloom.artifacts import link_or_copy
 from fedloom.errors import ConfigError
@@ -193,20 +195,25 @@ def _write_labels(plan: Plan, folder: Path) -> None:
 
 
 def _write_peft(model: TrainedModel, folder: Path) -> None:
-    """Write PEFT's adapter whole: also the A that was frozen and lies in the plan's base."""
+    """Write PEFT's adapter whole: also the factors that were frozen and lie in the plan's base."""
     link_or_copy(model.folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_CONFIG_FILE)
     tensors: dict[str, Array] = {
         tensor.name: model.theta[tensor.offset : tensor.offset + tensor.size].reshape(tensor.shape)
         for tensor in model.plan.layout
     }
     needed = {
-        tensor.name.replace(".lora_B.", ".lora_A.")
+        tensor.name.replace(".lora_B.", ".lora_A.").replace(".lora_R.", ".lora_A.")
         for tensor in model.plan.layout
-        if tensor.role is Role.LORA_B
+        if tensor.role in (Role.LORA_B, Role.LORA_R)
     }
     if missing := sorted(needed - set(tensors)):
         base = read_tensors(model.folder / BASE_FILE)
         tensors |= {name: base[name] for name in missing}
+        for tensor in model.plan.layout:
+            if tensor.role is Role.LORA_R:  # W + s B R A is LoRA whose B is B R
+                lora_b = tensor.name.replace(".lora_R.", ".lora_B.")
+                product = base[lora_b].astype(np.float64) @ tensors.pop(tensor.name)
+                tensors[lora_b] = product.astype(np.float32)
     write_tensors(folder / ADAPTER_FILE, dict(sorted(tensors.items())))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from hashlib import sha256
 
-from fedloom.plans import Plan
+from fedloom.plans import Plan, Role
 from fedloom.privacy import PrivacyTerms, privacy_statement
 from fedloom.tasks import ArrayLearning, CausalLanguageModelling, Task, task_name
 from fedloom.terms import Encoding, LocalTraining
@@ -99,6 +99,8 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
     ]
     if origin.lora_rank:
         frozen = ", A frozen" if origin.lora_a_frozen else ""
+        if any(tensor.role is Role.LORA_R for tensor in plan.layout):
+            frozen = ", A and B frozen, R of B R A trained"
         rows += [
             ("LoRA", f"rank {origin.lora_rank}, alpha {origin.lora_alpha:g}{frozen}"),
             ("adapted modules", ", ".join(origin.lora_targets)),
