@@ -45,11 +45,11 @@ class PlanRequest:
     is scaled by `alpha / rank`. `modules_to_save` are trained whole. `freeze_a` keeps LoRA's A at
     its random start (FFA-LoRA, arXiv:2403.12313); with `lora` "sb" both factors are frozen, and R
     of B R A is trained (LoRA-SB, arXiv:2411.19557; Fed-SB, arXiv:2502.15436). `prompt` and `answer`
-    are the templates of CausalLanguageModelling; `loss_pieces` cut its head and loss in training, where logits need most
-    of a step's memory. `seed` decides the initial LoRA A and every value that the checkpoint
-    does not bring, the classification head first of all. With `dp` the plan has `train_dp.onnx`, an
-    export of its own: it takes as long as the others together. `base` is how the frozen matrices
-    are stored.
+    are the templates of CausalLanguageModelling; `loss_pieces` cut its head and loss in training,
+    where logits need most of a step's memory. `seed` decides the initial LoRA A and every value
+    that the checkpoint does not bring, the classification head first of all. With `dp` the plan has
+    `train_dp.onnx`, an export of its own: it takes as long as the others together. `base` is how
+    the frozen matrices are stored.
     """
 
     model: str

@@ -1,15 +1,18 @@
-"""Whole runs of devices whose adapters have unequal ranks."""
+"""Whole runs of devices whose adapters have unequal ranks, and of adapters of r x r values."""
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from coordinator.run_checks import RunFile, Surroundings, check
 from coordinator.run_state import Phase
-from fedloom.adapters import Theta
-from fedloom.plans import Role, TrainableTensor
+from fedloom.adapters import Theta, read_adapter
+from fedloom.plans import ADAPTER_FILE, Role, TrainableTensor
 from fedloom.v1 import control_pb2
-from tests.integration.federation import Agent, Federation, command, until
+from tests.integration.federation import Agent, Federation, command, until, write_plan
 
 ROUNDS, R = 3, 8
 LAYOUT = (
@@ -103,12 +106,6 @@ async def test_devices_of_ranks_2_4_and_8_end_with_the_papers_aggregate(
     for model in models:
         assert np.array_equal(model, models[0])
         np.testing.assert_allclose(model, theta, rtol=0, atol=1e-4 if exact else 32 * LEVEL)
-    if exact:
-        return
-    # Nobody who stores updates can tell a device of rank 2 from one of rank 8.
-    records = federation.store.rounds(run_id)
-    assert len(records) == ROUNDS
-    assert all(len(record.slots) == 3 for record in records)
 
 
 @pytest.mark.parametrize("kind", ["plain", "sealed"])
@@ -143,8 +140,69 @@ async def test_a_device_that_dies_remembers_the_rank_that_it_pruned(
 async def test_a_clip_that_the_adapter_exceeds_is_told_before_the_run(
     federation: Federation,
 ) -> None:
+    around = Surroundings(3, 1 << 30, {}, lambda start: None)
+    for clip, expected in ((CLIP, 0), (2.0**-5, 1)):
+        text = RUN.format(kind="sealed", training="").replace(f"clip = {CLIP}", f"clip = {clip}")
+        found = check(RunFile(text, "run.toml", federation.folder), around)
+        assert found.problems == []
+        assert len(found.warnings) == expected
+        assert "less than the plan's largest factor" in "".join(found.warnings) or not expected
+
+
+# Fed-SB: R of B R A alone
+
+SB_LAYOUT = (
+    TrainableTensor("lora_R", (30, 30), 0, Role.LORA_R),
+    TrainableTensor("classifier", (4100,), 900, Role.HEAD),
+)
+
+
+@pytest.mark.parametrize("kind", ["plain", "masked", "sealed"])
+async def test_fed_sb_averages_r(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Weights of 30, 50 and 100 samples; the exact mean, and an export that the run ends with."""
+    monkeypatch.setattr("tests.integration.federation.LAYOUT", SB_LAYOUT)
+    shutil.rmtree(federation.folder / "plan")
+    federation.plan = write_plan(federation.folder / "plan")
+    agents = await federation.enrol_all()
+    for agent in agents:
+        agent.permitted_release = agent.permitted_release.COORDINATOR
     file = federation.folder / "run.toml"
-    text = RUN.format(kind="sealed", training="").replace(f"clip = {CLIP}", "clip = 0.03125")
-    file.write_text(text)
-    said = command("run", "check", file, "--home", federation.home)
-    assert "less than the plan's largest factor" in said
+    text = RUN.format(kind=kind, training="").replace("hetlora", "fed_sb")
+    release = 'release = "coordinator"\n' if kind == "sealed" else ""
+    file.write_text(text + release)
+    run_id = bytes.fromhex(command("run", "start", file, "--home", federation.home))
+    for agent in agents:
+        agent.start()
+    models = await completed(federation, run_id, agents)
+    deltas = [[one.update.delta for one in agent.engine.history] for agent in agents]
+    weights = [agent.engine.samples for agent in agents]
+    expected = federation.initial_theta() + np.average(deltas, axis=0, weights=weights).sum(axis=0)
+    for model in models:
+        assert np.array_equal(model, models[0])
+        bound = 1e-6 if kind == "plain" else 8 * LEVEL
+        np.testing.assert_allclose(model, expected, rtol=0, atol=bound)
+    command("run", "export", "--out", tmp_path / "model", "--home", federation.home)
+    found = read_adapter(tmp_path / "model" / ADAPTER_FILE, SB_LAYOUT)
+    assert np.array_equal(found, models[0])
+
+
+@pytest.mark.parametrize(("lora", "nearest"), [("rolora", "fed_sb"), ("hetlora", "fed_sb")])
+async def test_rules_of_two_factors_are_refused_for_such_a_plan(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, lora: str, nearest: str
+) -> None:
+    monkeypatch.setattr("tests.integration.federation.LAYOUT", SB_LAYOUT)
+    shutil.rmtree(federation.folder / "plan")
+    write_plan(federation.folder / "plan")
+    around = Surroundings(3, 1 << 30, {}, lambda start: None)
+    text = RUN.format(kind="sealed", training="").replace("hetlora", lora)
+    found = check(RunFile(text, "run.toml", federation.folder), around)
+    assert f"this plan goes with lora = '{nearest}'" in "; ".join(found.problems)
+
+
+async def test_fed_sb_is_refused_for_a_plan_of_two_factors(federation: Federation) -> None:
+    around = Surroundings(3, 1 << 30, {}, lambda start: None)
+    text = RUN.format(kind="sealed", training="").replace("hetlora", "fed_sb")
+    found = check(RunFile(text, "run.toml", federation.folder), around)
+    assert "built with --lora sb); this plan goes with lora = 'ffa'" in "; ".join(found.problems)
