@@ -64,6 +64,10 @@ def build(
         str | None,
         typer.Option(help="ab: train A and B; sb: train R of B R A alone (Fed-SB); ab."),
     ] = None,
+    init_data: Annotated[
+        Path | None,
+        typer.Option(help="With sb: JSONL whose gradient decides B and A, which devices get."),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer texts are cut.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What a row begins with, such as 'Q: {question} A: '.")
@@ -98,6 +102,7 @@ def build(
         "modules_to_save": _names(modules_to_save),
         "freeze_a": freeze_a,
         "lora": lora,
+        "init_data": init_data,
         "max_tokens": max_tokens,
         "prompt": prompt,
         "answer": answer,

@@ -2,9 +2,10 @@
 
 B (out, r) has the first left singular vectors of a matrix as columns, A (r, in) the right ones as
 rows, both orthonormal as in LoRA-SB; R (r, r) is trained and begins with zero. The matrix is W
-itself, as in LoRA-XS (Balazy et al., arXiv:2405.17604), which needs no data. Deviations: LoRA-SB
-takes the first step of full fine-tuning, and begins with that step in R; LoRA-XS has the singular
-values in one of the factors, and noise in R, which would make the untrained model another one.
+itself, as in LoRA-XS (Balazy et al., arXiv:2405.17604), which needs no data; or, with rows of the
+operator's, LoRA-SB's own (`first_gradient`). Deviations: LoRA-SB begins with a step in R; LoRA-XS
+has the singular values in one of the factors, and noise in R. Either would make the untrained model
+another one than the base.
 """
 
 from typing import Any
@@ -37,25 +38,32 @@ def put_between(network: Any, rank: int) -> None:
         if not isinstance(module, LoraLayer):
             continue
         layer: Any = module.get_base_layer()
-        weight = layer.weight.detach().to(torch.float32)
-        if isinstance(layer, Conv1D):  # keeps it the other way round
-            weight = weight.T
+        weight = layer.weight.detach()
         if rank > min(weight.shape):
             raise ConfigError(
                 "rank",
                 f"expected at most {min(weight.shape)} with lora = sb, the singular vectors of "
                 f"{name}, found {rank}",
             )
-        b, a = singular_vectors(weight, rank)
-        frozen: Any = module.lora_A[_ADAPTER]
-        between = BetweenFactors(weight.shape[0], rank)
-        with torch.no_grad():
-            frozen.weight.copy_(a)
-            between.weight.copy_(b)
-            between.between.weight.zero_()
-        frozen.weight.requires_grad_(False)
+        trained: Any = module.lora_B[_ADAPTER]
+        between = BetweenFactors(trained.out_features, rank)
+        torch.nn.init.zeros_(between.between.weight)
         between.weight.requires_grad_(False)
         module.lora_B[_ADAPTER] = between
+        set_factors(module, weight)
+
+
+def set_factors(module: LoraLayer, matrix: torch.Tensor) -> None:
+    """Freeze a layer's A and B at the singular vectors of a matrix that is shaped as its weight."""
+    a: Any = module.lora_A[_ADAPTER]
+    b: Any = module.lora_B[_ADAPTER]
+    if isinstance(module.get_base_layer(), Conv1D):  # keeps it the other way round
+        matrix = matrix.T
+    left, right = singular_vectors(matrix, a.out_features)
+    with torch.no_grad():
+        b.weight.copy_(left)
+        a.weight.copy_(right)
+    a.weight.requires_grad_(False)
 
 
 def singular_vectors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

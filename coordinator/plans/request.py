@@ -8,6 +8,7 @@ FedloomError
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.plans import BaseStorage
@@ -24,7 +25,7 @@ CAUSAL_LM = "causal-lm"
 MODULE = "module"
 LORA_AB = "ab"
 LORA_SB = "sb"
-_LORA = ("rank", "alpha", "targets", "modules_to_save", "freeze_a", "lora")
+_LORA = ("rank", "alpha", "targets", "modules_to_save", "freeze_a", "lora", "init_data")
 # What each task takes besides a model, a name and a seed.
 _TAKEN = {
     CLASSIFICATION: ("labels", "max_tokens", *_LORA),
@@ -44,12 +45,13 @@ class PlanRequest:
     their names, or `all-linear`; none are PEFT's choice for the architecture. The adapter's product
     is scaled by `alpha / rank`. `modules_to_save` are trained whole. `freeze_a` keeps LoRA's A at
     its random start (FFA-LoRA, arXiv:2403.12313); with `lora` "sb" both factors are frozen, and R
-    of B R A is trained (LoRA-SB, arXiv:2411.19557; Fed-SB, arXiv:2502.15436). `prompt` and `answer`
-    are the templates of CausalLanguageModelling; `loss_pieces` cut its head and loss in training,
-    where logits need most of a step's memory. `seed` decides the initial LoRA A and every value
-    that the checkpoint does not bring, the classification head first of all. With `dp` the plan has
-    `train_dp.onnx`, an export of its own: it takes as long as the others together. `base` is how
-    the frozen matrices are stored.
+    of B R A is trained (LoRA-SB, arXiv:2411.19557; Fed-SB, arXiv:2502.15436), and B and A follow
+    from the gradient on the rows of `init_data`, a JSONL file, or from the weights. `prompt` and
+    `answer` are the templates of CausalLanguageModelling; `loss_pieces` cut its head and loss in
+    training, where logits need most of a step's memory. `seed` decides the initial LoRA A and every
+    value that the checkpoint does not bring, the classification head first of all. With `dp` the
+    plan has `train_dp.onnx`, an export of its own: it takes as long as the others together. `base`
+    is how the frozen matrices are stored.
     """
 
     model: str
@@ -62,6 +64,7 @@ class PlanRequest:
     modules_to_save: tuple[str, ...] = ()
     freeze_a: bool = False
     lora: str = LORA_AB
+    init_data: Path | None = None
     max_tokens: int | None = None  # the task's default, or the model's limit where that is lower
     prompt: str = ""
     answer: str = "{text}"
@@ -102,6 +105,8 @@ class PlanRequest:
         _require(self.lora in known, "lora", f"one of {', '.join(known)}", self.lora[:64])
         both = self.freeze_a and self.lora == LORA_SB
         _require(not both, "freeze_a", "none with lora sb, which freezes both factors", "one")
+        led = self.init_data is None or self.lora == LORA_SB
+        _require(led, "init_data", "none without lora sb, whose factors it decides", "one")
         targets = self.targets
         named = targets is None or (bool(targets) and all(targets))
         _require(named, "targets", f"names, or {ALL_LINEAR}", targets)

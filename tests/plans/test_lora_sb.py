@@ -1,13 +1,17 @@
 """Plans that train R of W + s B R A alone: graphs, adapter and exports against torch by hand."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from coordinator.app import app
 from coordinator.plans import PlanRequest, build_plan
+from coordinator.plans.families import load_model
+from coordinator.plans.first_gradient import lean_to_data
 from fedloom.adapters import read_adapter
 from fedloom.errors import ConfigError
 from fedloom.export_forms import Form, TrainedModel, export_forms
@@ -18,6 +22,7 @@ from fedloom.strategies import update_length
 from fedloom.tensor_files import read_tensors
 from fedloom.terms import LocalTraining, LoraRule
 from tests.plans.conftest import LABELS, Built
+from tests.plans.decoders import save_decoder
 
 RANK, ALPHA = 4, 16.0
 RENAMED = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -169,6 +174,93 @@ def test_every_form_of_an_export_answers_alike(
     assert "R of B R A trained" in (out / "README.md").read_text()
 
 
+def test_factors_follow_from_the_gradient_on_the_operators_rows(built, graph_cache, tmp_path):
+    """LoRA-SB: singular vectors of sgn(sum of gradients), by transformers and numpy alone."""
+    import torch
+    import transformers
+
+    rows = [("turn the light on", 0), ("set heating to warm", 1), ("play some music please", 2)] * 4
+    data = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"text": text, "label": LABELS[label]}) for text, label in rows]
+    data.write_text("\n".join(lines))
+    request = PlanRequest(
+        model=str(built.model), labels=LABELS, rank=2, max_tokens=32, lora="sb", init_data=data
+    )
+    folder = tmp_path / "plan"
+    plan = build_plan(request, folder, lambda line: None, graph_cache)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        built.model, num_labels=len(LABELS), attn_implementation="eager"
+    ).eval()
+    theta = read_adapter(folder / ADAPTER_FILE, plan.layout)
+    head = {
+        t.name.removeprefix("base_model.model."): theta[t.offset : t.offset + t.size]
+        for t in plan.layout
+        if t.role is Role.HEAD
+    }
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, values in head.items():
+            weights[name].copy_(torch.from_numpy(values).reshape(weights[name].shape))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text, label in rows:
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        torch.nn.functional.cross_entropy(model(ids).logits, torch.tensor([label])).backward()
+    base = read_tensors(folder / BASE_FILE)
+    for tensor in (t for t in plan.layout if t.role is Role.LORA_R):
+        layer = tensor.name.removeprefix("base_model.model.").replace(".lora_R.", ".")
+        signs = np.sign(weights[layer].grad.numpy().astype(np.float64))
+        left, _, right = np.linalg.svd(signs)
+        b, a = (base[tensor.name.replace(".lora_R.", f".lora_{f}.")] for f in "BA")
+        # Equal subspaces: a gradient of nearly zero may have either sign.
+        assert np.linalg.norm(left[:, :2].T @ b) ** 2 == pytest.approx(2, abs=0.05)
+        assert np.linalg.norm(right[:2] @ a.T) ** 2 == pytest.approx(2, abs=0.05)
+
+
+@pytest.mark.parametrize("task", ["ner", "causal-lm"])
+def test_rows_of_other_tasks_lead_too(bert, tmp_path_factory, task):
+    """Factors move, stay orthonormal, and nothing is left that torch would train."""
+    folder = tmp_path_factory.mktemp("rows")
+    data = folder / "rows.jsonl"
+    if task == "ner":
+        rows = [{"words": ["turn", "lights", "on"], "tags": ["O", "B", "O"]}] * 3
+        request = PlanRequest(model=str(bert), task=task, labels=("O", "B"), rank=3, lora="sb")
+    else:  # whose weights lie the other way round
+        model = save_decoder("gpt2", folder / "tiny-gpt2")
+        rows = [{"q": "what is", "a": "rain today"}, {"q": "play", "a": "some music"}]
+        request = PlanRequest(
+            model=str(model), task=task, rank=3, lora="sb", prompt="{q} ", answer="{a}"
+        )
+    data.write_text("\n".join(map(json.dumps, rows)))
+    adapted = load_model(request)
+    before = factors_of(adapted)
+    assert lean_to_data(adapted, data) == len(rows)
+    between = [t for t in adapted.layout if t.role is Role.LORA_R]
+    assert not any(adapted.theta[t.offset : t.offset + t.size].any() for t in between)
+    for name, factor in factors_of(adapted).items():
+        small = factor.T @ factor if factor.shape[1] == 3 else factor @ factor.T
+        np.testing.assert_allclose(small, np.eye(3), atol=1e-5)
+        assert np.abs(factor - before[name]).max() > 1e-3
+    assert not any(p.requires_grad for p in adapted.network.parameters())
+
+
+def factors_of(adapted) -> dict[str, np.ndarray]:
+    """Return the frozen factors by name."""
+    pairs = zip(adapted.frozen_names, adapted.frozen_tensors(), strict=True)
+    return {name: tensor.numpy().copy() for name, tensor in pairs if ".lora_" in name}
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [("", "expected rows"), ('{"text": "on"}', "row 1"), ('{"text": "on", "label": "x"}', "row 1")],
+)
+def test_rows_that_the_task_does_not_have_are_named(bert, tmp_path, rows, named):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(rows)
+    request = PlanRequest(model=str(bert), labels=LABELS, lora="sb", init_data=data)
+    with pytest.raises(ConfigError, match=named):
+        build_plan(request, tmp_path / "plan", lambda line: None, None)
+
+
 def test_equal_requests_give_equal_bytes(built, graph_cache, tmp_path):
     request = PlanRequest(
         model=str(built.model),
@@ -189,6 +281,7 @@ def test_what_cannot_be_built_is_named(bert, tmp_path):
     for change, named in (
         ({"freeze_a": True}, "freezes both factors"),
         ({"lora": "flora"}, "one of ab, sb"),
+        ({"lora": "ab", "init_data": tmp_path}, "none without lora sb"),
     ):
         with pytest.raises(ConfigError, match=named):
             dataclasses.replace(request, **change)
