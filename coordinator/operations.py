@@ -156,6 +156,7 @@ class Operations:
             config.cohort.minimum,
             self._authority_is_offline,
             config.evaluation,
+            config.training.weighting,
         )
 
     def watch(self, run_id: bytes, agent_limit: int) -> Callable[[], RunProgress]:

@@ -7,7 +7,7 @@ import pytest
 from crypto import cohort
 from fedloom.privacy import PrivacyStatement, PrivacyTerms, privacy_statement, tolerated
 from fedloom.quality import EvaluationTerms, Report
-from fedloom.terms import MINIMUM_SUM, Protection, Release
+from fedloom.terms import MINIMUM_SUM, Protection, Release, Weighting
 
 ALL = [
     PrivacyTerms(*terms)
@@ -40,6 +40,20 @@ def test_what_the_coordinator_reads(protection: Protection, release: Release, re
     assert ("agents return" in found.coordinator) == (
         reads == "the sum" and protection is not Protection.MASKED
     )
+
+
+@pytest.mark.parametrize("protection", Protection)
+def test_what_is_told_of_weights_is_what_they_are(protection: Protection) -> None:
+    for weighting, word in (
+        (Weighting.SAMPLES, "number of samples"),
+        (Weighting.COMPUTE, "number of steps"),
+        (Weighting.FACTOR_NORM, "norm"),
+    ):
+        terms = PrivacyTerms(protection, Release.COORDINATOR, 3, weighting=weighting)
+        found = privacy_statement(terms)
+        for told in (found.coordinator, found.agent, found.clear):
+            assert word in told
+            assert ("number of samples" in told) == (weighting is Weighting.SAMPLES)
 
 
 @pytest.mark.parametrize("terms", ALL, ids=str)
