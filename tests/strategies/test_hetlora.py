@@ -385,3 +385,15 @@ def test_terms_that_prune_need_both_keys() -> None:
             lora=LoraRule.FEDIT,
             weighting=Weighting.SAMPLES,
         )
+
+
+@given(SEEDS)
+def test_at_one_rank_and_equal_weights_it_is_fedit(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    target = random.standard_normal((5, 6))
+    terms = terms_of(weighting=Weighting.UNIFORM)
+    ends = [
+        run(one, start(), [factorisation(target + d, R) for d in (-1, 0, 1)], 3, None, ONE)
+        for one in (terms, replace(terms, lora=LoraRule.FEDIT))
+    ]
+    np.testing.assert_allclose(*ends, atol=1e-5)
