@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from fedloom.terms import Encoding, LocalTraining, Protection, Strategy
+from fedloom.terms import Encoding, LocalTraining, LoraRule, Protection, Strategy
 
 
 class Rule(IntEnum):
@@ -89,6 +89,12 @@ class Aggregation:
                 f'aggregation.rule: "{name}" leaves updates out, while the server of '
                 f'"{training.strategy.name.lower()}" has to count them all; use '
                 'training.strategy = "fed_avg" or "fed_prox"'
+            )
+        if training.lora is LoraRule.HETLORA:
+            yield (
+                f'aggregation.rule: "{name}" takes an update of a small rank, which goes to zero '
+                'beyond it, for a faulty one; use aggregation.rule = "mean", or training.lora = '
+                '"fedit" at one rank'
             )
         yield from self._number_problems(minimum)
 

@@ -311,6 +311,9 @@ def test_devices_of_unequal_rank_are_weighted_by_their_norms_and_need_a_clip() -
         training = {"lora": "hetlora", "weighting": "uniform", key: value}
         cohort = {"population": 100} if value == "fed_dyn" else {}
         assert named in problems(training=training, protection=clip, cohort=cohort)
+    median = {"rule": "median"}
+    found = problems(training={"lora": "hetlora"}, protection={"kind": "plain"}, aggregation=median)
+    assert "takes an update of a small rank" in found
     found = problems(training={"weighting": "factor_norm", "lora": "ffa"})
     assert "weighting SAMPLES, UNIFORM or COMPUTE unless lora is HETLORA" in found
 
