@@ -132,6 +132,8 @@ class Training:
             start = ranks.start(start)
             moved = self._moved(run, checkpoint, start, terms, linear, ranks.parts(run.parts))
             update, own = ranks.finished(state.theta, start, moved)
+            if own is not None and own[0] < ranks.rank:
+                self._here.log.info("rank pruned", before=ranks.rank, rank=int(own[0]))
         else:
             update = self._moved(run, checkpoint, start, terms, linear, run.parts)
             if keeps_own_model(terms):
