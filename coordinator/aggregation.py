@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from fedloom.terms import Encoding, LocalTraining, LoraRule, Protection, Strategy
+from fedloom.terms import (
+    NEEDS_FACTORS,
+    Encoding,
+    LocalTraining,
+    LoraRule,
+    Protection,
+    Strategy,
+)
 
 
 class Rule(IntEnum):
@@ -95,6 +102,12 @@ class Aggregation:
                 f'aggregation.rule: "{name}" takes an update of a small rank, which goes to zero '
                 'beyond it, for a faulty one; use aggregation.rule = "mean", or training.lora = '
                 '"fedit" at one rank'
+            )
+        if training.lora in NEEDS_FACTORS:
+            yield (
+                f'aggregation.rule: "{name}" and training.lora = "{training.lora.name.lower()}" '
+                'both say what is made of the updates; use aggregation.rule = "mean", or '
+                'training.lora = "ffa"'
             )
         yield from self._number_problems(minimum)
 

@@ -23,6 +23,8 @@ gradient_clip = 0.0            # largest L2 norm of a gradient; 0: any
 lora = "fedit"                 # or "ffa", "rolora", "fedsa": which factors are trained and sent;
                                # "hetlora": [adapter] rank of agent.toml (rank_penalty and
                                # rank_decay prune it); "fed_sb" of plans built with --lora sb
+                               # under "plain" also "flexlora", and with a plan built with
+                               # --residual "flora", "fedex": what is made of the factors
 personal = "none"              # or "fedper", "fedrep" (head_steps), "ditto" (personal_lambda)
 fine_tune_steps = 0            # that each agent makes alone with the finished run's model
 
@@ -65,7 +67,6 @@ from coordinator.aggregation import DEFAULTS, MEAN, Aggregation
 from coordinator.aggregation import Rule as AggregationRule
 from coordinator.plateau import NO_PLATEAU, PlateauRule
 from coordinator.run_state import RunPolicy
-from coordinator.strategies.unsupported import LORA_RULES
 from fedloom.errors import ConfigError, Refused
 from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Metric, Report
@@ -74,6 +75,7 @@ from fedloom.terms import (
     LORA_DEFAULTS,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    NEEDS_FACTORS,
     STRATEGIES_WITH,
     STRATEGY_DEFAULTS,
     Encoding,
@@ -195,6 +197,13 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     aggregation = _aggregation(reader)
     for problem in aggregation.problems(encoding, training, cohort.minimum):
         reader.require(False, problem)
+    lora = training.lora.name.lower()
+    reader.require(
+        training.lora not in NEEDS_FACTORS or encoding.protection is Protection.PLAIN,
+        f'training.lora: "{lora}" needs every device\'s factors, which protection.kind = '
+        f'"{encoding.protection.name.lower()}" hides from the coordinator; use protection.kind = '
+        '"plain", or training.lora = "ffa" or "rolora", whose mean of products is exact as well',
+    )
     reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
@@ -292,7 +301,7 @@ def _aggregation(reader: "_Reader") -> Aggregation:
 
 def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
-    lora = reader.member("training.lora", LoraRule, LocalTraining.lora, LORA_RULES)
+    lora = reader.member("training.lora", LoraRule, LocalTraining.lora)
     values: dict[str, Any] = {
         "strategy": strategy,
         "population": cohort.population,
@@ -428,16 +437,13 @@ class _Reader:
         self._asked.add(key)
         return self.value(key, float, 0.0) if key in self._values else None
 
-    def member(
-        self, key: str, kind: Any, default: Any, known: Mapping[str, str] | None = None
-    ) -> Any:
-        """Take a member of an enum; `known` says of other names why they cannot be had."""
+    def member(self, key: str, kind: Any, default: Any) -> Any:
+        """Take a member of an enum."""
         name = self.value(key, str, default.name.lower())
         by_name = {member.name.lower(): member for member in kind}
         if name in by_name:
             return by_name[name]
-        why = f"; {known[name]}" if known and name in known else ""
-        self._problems.append(f"{key}: expected one of {sorted(by_name)}, found {name!r}{why}")
+        self._problems.append(f"{key}: expected one of {sorted(by_name)}, found {name!r}")
         return default
 
     def checked(self, make: Callable[[], Any], default: Any) -> Any:

@@ -68,6 +68,12 @@ def build(
         Path | None,
         typer.Option(help="With sb: JSONL whose gradient decides B and A, which devices get."),
     ] = None,
+    residual: Annotated[
+        bool | None,
+        typer.Option(
+            "--residual", help="With what FLoRA and FedEx-LoRA add to the adapted weights."
+        ),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer texts are cut.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What a row begins with, such as 'Q: {question} A: '.")
@@ -103,6 +109,7 @@ def build(
         "freeze_a": freeze_a,
         "lora": lora,
         "init_data": init_data,
+        "residual": residual,
         "max_tokens": max_tokens,
         "prompt": prompt,
         "answer": answer,
@@ -118,7 +125,7 @@ def build(
     if as_json:
         say_json({"folder": str(out), **facts_of(plan).to_json()})
     else:
-        say(f"{out}: {plan.parameter_count:,} trainable parameters")
+        say(f"{out}: {plan.trained_count:,} trainable parameters")
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -30,7 +30,10 @@ def build(request: PlanRequest, out: Path, report: Report, cache: Path | None) -
     with _appearing_at(out) as folder:
         report(f"loading {request.model}")
         adapted = load_model(request)
-        report(f"{len(adapted.theta):,} trainable values in {len(adapted.layout)} tensors")
+        count, residuals = adapted.trained_count, len(adapted.theta) - adapted.trained_count
+        report(f"{count:,} trainable values in {adapted.trained_tensors} tensors")
+        if residuals:
+            report(f"{residuals:,} values of residuals, {4 * residuals / 1e6:.1f} MB in every sum")
         if request.init_data is not None:
             rows = lean_to_data(adapted, request.init_data)
             report(f"B and A by the gradient on {rows:,} rows")

@@ -12,6 +12,7 @@ from coordinator.plans.checkpoints import Checkpoint
 from coordinator.plans.lora_sb import is_between, put_between, saved_name
 from coordinator.plans.model import AdaptedModel, Family, frozen_names
 from coordinator.plans.request import ALL_LINEAR, LORA_SB, PlanRequest
+from coordinator.plans.residuals import add_residuals, frozen_name, is_residual, residual_name
 from coordinator.plans.sources import ModelSource
 from coordinator.plans.tokenization import TextTokenizer
 from fedloom.errors import ConfigError
@@ -35,7 +36,8 @@ class Adapted:
     def model(self, family: Family, tokenizer: TextTokenizer) -> AdaptedModel:
         """Return the whole as values, with everything frozen for torch."""
         parameters = dict(self.network.named_parameters())
-        trainable = tuple(name for name, p in parameters.items() if p.requires_grad)
+        trained = (name for name, p in parameters.items() if p.requires_grad)
+        trainable = tuple(sorted(trained, key=is_residual))  # those behind all others
         frozen = frozen_names(self.network, trainable)
         self.network.requires_grad_(False)
         layout = _layout(self.network, trainable, self.head)
@@ -86,6 +88,8 @@ def adapt(
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         ),
     )
+    if request.residual:
+        add_residuals(network)
     if request.freeze_a:
         for name, parameter in network.named_parameters():
             if ".lora_A." in name:
@@ -155,9 +159,14 @@ def _layout(network: Any, trainable: tuple[str, ...], head: str) -> tuple[Traina
     offset = 0
     for name in trainable:
         tensor = parameters[name]
-        saved = saved_name(name) if is_between(name) else saved_names[tensor.data_ptr()]
         role = _role(name, head)
-        layout.append(TrainableTensor(saved, tuple(tensor.shape), offset, role))
+        if is_between(name):
+            known_as = saved_name(name)
+        elif is_residual(name):
+            known_as = residual_name(name)
+        else:
+            known_as = saved_names[tensor.data_ptr()]
+        layout.append(TrainableTensor(known_as, tuple(tensor.shape), offset, role))
         offset += tensor.numel()
     return tuple(layout)
 
@@ -170,6 +179,8 @@ def _role(name: str, head: str) -> Role:
         return Role.LORA_A
     if ".lora_B." in name:
         return Role.LORA_B
+    if is_residual(name):
+        return Role.RESIDUAL
     return Role.HEAD if f".{head}." in name else Role.WEIGHT
 
 
@@ -177,7 +188,7 @@ def _base_name(name: str) -> str:
     """Return the base model's name of a weight, or PEFT's of a frozen part of the adapter."""
     if ".lora_A." in name or ".lora_B." in name:
         return name.replace(".default", "")
-    return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
+    return frozen_name(name).removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def _description(config: peft.LoraConfig, base_model: str) -> dict[str, object]:

@@ -25,7 +25,8 @@ CAUSAL_LM = "causal-lm"
 MODULE = "module"
 LORA_AB = "ab"
 LORA_SB = "sb"
-_LORA = ("rank", "alpha", "targets", "modules_to_save", "freeze_a", "lora", "init_data")
+_ADAPTER = ("rank", "alpha", "targets", "modules_to_save")
+_LORA = (*_ADAPTER, "freeze_a", "residual", "lora", "init_data")
 # What each task takes besides a model, a name and a seed.
 _TAKEN = {
     CLASSIFICATION: ("labels", "max_tokens", *_LORA),
@@ -46,7 +47,8 @@ class PlanRequest:
     is scaled by `alpha / rank`. `modules_to_save` are trained whole. `freeze_a` keeps LoRA's A at
     its random start (FFA-LoRA, arXiv:2403.12313); with `lora` "sb" both factors are frozen, and R
     of B R A is trained (LoRA-SB, arXiv:2411.19557; Fed-SB, arXiv:2502.15436), and B and A follow
-    from the gradient on the rows of `init_data`, a JSONL file, or from the weights. `prompt` and
+    from the gradient on the rows of `init_data`, a JSONL file, or from the weights. `residual`
+    gives every adapted weight one of its own size, which FLoRA and FedEx-LoRA move. `prompt` and
     `answer` are the templates of CausalLanguageModelling; `loss_pieces` cut its head and loss in
     training, where logits need most of a step's memory. `seed` decides the initial LoRA A and every
     value that the checkpoint does not bring, the classification head first of all. With `dp` the
@@ -65,6 +67,7 @@ class PlanRequest:
     freeze_a: bool = False
     lora: str = LORA_AB
     init_data: Path | None = None
+    residual: bool = False
     max_tokens: int | None = None  # the task's default, or the model's limit where that is lower
     prompt: str = ""
     answer: str = "{text}"
@@ -107,6 +110,14 @@ class PlanRequest:
         _require(not both, "freeze_a", "none with lora sb, which freezes both factors", "one")
         led = self.init_data is None or self.lora == LORA_SB
         _require(led, "init_data", "none without lora sb, whose factors it decides", "one")
+        left = self.residual and self.lora == LORA_SB
+        _require(not left, "residual", "none with lora sb, whose mean leaves no residual", "one")
+        if self.residual and self.freeze_a:
+            raise ConfigError(
+                "residual",
+                "expected none with freeze_a: with an A that never moves the mean of products has "
+                "no residual",
+            )
         targets = self.targets
         named = targets is None or (bool(targets) and all(targets))
         _require(named, "targets", f"names, or {ALL_LINEAR}", targets)

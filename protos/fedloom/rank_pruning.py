@@ -35,6 +35,8 @@ def pruned(model: TrainedModel, rank: int) -> TrainedModel:
 
     Raises ConfigError for a plan without both factors in theta, or of no higher rank.
     """
+    if model.has_residual:
+        raise ConfigError("--rank", "expected a model without a residual, whose rank is not A's")
     found = pruned_theta(model.plan, model.theta, rank)
     said = (
         f"Pruned from rank {model.plan.origin.lora_rank} to {rank}: the products B A differ from "

@@ -278,24 +278,6 @@ def test_sgd_needs_a_clip_only_where_updates_are_encoded() -> None:
     assert clip_of(config.encoding, config.training, weight_cap=8) > 0  # every sum asks for one
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [
-        ("flora", "'rolora'"),
-        ("flexlora", "'rolora'"),
-        ("fedex", "'rolora'"),
-    ],
-)
-def test_a_lora_rule_that_has_no_place_here_is_refused_with_the_nearest(
-    name: str, nearest: str
-) -> None:
-    found = problems(training={"lora": name})
-    known = ["fed_sb", "fedit", "fedsa", "ffa", "hetlora", "rolora"]
-    assert f"training.lora: expected one of {known}" in found
-    assert "arXiv:" in found
-    assert nearest in found
-
-
 def test_devices_of_unequal_rank_are_weighted_by_their_norms_and_need_a_clip() -> None:
     assert "protection.clip: expected a range" in problems(training={"lora": "hetlora"})
     clip = {"clip": 0.5}
@@ -316,6 +298,20 @@ def test_devices_of_unequal_rank_are_weighted_by_their_norms_and_need_a_clip() -
     assert "takes an update of a small rank" in found
     found = problems(training={"weighting": "factor_norm", "lora": "ffa"})
     assert "weighting SAMPLES, UNIFORM or COMPUTE unless lora is HETLORA" in found
+
+
+@pytest.mark.parametrize("kind", ["masked", "encrypted", "sealed"])
+@pytest.mark.parametrize("name", ["flora", "flexlora", "fedex"])
+def test_a_rule_that_needs_every_devices_factors_goes_with_plain_updates_alone(
+    name: str, kind: str
+) -> None:
+    found = problems(training={"lora": name}, protection={"kind": kind})
+    assert f'protection.kind = "{kind}" hides from the coordinator' in found
+    assert 'training.lora = "ffa" or "rolora"' in found
+    plain = {"training": {"lora": name}, "protection": {"kind": "plain"}}
+    assert parse_run_config(LEAST | plain, PATH).training.lora.name.lower() == name
+    momentum = {"lora": name, "strategy": "fed_avg_m"}
+    assert "lora FFA" in problems(training=momentum, protection={"kind": "plain"})
 
 
 def test_what_travels_and_what_stays_is_read_from_the_file() -> None:

@@ -20,7 +20,7 @@ from fedloom.plans import ADAPTER_FILE, PLAN_FILE
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "examples" / "home_assistant"
 LABELS = ("lights_on", "set_timer", "start_vacuum", "weather_forecast")
-pytestmark = [pytest.mark.e2e, pytest.mark.torch, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.torch, pytest.mark.timeout(1200)]
 
 
 def _small_corpus(folder: Path) -> Path:

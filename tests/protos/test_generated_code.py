@@ -54,7 +54,7 @@ def run(*command: str | Path, stdin: bytes = b"", **options: str | Path) -> byte
         [str(part) for part in command],
         input=stdin,
         capture_output=True,
-        timeout=120,
+        timeout=280,  # pytest gives a test 300
         check=False,
         cwd=options.get("cwd"),
     )

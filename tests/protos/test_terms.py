@@ -19,6 +19,7 @@ from fedloom.terms import (
     MAX_EPOCHS,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    NEEDS_FACTORS,
     STRATEGIES_WITH,
     UPDATE_BITS,
     Encoding,
@@ -45,7 +46,10 @@ _steps = st.integers(0, MAX_STEPS)
 _amounts = st.fixed_dictionaries(
     {"epochs": st.integers(1, MAX_EPOCHS), "max_steps": _steps}
 ) | st.fixed_dictionaries({"local_steps": _steps})
-_any_lora = st.sampled_from([rule for rule in LoraRule if rule is not LoraRule.HETLORA])
+_RULES = [  # which take any strategy
+    rule for rule in LoraRule if rule not in (*NEEDS_FACTORS, LoraRule.HETLORA)
+]
+_any_lora = st.sampled_from(_RULES)
 _HETLORA = {"lora": LoraRule.HETLORA, "rank_penalty": 0.5, "rank_decay": 0.75}
 _what_travels = (
     st.fixed_dictionaries(
@@ -61,7 +65,7 @@ _what_travels = (
     )
     | st.fixed_dictionaries(
         {
-            "lora": _any_lora.filter(lambda rule: rule is not LoraRule.FEDSA),
+            "lora": st.sampled_from([rule for rule in _RULES if rule is not LoraRule.FEDSA]),
             "personal": st.just(Personal.DITTO),
             "personal_lambda": st.floats(0, 1e6, exclude_min=True),
         },

@@ -3,27 +3,47 @@
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Role
-from fedloom.strategies import fed_sb, fedit, fedrep, fedsa_lora, ffa_lora, hetlora, rolora
+from fedloom.strategies import (
+    fed_sb,
+    fedex_lora,
+    fedit,
+    fedrep,
+    fedsa_lora,
+    ffa_lora,
+    flexlora,
+    flora,
+    hetlora,
+    rolora,
+)
 from fedloom.strategies.factors import FactorRule
 from fedloom.strategies.fedper import with_own_head
 from fedloom.strategies.parts import Fate, FateOf, Layout, Parts, divide, gathered, scattered
 from fedloom.strategies.rule import Memory
+from fedloom.strategies.targets import targets_of
 from fedloom.terms import LocalTraining, LoraRule, Personal
 
 FACTOR_RULES: dict[LoraRule, FactorRule] = {
     rule.lora: rule
     for rule in (
-        *(fedit.RULE, ffa_lora.RULE, rolora.RULE, fedsa_lora.RULE),
-        *(hetlora.RULE, fed_sb.RULE),
+        fedit.RULE,
+        ffa_lora.RULE,
+        rolora.RULE,
+        fedsa_lora.RULE,
+        flora.RULE,
+        flexlora.RULE,
+        fedex_lora.RULE,
+        hetlora.RULE,
+        fed_sb.RULE,
     )
 }
 _FACTORS = (Role.LORA_A, Role.LORA_B, Role.LORA_R)
 _OWN_HEAD = (Personal.FEDPER, Personal.FEDREP)
 
 
-def sends_everything(terms: LocalTraining) -> bool:
-    """Tell whether every update holds all of theta, whatever the layout."""
-    return terms.lora is LoraRule.FEDIT and terms.personal not in _OWN_HEAD
+def sends_everything(terms: LocalTraining, layout: Layout = ()) -> bool:
+    """Tell whether every update holds all of theta; without a layout, of one without residuals."""
+    residual = any(tensor.role is Role.RESIDUAL for tensor in layout)
+    return terms.lora is LoraRule.FEDIT and terms.personal not in _OWN_HEAD and not residual
 
 
 def keeps_own_model(terms: LocalTraining) -> bool:
@@ -41,6 +61,8 @@ def parts_of(terms: LocalTraining, layout: Layout, rounds: int) -> Parts:
     Raises Refused(PLAN_UNSUPPORTED) for a layout without what the terms train or keep.
     """
     _check_roles(terms, {tensor.role for tensor in layout})
+    if FACTOR_RULES[terms.lora].new_pair is not None:
+        targets_of(layout)  # or refuse
     parts = divide(layout, _fate_of(terms), rounds)
     if not parts.shared:
         raise _unsupported("a plan with more than the parts that stay on devices", "no other")
@@ -51,6 +73,8 @@ def _fate_of(terms: LocalTraining) -> FateOf:
     rule = FACTOR_RULES[terms.lora]
 
     def fate_of(role: Role, rounds: int) -> Fate:
+        if role is Role.RESIDUAL:
+            return Fate.MOVED if rule.has_residual else Fate.FIXED
         return rule.fate_of(role, rounds) if role in _FACTORS else Fate.SHARED
 
     return with_own_head(fate_of) if terms.personal in _OWN_HEAD else fate_of
@@ -59,11 +83,11 @@ def _fate_of(terms: LocalTraining) -> FateOf:
 def _check_roles(terms: LocalTraining, roles: set[Role]) -> None:
     rule = FACTOR_RULES[terms.lora]
     if missing := rule.needs - roles:
-        nearest = _nearest(roles)
+        nearest = _nearest(roles, missing)
         names = " and ".join(sorted(role.name for role in missing))
         raise _unsupported(
             f"{names} in the plan's layout with lora = {terms.lora.name.lower()!r} (a plan "
-            f"{_built(rule)}); this plan goes with lora = {nearest!r}",
+            f"{_built(missing)}); this plan goes with lora = {nearest!r}",
             "none",
         )
     if terms.personal in _OWN_HEAD and Role.HEAD not in roles:
@@ -74,16 +98,18 @@ def _check_roles(terms: LocalTraining, roles: set[Role]) -> None:
         )
 
 
-def _nearest(roles: set[Role]) -> str:
+def _nearest(roles: set[Role], missing: frozenset[Role]) -> str:
     if Role.LORA_R in roles:
         return "fed_sb"
+    if missing == {Role.RESIDUAL}:
+        return "flexlora"
     return "ffa" if Role.LORA_B in roles else "fedit"
 
 
-def _built(rule: FactorRule) -> str:
-    if Role.LORA_R in rule.needs:
+def _built(missing: frozenset[Role]) -> str:
+    if missing == {Role.LORA_R}:
         return "built with --lora sb"
-    return "whose A is not frozen"
+    return "built with --residual" if missing == {Role.RESIDUAL} else "whose A is not frozen"
 
 
 def _unsupported(expected: str, found: str) -> Refused:
@@ -111,4 +137,4 @@ def resting(terms: LocalTraining, parts: Parts, step: int) -> tuple[slice, ...]:
     """Return the parts that do not move in a step, from 0, of a round."""
     if terms.personal is Personal.FEDREP:
         return fedrep.resting(parts, terms.head_steps, step)
-    return parts.frozen
+    return parts.resting
