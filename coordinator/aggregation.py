@@ -20,6 +20,7 @@ from fedloom.terms import (
     Encoding,
     GroupRule,
     LocalTraining,
+    LoraRule,
     Protection,
     Strategy,
 )
@@ -116,13 +117,23 @@ class Aggregation:
                 f'"{training.strategy.name.lower()}" has to count them all; use '
                 'training.strategy = "fed_avg" or "fed_prox"'
             )
+        yield from self._lora_problems(training)
+        yield from self._number_problems(minimum)
+
+    def _lora_problems(self, training: LocalTraining) -> Iterator[str]:
+        name = self.rule.name.lower()
+        if training.lora is LoraRule.HETLORA:
+            yield (
+                f'aggregation.rule: "{name}" takes an update of a small rank, which goes to zero '
+                'beyond it, for a faulty one; use aggregation.rule = "mean", or training.lora = '
+                '"fedit" at one rank'
+            )
         if training.lora in NEEDS_FACTORS:
             yield (
                 f'aggregation.rule: "{name}" and training.lora = "{training.lora.name.lower()}" '
                 'both say what is made of the updates; use aggregation.rule = "mean", or '
                 'training.lora = "ffa"'
             )
-        yield from self._number_problems(minimum)
 
     def _matching_problems(self, encoding: Encoding) -> Iterator[str]:
         if encoding.protection is not Protection.PLAIN:
@@ -170,12 +181,7 @@ class Aggregation:
                 "aggregation.groups: expected a strategy whose server may leave updates out, found "
                 f'"{training.strategy.name.lower()}"; use training.strategy = "fed_avg"'
             )
-        if training.lora in NEEDS_FACTORS:
-            yield (
-                f"aggregation.groups: expected a LoRA rule that takes means, found "
-                f'"{training.lora.name.lower()}", which takes every agent\'s factors; use '
-                'training.lora = "ffa"'
-            )
+        yield from self._lora_problems(training)
 
     def _number_problems(self, minimum: int) -> Iterator[str]:
         if self.rule is Rule.TRIMMED_MEAN and not 1 / minimum <= self.trim < 0.5:

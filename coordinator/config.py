@@ -26,7 +26,7 @@ reserve = 1.0                  # agents that stay for the next round, for each t
 
 [training]                     # on every agent; control.proto says what each key is
 strategy = "fed_avg"           # one of those in coordinator/strategies/README.md
-weighting = "samples"          # or "uniform", "compute": what an update counts for
+weighting = "samples"          # or "uniform", "compute", of hetlora "factor_norm", its default
 optimizer = "adamw"            # or "sgd", "adagrad"
 epochs = 1                     # or local_steps; max_steps bounds epochs
 batch_size = 16
@@ -35,6 +35,8 @@ step_schedule = "constant"     # or "cosine", over a round's steps, after warmup
 round_schedule = "constant"    # or "cosine", over the run's rounds, after warmup_rounds
 gradient_clip = 0.0            # largest L2 norm of a gradient; 0: any
 lora = "fedit"                 # or "ffa", "rolora", "fedsa": which factors are trained and sent;
+                               # "hetlora": [adapter] rank of agent.toml (rank_penalty and
+                               # rank_decay prune it); "fed_sb" of plans built with --lora sb
                                # under "plain" also "flexlora", and with a plan built with
                                # --residual "flora", "fedex": what is made of the factors
 personal = "none"              # or "fedper", "fedrep" (head_steps), "ditto" (personal_lambda)
@@ -91,13 +93,13 @@ from coordinator.plateau import NO_PLATEAU, PlateauRule
 from coordinator.run_state import RunPolicy
 from coordinator.selection import UNIFORM, Bounds, Pacing, Selection, SelectionRule
 from coordinator.selection import problems as selection_problems
-from coordinator.strategies.unsupported import LORA_RULES
 from fedloom.compression import Compression
 from fedloom.errors import ConfigError, Refused
 from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Metric, Report
 from fedloom.schedules import effective_steps
 from fedloom.terms import (
+    LORA_DEFAULTS,
     MAX_CAPACITY,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
@@ -107,6 +109,7 @@ from fedloom.terms import (
     STRATEGY_DEFAULTS,
     Encoding,
     LocalTraining,
+    LoraRule,
     Protection,
     Release,
     Strategy,
@@ -285,7 +288,8 @@ def _run_config(reader: "_Reader", path: Path) -> RunConfig:
     reader.require(
         implies_clip(training) or encoding.clip > 0,
         "protection.clip: expected a range for the updates' values, because sgd implies none, and "
-        "neither do uniform weights without training.local_steps or training.max_steps",
+        'neither do lora = "hetlora" (beyond a device\'s rank a value moves by all of itself) nor '
+        "uniform weights without training.local_steps or training.max_steps",
     )
     problem = unencodable(encoding, training)
     reader.require(not problem, f"protection: {problem}")
@@ -372,18 +376,24 @@ def _training(
     reader: "_Reader", cohort: CohortTerms, encoding: Encoding, aggregation: Aggregation
 ) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
-    values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
+    lora = reader.member("training.lora", LoraRule, LocalTraining.lora)
+    values: dict[str, Any] = {
+        "strategy": strategy,
+        "population": cohort.population,
+        "lora": lora,
+    }
     values |= _compression(reader) | aggregation.group_terms
     for field in fields(LocalTraining):
         if field.name in values:
             continue
         key, default = f"training.{field.name}", field.default
         if isinstance(default, IntEnum):
-            values[field.name] = reader.member(key, type(default), default, LORA_RULES)
+            default = LORA_DEFAULTS.get(lora, {}).get(field.name, default)
+            values[field.name] = reader.member(key, type(default), default)
         else:
             default = STRATEGY_DEFAULTS.get(strategy, {}).get(field.name, default)
             values[field.name] = reader.value(key, type(default), default)
-    if strategy not in MOVEMENTS or values["lora"] in NEEDS_FACTORS:
+    if strategy not in MOVEMENTS or lora in (*NEEDS_FACTORS, LoraRule.HETLORA):
         values["groups"], values["group_trim"] = 0, 0.0  # `problems` says that they do not go so
     _check_population(reader, strategy, cohort)
     if strategy in STRATEGIES_WITH["auxiliary_scale"]:
@@ -518,16 +528,13 @@ class _Reader:
         self.kinds[key] = float
         return self.value(key, float, 0.0) if key in self._values else None
 
-    def member(
-        self, key: str, kind: Any, default: Any, known: Mapping[str, str] | None = None
-    ) -> Any:
-        """Take a member of an enum; `known` says of other names why they cannot be had."""
+    def member(self, key: str, kind: Any, default: Any) -> Any:
+        """Take a member of an enum."""
         name = self.value(key, str, default.name.lower())
         by_name = {member.name.lower(): member for member in kind}
         if name in by_name:
             return by_name[name]
-        why = f"; {known[name]}" if known and name in known else ""
-        self._problems.append(f"{key}: expected one of {sorted(by_name)}, found {name!r}{why}")
+        self._problems.append(f"{key}: expected one of {sorted(by_name)}, found {name!r}")
         return default
 
     def checked(self, make: Callable[[], Any], default: Any) -> Any:

@@ -19,6 +19,7 @@ from fedloom.export_forms import (
 from fedloom.exports import require_replaceable
 from fedloom.model_cards import CARD_FILE
 from fedloom.plans import ADAPTER_FILE, load_plan
+from fedloom.rank_pruning import pruned
 
 if TYPE_CHECKING:
     from coordinator.admin_client import AdminClient
@@ -28,13 +29,17 @@ Files = tuple[tuple[str, ArtifactReference], ...]
 
 
 def download_model(
-    client: "AdminClient", run_id: bytes, out: Path, forms: tuple[Form, ...] = (Form.ONNX,)
+    client: "AdminClient",
+    run_id: bytes,
+    out: Path,
+    forms: tuple[Form, ...] = (Form.ONNX,),
+    rank: int = 0,
 ) -> Exported:
     """Fetch the run's model and make `out` a folder of it in these forms.
 
-    A cut costs nothing but the parts on their way. Raises ConfigError for a run that the
-    coordinator cannot read, Refused for bytes that are not what their digests say or a merged
-    model that answers otherwise than the adapter.
+    `rank`: that its adapter is pruned to; 0 leaves it. A cut costs nothing but the parts on their
+    way. Raises ConfigError for a run that the coordinator cannot read, Refused for bytes that are
+    not what their digests say or a merged model that answers otherwise than the adapter.
     """
     require_replaceable(out)  # now, and not after gigabytes
     require_installed(forms)
@@ -53,7 +58,8 @@ def download_model(
         plan = load_plan(Path(folder))
         theta = read_adapter(Path(folder) / ADAPTER_FILE, plan.layout)
         description = (Path(folder) / CARD_FILE).read_text(encoding="utf-8")
-        return export_forms(TrainedModel(Path(folder), plan, theta, description), forms, out)
+        model = TrainedModel(Path(folder), plan, theta, description)
+        return export_forms(pruned(model, rank) if rank else model, forms, out)
 
 
 class _Download:

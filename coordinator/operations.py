@@ -158,6 +158,7 @@ class Operations:
             config.evaluation,
             config.training.groups,
             config.training.sends_labels,
+            config.training.weighting,
         )
 
     def watch(self, run_id: bytes, agent_limit: int) -> Callable[[], RunProgress]:

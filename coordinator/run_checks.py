@@ -13,10 +13,10 @@ from typing import Any
 from coordinator.config import RunConfig, parse_run_config, unencodable
 from coordinator.selection import fewest_agents
 from fedloom.errors import ConfigError, FedloomError, Refused
-from fedloom.plans import Plan, load_plan, verify_members
+from fedloom.plans import ADAPTER_FILE, Plan, Role, load_plan, verify_members
 from fedloom.quality import metrics_of
 from fedloom.tasks import ArrayLearning
-from fedloom.terms import LoraRule, Personal, Strategy
+from fedloom.terms import LoraRule, Personal, Protection, Strategy
 
 MAX_FILE_BYTES = 1 << 20
 # No protection sends more per value, and none more than this beyond it (headers, counters).
@@ -167,6 +167,8 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
         return
     if config.training.strategy is Strategy.FED_MA:
         _check_matching(plan, found)
+    if warning := _narrow_clip(config, plan, found.plan_folder):
+        found.warnings.append(warning)
     if problem := unencodable(config.encoding, config.training, length):
         found.problems.append(f"this plan cannot be encoded for such a cohort: {problem}")
     if config.gate.bounds_accuracy and isinstance(plan.task, ArrayLearning) and plan.task.values:
@@ -181,6 +183,29 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
         found.problems.append(f"the disk of the spool is too full: up to {told}")
     elif around.free_bytes < most:
         found.warnings.append(f"the disk of the spool may become full: up to {told}")
+
+
+def _narrow_clip(config: RunConfig, plan: Plan, folder: Path | None) -> str:
+    """Say where devices of small ranks cannot take the plan's adapter to zero in one round."""
+    training, clip = config.training, config.encoding.clip
+    if training.lora is not LoraRule.HETLORA or folder is None:
+        return ""
+    if config.encoding.protection is Protection.PLAIN:
+        return ""
+    from fedloom.adapters import read_adapter
+
+    theta = read_adapter(folder / ADAPTER_FILE, plan.layout)
+    largest = max(
+        float(abs(theta[tensor.offset : tensor.offset + tensor.size]).max())
+        for tensor in plan.layout
+        if tensor.role in (Role.LORA_A, Role.LORA_B)
+    )
+    if clip >= largest:
+        return ""
+    return (
+        f"protection.clip: {clip:g} is less than the plan's largest factor, {largest:g}: ranks "
+        "that a device does not train go to zero by no more than the clip in a round"
+    )
 
 
 def _check_matching(plan: Plan, found: CheckedRun) -> None:

@@ -121,6 +121,7 @@ def _run(options: argparse.Namespace) -> int:
         config.availability,
         config.engine_name,
         config.tells_capability,
+        config.rank,
     )
     session = Session(device, _available_protections(config.minimum_protection))
     return asyncio.run(_run_session(session, options.once))

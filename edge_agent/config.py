@@ -41,6 +41,9 @@ threads = 0                  # to train with; 0: as many as the device has cores
 crypto_processes = 1         # to encrypt in; 1: the agent's own, 0: one for each core
 memory_mb = 0                # to train in, the whole agent; 0: what the system has
 
+[adapter]
+rank = 0                     # to train in runs with lora = "hetlora"; 0: the plan's
+
 [models]
 keep = 5                     # newest versions of each adapter, and last ones of as many runs
 """
@@ -71,6 +74,7 @@ from fedloom.terms import Protection, Release
 
 CONFIG_FILE = "agent.toml"
 _MAX_MEMORY_MB = 2**24
+_MAX_RANK = 2**16
 _E = TypeVar("_E", bound=Enum)
 _KEYS = {
     **DATA_KEYS,
@@ -80,6 +84,7 @@ _KEYS = {
         *("kind", "provider", "device", "precision"),
         *("threads", "crypto_processes", "memory_mb"),
     },
+    "adapter": {"rank"},
     "models": {"keep"},
 }
 _KEYS_OF_KIND = {"onnx": {"provider"}, "torch": {"device", "precision"}}
@@ -123,6 +128,7 @@ class AgentConfig:
     engine: OnnxSettings | TorchSettings = OnnxSettings()
     kept_models: int = DEFAULT_KEPT
     permitted_report: Report = Report.MEAN
+    rank: int = 0
     availability: Availability = ALWAYS
     tells_capability: bool = True
 
@@ -166,6 +172,7 @@ def load_agent_config(home: Path) -> AgentConfig:
         permitted_report=_report(path, policy),
         availability=_availability(path, table.get("availability", {})),
         tells_capability=_named(path, policy, "capability", _Capability.TOLD) is _Capability.TOLD,
+        rank=_rank(path, table),
     )
 
 
@@ -187,6 +194,9 @@ def write_agent_config(home: Path, config: AgentConfig) -> None:
         f"threads = {config.threads}",
         f"crypto_processes = {config.crypto_processes}",
         f"memory_mb = {config.memory_mb}",
+        "",
+        "[adapter]",
+        f"rank = {config.rank}",
         "",
         "[models]",
         f"keep = {config.kept_models}",
@@ -271,6 +281,13 @@ def _count(path: Path, table: Mapping[str, Any], key: str, default: int, most: i
     found = table.get("engine", {}).get(key, default)
     if type(found) is not int or not 0 <= found <= most:
         raise ConfigError(str(path), f"engine.{key}: expected 0..{most}, found {found!r}")
+    return found
+
+
+def _rank(path: Path, table: Mapping[str, Any]) -> int:
+    found = table.get("adapter", {}).get("rank", 0)
+    if type(found) is not int or not 0 <= found <= _MAX_RANK:
+        raise ConfigError(str(path), f"adapter.rank: expected 0..{_MAX_RANK}, found {found!r}")
     return found
 
 

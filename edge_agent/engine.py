@@ -17,12 +17,16 @@ Progress = Callable[[float], None]  # share done, 0..1; may raise to interrupt t
 
 @dataclass(frozen=True)
 class LocalUpdate:
-    """What a round of local training gives: `delta` (P,) float32 is trained minus global theta."""
+    """What a round of local training gives: `delta` (P,) float32 is trained minus global theta.
+
+    `factor_norm` is that of the trained adapter where the terms weigh updates by it.
+    """
 
     delta: Theta
     samples: int
     mean_loss: float  # over the round, nats per sample
     label_counts: tuple[int, ...] = ()  # samples of each label; only where the strategy sends them
+    factor_norm: float = 0.0
 
 
 class Engine(Protocol):

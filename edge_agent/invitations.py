@@ -55,6 +55,7 @@ class Terms:
             evaluation=self.evaluation,
             groups=self.training.groups,
             sends_labels=self.training.sends_labels,
+            weighting=self.training.weighting,
         )
 
 

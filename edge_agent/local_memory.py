@@ -1,4 +1,4 @@
-"""What this device remembers from round to round: c_i, g_k, what waits to be sent, its own model.
+"""What this device remembers from round to round: c_i, g_k, what waits to be sent, a model or rank.
 
 It must move exactly with the sums: a change that is in a stored sum and not here, or here and in no
 sum, would bend the run's objective for good. So it is proposed before the update leaves the device,
@@ -15,7 +15,7 @@ applied again. Both files, mode 0600, hold what this device has learnt from its 
     u64       round in whose sum the change is
     u32 u32   attempt, slot in its cohort
     u32       number of vectors
-    u64       P, length of a vector
+    u64       length of a vector: P, or 1 for HetLoRA's rank
     f32       the vectors
     32 bytes  SHA-256 of everything before
 """

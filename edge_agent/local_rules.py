@@ -3,13 +3,14 @@
 An engine gives the mean gradient of a batch; `LocalSteps` clips it, adds what the strategy adds,
 and lets the optimiser step. All of it works on flat float32 vectors (P,), in place.
 
-    gradient <- clip(gradient) + linear + mu (theta - start)
+    gradient <- clip(gradient) + linear + mu (theta - start) + d penalty / d theta
     theta    <- optimiser(theta, gradient, learning rate of this step)
 
 `linear` is SCAFFOLD's c - c_i or FedDyn's -g_k, mu is FedProx's mu or FedDyn's alpha: the gradient
-of F_k(theta) + <linear, theta> + mu/2 |theta - start|^2. Only the data's gradient is clipped: a
-strategy's terms are no outliers. Parts that rest in a step end it as they began it: no gradient, no
-momentum and no decay moves them, and they do not count in the norm that is clipped.
+of F_k(theta) + <linear, theta> + mu/2 |theta - start|^2; the penalty is HetLoRA's. Only the data's
+gradient is clipped: a strategy's terms are no outliers. Parts that rest in a step end it as they
+began it: no gradient, no momentum and no decay moves them, and they do not count in the norm that
+is clipped.
 """
 
 import math
@@ -37,6 +38,7 @@ from fedloom.strategies.fedma import label_shares
 from fedloom.strategies.parts import Parts
 from fedloom.strategies.portions import keeps_own_model, resting
 from fedloom.strategies.rule import Places
+from fedloom.strategies.tails import add_penalty
 from fedloom.terms import LocalTraining, steps_of, weight_of
 
 
@@ -81,8 +83,8 @@ def outgoing(
 ) -> Outgoing:
     """Return what a round's training gives, under that round's terms; uses `update.delta` up.
 
-    `own` (P,) is the device's own model after the round, where the terms let it keep one; `shares`
-    are the tail (`fedloom.quality`).
+    `own` is what the device keeps beside what its strategy has it remember: its own model after the
+    round (P,), or its rank (1,); `shares` are the tail (`fedloom.quality`).
     """
     steps = effective_steps(terms, steps_of(terms, update.samples))
     sent = algorithm(terms, layout).sent(state, strategys(terms, memory), update.delta, steps)
@@ -92,25 +94,31 @@ def outgoing(
         parts.append(label_shares(layout, update.label_counts))
     values = np.concatenate([*parts, tail]) if shares or len(parts) > 1 else sent.values
     waiting = sent.memory[-1] if sent.places is not None else None
-    weight = weight_of(terms, update.samples)
+    weight = weight_of(terms, update.samples, update.factor_norm)
     return Outgoing(values, weight, kept, tail, waiting, sent.places)
 
 
 def strategys(terms: LocalTraining, memory: Memory) -> Memory:
     """Return what the strategy, or what is sent of it, has the device remember.
 
-    It is all that the device remembers but its own model.
+    It is all that the device remembers but its own model and its rank.
     """
-    return memory[: remembered(terms) - keeps_own_model(terms)]
+    return memory[: len(RULES[terms.strategy].remembers) + terms.error_feedback]
 
 
 def remembered(terms: LocalTraining) -> int:
-    """Return how many vectors (P,) a device remembers.
+    """Return how many vectors a device remembers, each (P,).
 
-    They are the strategy's, then what waits to be sent, then its own model.
+    They are the strategy's, then what waits to be sent, then its own model. Where it prunes its
+    rank it is that alone, (1,): no terms have both.
     """
     strategy = len(RULES[terms.strategy].remembers)
-    return strategy + terms.error_feedback + keeps_own_model(terms)
+    return strategy + terms.error_feedback + keeps_own_model(terms) + prunes_rank(terms)
+
+
+def prunes_rank(terms: LocalTraining) -> bool:
+    """Tell whether a device's rank may fall from round to round."""
+    return terms.rank_decay > 0
 
 
 class LocalSteps:
@@ -162,6 +170,8 @@ class LocalSteps:
             gradient += self._linear
         for part in self._drawn:
             proximal_gradient(gradient[part], theta[part], self._start[part], self._mu)
+        if self._parts is not None:
+            add_penalty(gradient, theta, self._parts.tails, self._terms.rank_penalty)
         factor = step_factor(self._terms, self._step, self._steps)
         self._optimizer.step(theta, gradient, factor)
         for part, values in zip(parts, kept, strict=True):

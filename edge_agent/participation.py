@@ -31,7 +31,7 @@ from edge_agent.invitations import (
     read_terms,
 )
 from edge_agent.local_memory import LocalMemory, forget_memory
-from edge_agent.local_rules import remembered
+from edge_agent.local_rules import prunes_rank, remembered
 from edge_agent.masking import Masking
 from edge_agent.model_versions import ModelMaker
 from edge_agent.protection import UpdateProtection
@@ -70,6 +70,7 @@ class Device:
     availability: Availability = ALWAYS
     engine_name: str = "onnx"
     tells_capability: bool = True
+    rank: int = 0  # of adapters, where a run lets devices differ; 0: the plan's
 
 
 class Participation:
@@ -193,6 +194,7 @@ class Participation:
             self._keys,
             self._memory(terms, plan, state),
             self._masking if terms.encoding.protection.has_masks else None,
+            self._device.rank,
         )
         for outcome in message.history:
             await apply_round(self._here, self._run, read_outcome(outcome))
@@ -244,7 +246,8 @@ class Participation:
     def _memory(self, terms: Terms, plan: Plan, state: GlobalState) -> LocalMemory:
         count = remembered(terms.training)
         own = (lambda: state.theta) if keeps_own_model(terms.training) else None
-        return LocalMemory(self._folder, self.run_id, count, plan.parameter_count, own)
+        size = 1 if prunes_rank(terms.training) else plan.parameter_count
+        return LocalMemory(self._folder, self.run_id, count, size, own)
 
     def _plan_folder(self, terms: Terms) -> Path:
         return self._device.home / "plans" / terms.plan.sha256.hex()

@@ -46,10 +46,10 @@ class Timings:
 
 
 def without_adapter(plan: Plan, theta: Theta) -> Theta:
-    """Return theta with LoRA's B at zero: the base model, as the device had it before."""
+    """Return theta with LoRA's B, or R, at zero: the base model, as the device had it before."""
     base = theta.copy()
     for tensor in plan.layout:
-        if tensor.role is Role.LORA_B:
+        if tensor.role in (Role.LORA_B, Role.LORA_R):
             base[tensor.offset : tensor.offset + tensor.size] = 0
     return base
 

@@ -12,6 +12,7 @@ from edge_agent.engine import LocalUpdate
 from edge_agent.evaluations import Evaluations
 from edge_agent.invitations import Terms
 from edge_agent.local_rules import Outgoing, outgoing, strategys
+from edge_agent.ranks import OwnRank
 from edge_agent.seeds import order_seed
 from edge_agent.status import Step
 from edge_agent.undertaking import Interrupted, Surroundings, Undertaking
@@ -19,10 +20,12 @@ from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.quality import Report, tail_shares
 from fedloom.strategies import Memory, algorithm
+from fedloom.strategies.arithmetic import Vector
 from fedloom.strategies.ditto import personal_terms, pull
 from fedloom.strategies.fine_tuning import fine_tuning_terms
+from fedloom.strategies.parts import Parts
 from fedloom.strategies.portions import keeps_own_model, start_of
-from fedloom.terms import LocalTraining, Personal
+from fedloom.terms import LocalTraining, LoraRule, Personal
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,18 @@ class Training:
             self._heed(0.0)
         linear = algorithm(terms, layout).linear(state, strategys(terms, memory))
         start = start_of(terms, layout, state.theta, memory)
-        update = self._moved(run, checkpoint, start, terms, linear)
-        own = self._own_after(run, memory, start, update) if keeps_own_model(terms) else None
+        own: Vector | None = None
+        if terms.lora is LoraRule.HETLORA:
+            ranks = OwnRank.of(terms, layout, run.rank, memory)
+            start = ranks.start(start)
+            moved = self._moved(run, checkpoint, start, terms, linear, ranks.parts(run.parts))
+            update, own = ranks.finished(state.theta, start, moved)
+            if own is not None and own[0] < ranks.rank:
+                self._here.log.info("rank pruned", before=ranks.rank, rank=int(own[0]))
+        else:
+            update = self._moved(run, checkpoint, start, terms, linear, run.parts)
+            if keeps_own_model(terms):
+                own = self._own_after(run, memory, start, update)
         self._here.log.info(
             "trained",
             round=run.terms.round,
@@ -149,7 +162,7 @@ class Training:
         before, theta = memory[-1], run.state.theta
         drawn = pull(before, theta, terms.personal_lambda)
         checkpoint = self._own_checkpoint(run)
-        moved = self._moved(run, checkpoint, before, personal_terms(terms), drawn)
+        moved = self._moved(run, checkpoint, before, personal_terms(terms), drawn, run.parts)
         return np.add(before, moved.delta, out=moved.delta)
 
     def _moved(
@@ -159,9 +172,10 @@ class Training:
         start: Theta,
         terms: LocalTraining,
         linear: Theta | None,
+        parts: Parts | None,
     ) -> LocalUpdate:
         seed = self._order_seed(run.terms)
-        update = run.engine.train(start, terms, seed, self._heed, checkpoint, linear, run.parts)
+        update = run.engine.train(start, terms, seed, self._heed, checkpoint, linear, parts)
         if not math.isfinite(update.mean_loss):
             raise Refused(
                 Reason.TRAINING_FAILED, f"expected a finite loss, found {update.mean_loss}"

@@ -85,6 +85,7 @@ class Undertaking:
     keys: RunKeys
     memory: LocalMemory
     masking: Masking | None  # None: no masks
+    rank: int = 0  # that this device trains under HetLoRA; 0: the plan's
 
     @property
     def round_terms(self) -> LocalTraining:

@@ -60,6 +60,14 @@ def build(
     freeze_a: Annotated[
         bool | None, typer.Option("--freeze-a", help="Train LoRA's B alone (FFA-LoRA).")
     ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(help="ab: train A and B; sb: train R of B R A alone (Fed-SB); ab."),
+    ] = None,
+    init_data: Annotated[
+        Path | None,
+        typer.Option(help="With sb: JSONL whose gradient decides B and A, which devices get."),
+    ] = None,
     residual: Annotated[
         bool | None,
         typer.Option(
@@ -99,6 +107,8 @@ def build(
         "targets": _names(targets),
         "modules_to_save": _names(modules_to_save),
         "freeze_a": freeze_a,
+        "lora": lora,
+        "init_data": init_data,
         "residual": residual,
         "max_tokens": max_tokens,
         "prompt": prompt,

@@ -286,6 +286,9 @@ def export(
         list[str] | None,
         typer.Option(help="onnx, merged, merged-int8, peft, safetensors; several: a,b. [onnx]"),
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Prune the adapter to this rank; as it was trained.")
+    ] = None,
     home: Home = DEFAULT_HOME,
     coordinator: Coordinator = "",
     operator: Operator = None,
@@ -303,7 +306,7 @@ def export(
     where = Where(home, coordinator, operator)
     with reached(where) as client:
         run_id = find_run(client, run).run_id
-        exported = download_model(client, run_id, out, forms)
+        exported = download_model(client, run_id, out, forms, rank or 0)
     if as_json:
         said = {"files": exported.files, "compared": exported.compared}
         say_json({"run": run_id.hex(), "folder": str(out), **said})

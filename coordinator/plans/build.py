@@ -12,6 +12,7 @@ from coordinator.plans import files, parity
 from coordinator.plans.base_file import float_base
 from coordinator.plans.cache import cached_dp_graph, cached_graphs
 from coordinator.plans.families import load_model
+from coordinator.plans.first_gradient import lean_to_data
 from coordinator.plans.memory import Feeds, training_memory
 from coordinator.plans.model import AdaptedModel
 from coordinator.plans.onnx_rewrite import attach_weights, used_weights
@@ -33,6 +34,9 @@ def build(request: PlanRequest, out: Path, report: Report, cache: Path | None) -
         report(f"{count:,} trainable values in {adapted.trained_tensors} tensors")
         if residuals:
             report(f"{residuals:,} values of residuals, {4 * residuals / 1e6:.1f} MB in every sum")
+        if request.init_data is not None:
+            rows = lean_to_data(adapted, request.init_data)
+            report(f"B and A by the gradient on {rows:,} rows")
         graphs = cached_graphs(adapted, cache, report)
         if request.dp:
             graphs |= cached_dp_graph(adapted, cache, report)

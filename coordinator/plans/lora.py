@@ -9,8 +9,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers.pytorch_utils import Conv1D
 
 from coordinator.plans.checkpoints import Checkpoint
+from coordinator.plans.lora_sb import is_between, put_between, saved_name
 from coordinator.plans.model import AdaptedModel, Family, frozen_names
-from coordinator.plans.request import ALL_LINEAR, PlanRequest
+from coordinator.plans.request import ALL_LINEAR, LORA_SB, PlanRequest
 from coordinator.plans.residuals import add_residuals, frozen_name, is_residual, residual_name
 from coordinator.plans.sources import ModelSource
 from coordinator.plans.tokenization import TextTokenizer
@@ -54,7 +55,7 @@ class Adapted:
                 self.request.rank,
                 self.request.alpha,
                 self.targets,
-                self.request.freeze_a,
+                self.request.freeze_a or self.request.lora == LORA_SB,
             ),
             structure=_structure(self.network, family, self.request),
             tokenizer=tokenizer,
@@ -93,6 +94,8 @@ def adapt(
         for name, parameter in network.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
+    if request.lora == LORA_SB:
+        put_between(network, request.rank)
     return Adapted(network.eval(), request, source, targets, head)
 
 
@@ -157,7 +160,12 @@ def _layout(network: Any, trainable: tuple[str, ...], head: str) -> tuple[Traina
     for name in trainable:
         tensor = parameters[name]
         role = _role(name, head)
-        known_as = residual_name(name) if is_residual(name) else saved_names[tensor.data_ptr()]
+        if is_between(name):
+            known_as = saved_name(name)
+        elif is_residual(name):
+            known_as = residual_name(name)
+        else:
+            known_as = saved_names[tensor.data_ptr()]
         layout.append(TrainableTensor(known_as, tuple(tensor.shape), offset, role))
         offset += tensor.numel()
     return tuple(layout)
@@ -165,6 +173,8 @@ def _layout(network: Any, trainable: tuple[str, ...], head: str) -> tuple[Traina
 
 def _role(name: str, head: str) -> Role:
     """Return what a trainable parameter of PEFT's model is."""
+    if is_between(name):
+        return Role.LORA_R
     if ".lora_A." in name:
         return Role.LORA_A
     if ".lora_B." in name:
@@ -176,7 +186,7 @@ def _role(name: str, head: str) -> Role:
 
 def _base_name(name: str) -> str:
     """Return the base model's name of a weight, or PEFT's of a frozen part of the adapter."""
-    if ".lora_A." in name:
+    if ".lora_A." in name or ".lora_B." in name:
         return name.replace(".default", "")
     return frozen_name(name).removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
 
@@ -199,5 +209,6 @@ def _structure(network: Any, family: Family, request: PlanRequest) -> dict[str, 
         "family": type(family).__name__,
         "labels": network.config.num_labels,
         "alpha": request.alpha,
+        "lora": request.lora,
         "loss_pieces": request.loss_pieces,
     }

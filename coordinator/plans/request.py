@@ -8,6 +8,7 @@ FedloomError
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedloom.errors import ConfigError, FedloomError
 from fedloom.plans import BaseStorage
@@ -22,7 +23,10 @@ CLASSIFICATION = "classification"
 NER = "ner"
 CAUSAL_LM = "causal-lm"
 MODULE = "module"
-_LORA = ("rank", "alpha", "targets", "modules_to_save", "freeze_a", "residual")
+LORA_AB = "ab"
+LORA_SB = "sb"
+_ADAPTER = ("rank", "alpha", "targets", "modules_to_save")
+_LORA = (*_ADAPTER, "freeze_a", "residual", "lora", "init_data")
 # What each task takes besides a model, a name and a seed.
 _TAKEN = {
     CLASSIFICATION: ("labels", "max_tokens", *_LORA),
@@ -41,13 +45,15 @@ class PlanRequest:
     that returns a TrainableModule. `targets` are the linear layers that get LoRA, by the end of
     their names, or `all-linear`; none are PEFT's choice for the architecture. The adapter's product
     is scaled by `alpha / rank`. `modules_to_save` are trained whole. `freeze_a` keeps LoRA's A at
-    its random start (FFA-LoRA, arXiv:2403.12313). `residual` gives every adapted weight one of its
-    own size, which FLoRA and FedEx-LoRA move. `prompt` and `answer` are the templates of
-    CausalLanguageModelling; `loss_pieces` cut its head and loss in training, where logits need most
-    of a step's memory. `seed` decides the initial LoRA A and every value that the checkpoint
-    does not bring, the classification head first of all. With `dp` the plan has `train_dp.onnx`, an
-    export of its own: it takes as long as the others together. `base` is how the frozen matrices
-    are stored.
+    its random start (FFA-LoRA, arXiv:2403.12313); with `lora` "sb" both factors are frozen, and R
+    of B R A is trained (LoRA-SB, arXiv:2411.19557; Fed-SB, arXiv:2502.15436), and B and A follow
+    from the gradient on the rows of `init_data`, a JSONL file, or from the weights. `residual`
+    gives every adapted weight one of its own size, which FLoRA and FedEx-LoRA move. `prompt` and
+    `answer` are the templates of CausalLanguageModelling; `loss_pieces` cut its head and loss in
+    training, where logits need most of a step's memory. `seed` decides the initial LoRA A and every
+    value that the checkpoint does not bring, the classification head first of all. With `dp` the
+    plan has `train_dp.onnx`, an export of its own: it takes as long as the others together. `base`
+    is how the frozen matrices are stored.
     """
 
     model: str
@@ -59,6 +65,8 @@ class PlanRequest:
     targets: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     freeze_a: bool = False
+    lora: str = LORA_AB
+    init_data: Path | None = None
     residual: bool = False
     max_tokens: int | None = None  # the task's default, or the model's limit where that is lower
     prompt: str = ""
@@ -96,6 +104,14 @@ class PlanRequest:
     def _check_adapter(self) -> None:
         _require(1 <= self.rank <= MAX_RANK, "rank", f"1..{MAX_RANK}", self.rank)
         _require(0 < self.alpha < float("inf"), "alpha", "a positive number", self.alpha)
+        known = (LORA_AB, LORA_SB)
+        _require(self.lora in known, "lora", f"one of {', '.join(known)}", self.lora[:64])
+        both = self.freeze_a and self.lora == LORA_SB
+        _require(not both, "freeze_a", "none with lora sb, which freezes both factors", "one")
+        led = self.init_data is None or self.lora == LORA_SB
+        _require(led, "init_data", "none without lora sb, whose factors it decides", "one")
+        left = self.residual and self.lora == LORA_SB
+        _require(not left, "residual", "none with lora sb, whose mean leaves no residual", "one")
         if self.residual and self.freeze_a:
             raise ConfigError(
                 "residual",

@@ -11,7 +11,7 @@ from fedloom.strategies.parts import Fate
 from fedloom.strategies.portions import FACTOR_RULES
 from fedloom.terms import NEEDS_FACTORS, Encoding, LocalTraining, LoraRule, Personal, Protection
 
-_FACTORS = {Role.LORA_A: "A", Role.LORA_B: "B"}
+_FACTORS = {Role.LORA_A: "A", Role.LORA_B: "B", Role.LORA_R: "R"}
 _RESIDUAL = {Role.RESIDUAL: "residual (`plan build --residual`)"}
 
 
@@ -32,7 +32,8 @@ def factor_table() -> str:
 
 def _factors(lora: LoraRule) -> Iterator[str]:
     rule = FACTOR_RULES[lora]
-    turns = [{role: rule.fate_of(role, rounds) for role in _FACTORS} for rounds in (0, 1)]
+    factors = [role for role in _FACTORS if (role is Role.LORA_R) == (Role.LORA_R in rule.needs)]
+    turns = [{role: rule.fate_of(role, rounds) for role in factors} for rounds in (0, 1)]
     yield f"`{lora.name.lower()}`"
     yield rule.name
     yield rule.paper
@@ -48,7 +49,7 @@ def _factors(lora: LoraRule) -> Iterator[str]:
 
 
 def _named(fates: dict[Role, Fate], fate: Fate) -> str:
-    return ", ".join(name for role, name in _FACTORS.items() if fates[role] is fate)
+    return ", ".join(name for role, name in _FACTORS.items() if fates.get(role) is fate)
 
 
 def _goes_with(lora: LoraRule, kind: Personal) -> bool:

@@ -26,6 +26,8 @@ from fedloom.terms import (
 )
 
 _BEGIN, _END = "<!-- {}: python -m coordinator.strategies -->\n", "<!-- end of {} -->\n"
+# Without a LoRA rule's own.
+_WEIGHTINGS: list[Weighting] = [one for one in Weighting if one is not Weighting.FACTOR_NORM]
 _COLUMNS = (
     "`strategy`",
     "name",
@@ -71,7 +73,7 @@ def _row(rule: Rule) -> Iterator[str]:
     yield ", ".join(f"{name} (P)" for name in rule.remembers)
     yield ", ".join(f"{name} (P)" for name in rule.keeps)
     yield _accepted(rule, "optimizer", list(Optimizer))
-    yield _accepted(rule, "weighting", list(Weighting))
+    yield _accepted(rule, "weighting", _WEIGHTINGS)
     yield ", ".join(_key(rule, name) for name in STRATEGIES_WITH if _is_of(rule, name))
     yield _exactness(rule)
 

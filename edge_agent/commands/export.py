@@ -40,6 +40,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="onnx (default), merged, merged-int8, peft, safetensors; several: a,b",
     )
+    command.add_argument("--rank", type=int, help="prune the adapter to this rank")
     command.add_argument("--adapter", help="name of the adapter; needed where there are several")
     command.add_argument("--version", type=int, dest="number", help="default: the one that answers")
     command.add_argument("--model", type=Path, help="folder of an exported model instead")
@@ -63,9 +64,12 @@ def export(options: argparse.Namespace) -> int:
             Reason.PLAN_MISMATCH, f"expected {ADAPTER_FILE} in the folder: {error.strerror}"
         ) from error
     description = describe(plan, _facts(options.home, chosen), software())
-    exported = export_forms(
-        TrainedModel(chosen.folder, plan, theta, description), forms, options.out
-    )
+    model = TrainedModel(chosen.folder, plan, theta, description)
+    if options.rank is not None:
+        from fedloom.rank_pruning import pruned
+
+        model = pruned(model, options.rank)
+    exported = export_forms(model, forms, options.out)
     if options.json:
         said = {"folder": str(options.out), "files": exported.files, "compared": exported.compared}
         print(json.dumps(said))

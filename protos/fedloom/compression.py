@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 LARGEST_TOP_SHARE = 0.5  # a listed value takes 8 bytes, a plain one 4
 # Whose updates are a movement and nothing else: what waits on a device is a movement too.
 MOVEMENTS = ("FED_AVG", "FED_PROX", "FED_AVG_M", "FED_ADAGRAD", "FED_ADAM", "FED_YOGI")
-READ_WHOLE = ("FLORA", "FLEXLORA", "FEDEX")  # LoRA rules that make new factors of all that is sent
+# LoRA rules that make new factors of all that is sent, or need all of it to take ranks to zero.
+READ_WHOLE = ("FLORA", "FLEXLORA", "FEDEX", "HETLORA")
 
 
 class Compression(IntEnum):
@@ -54,8 +55,8 @@ def compression_problem(terms: "LocalTraining") -> str:
         )
     if kind is not Compression.NONE and terms.lora.name in READ_WHOLE:
         return (
-            f"expected compression NONE with lora {terms.lora.name}, which reads every factor of "
-            f"every agent (or lora FFA, or FEDIT at a smaller rank), found {name}"
+            f"expected compression NONE with lora {terms.lora.name}, which needs every value of "
+            f"every agent's factors (or lora FFA, or FEDIT at a smaller rank), found {name}"
         )
     if kind is Compression.RANDOM_MASK and not 0 < share < 1:
         return f"expected compression_share above 0 and below 1 with {name}, found {share}"

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+import numpy as np
+
 from fedloom.adapters import Theta, write_adapter
 from fedloom.artifacts import link_or_copy
 from fedloom.errors import ConfigError
@@ -62,12 +64,16 @@ _IS = {
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What is exported: `folder` holds the plan's inference half, `theta` (P,) goes into it."""
+    """What is exported: `folder` holds the plan's inference half, `theta` (P,) goes into it.
+
+    `rank`: of an adapter that was pruned (`fedloom.rank_pruning`), which is zero beyond it.
+    """
 
     folder: Path
     plan: Plan
     theta: Theta
     description: str  # the card's first part
+    rank: int = 0  # 0: the plan's
 
     @property
     def has_residual(self) -> bool:
@@ -199,28 +205,53 @@ def _write_labels(plan: Plan, folder: Path) -> None:
 
 
 def _write_peft(model: TrainedModel, folder: Path) -> None:
-    """Write PEFT's adapter whole: also the A that was frozen and lies in the plan's base.
+    """Write PEFT's adapter whole: also the factors that were frozen and lie in the plan's base.
 
     PEFT knows no residual: a model that has one is written at the rank that has room for it.
     """
     if model.has_residual:
         write_factored(model.folder, model.plan, model.theta, folder)
         return
-    link_or_copy(model.folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_CONFIG_FILE)
+    _write_peft_config(model, folder)
     tensors: dict[str, Array] = {
         tensor.name: model.theta[tensor.offset : tensor.offset + tensor.size].reshape(tensor.shape)
         for tensor in model.plan.layout
         if tensor.role is not Role.RESIDUAL
     }
     needed = {
-        tensor.name.replace(".lora_B.", ".lora_A.")
+        tensor.name.replace(".lora_B.", ".lora_A.").replace(".lora_R.", ".lora_A.")
         for tensor in model.plan.layout
-        if tensor.role is Role.LORA_B
+        if tensor.role in (Role.LORA_B, Role.LORA_R)
     }
     if missing := sorted(needed - set(tensors)):
         base = read_tensors(model.folder / BASE_FILE)
         tensors |= {name: base[name] for name in missing}
+        for tensor in model.plan.layout:
+            if tensor.role is Role.LORA_R:  # W + s B R A is LoRA whose B is B R
+                lora_b = tensor.name.replace(".lora_R.", ".lora_B.")
+                product = base[lora_b].astype(np.float64) @ tensors.pop(tensor.name)
+                tensors[lora_b] = product.astype(np.float32)
+    if model.rank:
+        tensors = {t.name: _cut(tensors[t.name], t.role, model.rank) for t in model.plan.layout}
     write_tensors(folder / ADAPTER_FILE, dict(sorted(tensors.items())))
+
+
+def _write_peft_config(model: TrainedModel, folder: Path) -> None:
+    """Write PEFT's description; of a pruned adapter with the alpha that leaves alpha / rank."""
+    source, found = model.folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_CONFIG_FILE
+    if not model.rank:
+        link_or_copy(source, found)
+        return
+    origin = model.plan.origin
+    alpha = origin.lora_alpha * model.rank / origin.lora_rank
+    described = json.loads(source.read_text()) | {"r": model.rank, "lora_alpha": alpha}
+    found.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+
+
+def _cut(values: Array, role: Role, rank: int) -> Array:
+    if role is Role.LORA_A:
+        return values[:rank]
+    return values[:, :rank] if role is Role.LORA_B else values
 
 
 def _write_safetensors(model: TrainedModel, folder: Path) -> None:

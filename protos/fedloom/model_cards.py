@@ -103,6 +103,8 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
         rows.append(("added to frozen weights by the server", added))
     if origin.lora_rank:
         frozen = ", A frozen" if origin.lora_a_frozen else ""
+        if any(tensor.role is Role.LORA_R for tensor in plan.layout):
+            frozen = ", A and B frozen, R of B R A trained"
         rows += [
             ("LoRA", f"rank {origin.lora_rank}, alpha {origin.lora_alpha:g}{frozen}"),
             ("adapted modules", ", ".join(origin.lora_targets)),

@@ -50,6 +50,7 @@ class Role(IntEnum):
     LORA_B = 2
     HEAD = 3
     RESIDUAL = 4
+    LORA_R = 20
 
     @classmethod
     def _missing_(cls, value: object) -> "Role":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Report
-from fedloom.terms import MINIMUM_SUM, Protection, Release
+from fedloom.terms import MINIMUM_SUM, Protection, Release, Weighting
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,18 @@ class PrivacyTerms:
     evaluation: EvaluationTerms = DEFAULT_EVALUATION
     groups: int = 0  # sums of a round, each of one group's updates; 0: one of all
     sends_labels: bool = False  # whether an update says how many rows are of each label
+    weighting: Weighting = Weighting.SAMPLES
+
+    @property
+    def weight(self) -> str:
+        """What an update counts for, in words."""
+        match self.weighting:
+            case Weighting.SAMPLES | Weighting.UNIFORM:
+                return "number of samples"
+            case Weighting.COMPUTE:
+                return "number of steps"
+            case Weighting.FACTOR_NORM:
+                return "adapter's norm"
 
     @property
     def fewest(self) -> int:
@@ -84,12 +96,12 @@ def privacy_statement(terms: PrivacyTerms) -> PrivacyStatement:
 def _clear(terms: PrivacyTerms) -> str:
     return (
         "the coordinator is told who takes part and when, how long training took, each agent's "
-        f"number of samples up to a power of two, {_told_quality(terms.evaluation)}, how long an "
+        f"{terms.weight} up to a power of two, {_told_quality(terms.evaluation)}, how long an "
         "agent's hours last, unless its policy withholds it its memory, speed, processors and "
         "engine, up to powers of two, and after "
         "each round how many values were clipped, their range for the next one, and the model's "
-        "SHA-256; agents see the names in their cohort and the largest number of samples up to a "
-        "power of two"
+        "SHA-256; agents see the names in their cohort and the largest "
+        f"{terms.weight} up to a power of two"
     )
 
 
@@ -121,12 +133,12 @@ def _coordinator(terms: PrivacyTerms) -> str:
         case Protection.PLAIN:
             quality = "its agent's quality, " if _is_summed(terms) else ""
             labels = ", by label where they have one" if terms.sends_labels else ""
-            return f"every update, {quality}and its number of samples{labels}"
+            return f"every update, {quality}and its {terms.weight}{labels}"
         case Protection.MASKED:
-            return f"{_sum(terms)}, and the total number of samples"
+            return f"{_sum(terms)}, and the total {_total(terms)}"
         case Protection.ENCRYPTED | Protection.SEALED if terms.sums_are_returned:
             made = "what agents make of " if terms.groups else ""
-            return f"{made}{_sum(terms)}, and the total number of samples: agents return them"
+            return f"{made}{_sum(terms)}, and the total {_total(terms)}: agents return them"
         case Protection.ENCRYPTED | Protection.SEALED:
             return "no update, no sum and no model"
 
@@ -152,8 +164,12 @@ def _coordinator_with_agents(terms: PrivacyTerms) -> str:
             )
 
 
+def _total(terms: PrivacyTerms) -> str:
+    return "norm of the adapters" if terms.weighting is Weighting.FACTOR_NORM else terms.weight
+
+
 def _agent(terms: PrivacyTerms) -> str:
-    known = f"{_sum(terms)}, and the total number of samples"
+    known = f"{_sum(terms)}, and the total {_total(terms)}"
     if terms.fewest == 2:
         known += "; in a sum of two, the other's update"
     if terms.protection is not Protection.PLAIN:

@@ -21,6 +21,7 @@ UPDATE_BITS = (16, 8)
 CLIP_MARGIN = 1.25  # on Adam's movement in a round
 ADAPTIVITIES = (1e-9, 1e9)  # whose squares a float32 holds
 MAX_GROUPS = 100
+FACTOR_NORM_UNIT = 2.0**-16  # weights up to 2^24 stand for norms up to 256
 MINIMUM_SUM = 3  # fewest updates in a sum under masks: each device insists, whoever asks
 
 _E = TypeVar("_E", bound=IntEnum)
@@ -95,6 +96,8 @@ class LoraRule(IntEnum):
     FLORA = 5
     FLEXLORA = 6
     FEDEX = 7
+    HETLORA = 8
+    FED_SB = 9
 
 
 class Personal(IntEnum):
@@ -112,6 +115,7 @@ class Weighting(IntEnum):
     SAMPLES = 1
     UNIFORM = 2
     COMPUTE = 3  # steps made
+    FACTOR_NORM = 4  # of B A, in units of FACTOR_NORM_UNIT
 
 
 class GroupRule(IntEnum):
@@ -149,6 +153,12 @@ STRATEGY_DEFAULTS: dict[Strategy, dict[str, float]] = {
     Strategy.FED_YOGI: _OF_FED_OPT | {"server_second_momentum": 0.99},
     Strategy.FED_DYN: {"dynamic_alpha": 0.1},
 }
+# What a run file that says nothing means, under a LoRA rule of its own defaults.
+LORA_DEFAULTS: dict[LoraRule, dict[str, IntEnum]] = {
+    LoraRule.HETLORA: {"weighting": Weighting.FACTOR_NORM},
+}
+# Strategies whose update is a movement alone, to wherever it leads.
+_MOVES_ALONE = (Strategy.FED_AVG, Strategy.FED_PROX, Strategy.FED_AVG_M, *_FED_OPT)
 _NEEDED = ("server_adaptivity", "dynamic_alpha", "population", "auxiliary_scale")
 _COUNTS_STEPS = (Strategy.FED_NOVA, Strategy.SCAFFOLD)
 _COUNTS_DEVICES = (Strategy.SCAFFOLD, Strategy.FED_DYN)
@@ -223,6 +233,8 @@ class LocalTraining:
     groups: int = 0  # 0: one sum of all
     group_rule: GroupRule = GroupRule.MEDIAN
     group_trim: float = 0.0
+    rank_penalty: float = 0.0
+    rank_decay: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -231,6 +243,7 @@ class LocalTraining:
         self._check_groups()
         self._check_matching()
         self._check_factors()
+        self._check_ranks()
         if problem := compression_problem(self):
             raise Refused(Reason.MALFORMED, problem)
 
@@ -328,7 +341,7 @@ class LocalTraining:
         _require(self.groups == 0 or 3 <= self.groups <= MAX_GROUPS, wanted, self.groups)
         movement = self.strategy in MOVEMENTS
         _require(movement or not self.groups, "groups 0 with this strategy", self.groups)
-        means = self.lora not in NEEDS_FACTORS
+        means = self.lora not in (*NEEDS_FACTORS, LoraRule.HETLORA)
         _require(means or not self.groups, f"groups 0 with lora {self.lora.name}", self.groups)
         if self.groups and self.group_rule is GroupRule.TRIMMED_MEAN:
             fits = self.group_trim * self.groups >= 1 and self.group_trim < 0.5
@@ -351,6 +364,33 @@ class LocalTraining:
             self.personal is not Personal.DITTO,
             f"personal NONE, FEDPER or FEDREP with lora {name}, whose factors a round replaces: "
             "no model of one's own is near them (lora FFA goes with DITTO)",
+            self.personal.name,
+        )
+
+    def _check_ranks(self) -> None:
+        _require(
+            (self.rank_penalty > 0) == (self.rank_decay > 0),
+            "rank_penalty and rank_decay both above 0, or neither",
+            (self.rank_penalty, self.rank_decay),
+        )
+        _require(self.rank_decay < 1, "rank_decay in [0, 1)", self.rank_decay)
+        if self.lora is not LoraRule.HETLORA:
+            _require(self.rank_decay == 0, "rank_decay 0 unless lora is HETLORA", self.rank_decay)
+            _require(
+                self.weighting is not Weighting.FACTOR_NORM,
+                "weighting SAMPLES, UNIFORM or COMPUTE unless lora is HETLORA",
+                self.weighting.name,
+            )
+            return
+        _require(
+            self.strategy in _MOVES_ALONE,
+            "a strategy that sends a movement alone with lora HETLORA, such as FED_AVG: beyond a "
+            "device's rank it is no sum of gradients",
+            self.strategy.name,
+        )
+        _require(
+            self.personal is Personal.NONE,
+            "personal NONE with lora HETLORA (lora FEDIT goes with it, at one rank)",
             self.personal.name,
         )
 
@@ -420,8 +460,11 @@ def steps_of(terms: LocalTraining, samples: int) -> int:
     return min(steps, terms.max_steps) if terms.max_steps else steps
 
 
-def weight_of(terms: LocalTraining, samples: int) -> int:
-    """Return what the update of a device with so many samples counts for."""
+def weight_of(terms: LocalTraining, samples: int, factor_norm: float = 0.0) -> int:
+    """Return what the update of a device with so many samples counts for.
+
+    `factor_norm`: Frobenius norm of its products B A, for HETLORA.
+    """
     match terms.weighting:
         case Weighting.SAMPLES:
             return samples
@@ -429,12 +472,14 @@ def weight_of(terms: LocalTraining, samples: int) -> int:
             return 1
         case Weighting.COMPUTE:
             return steps_of(terms, samples)
+        case Weighting.FACTOR_NORM:
+            return min(max(round(factor_norm / FACTOR_NORM_UNIT), 1), 1 << MAX_WEIGHT_CLASS)
 
 
 def most_steps(terms: LocalTraining, weight_cap: int) -> int:
     """Return how many steps no member of a cohort exceeds whose largest weight is `weight_cap`.
 
-    0 where nothing says it: uniform weights tell nothing of a device's samples.
+    0 where nothing says it: uniform weights and norms tell nothing of a device's samples.
     """
     match terms.weighting:
         case Weighting.SAMPLES:
@@ -442,13 +487,14 @@ def most_steps(terms: LocalTraining, weight_cap: int) -> int:
         case Weighting.COMPUTE:
             steps = terms.local_steps or terms.max_steps
             return min(steps, weight_cap) if steps else weight_cap
-        case Weighting.UNIFORM:
+        case Weighting.UNIFORM | Weighting.FACTOR_NORM:
             return terms.local_steps or terms.max_steps
 
 
 def implies_clip(terms: LocalTraining) -> bool:
     """Tell whether the range of an update's values follows from the terms."""
-    return terms.optimizer is not Optimizer.SGD and most_steps(terms, 1) > 0
+    to_zero = terms.lora is LoraRule.HETLORA  # a device of a small rank, however long it trains
+    return terms.optimizer is not Optimizer.SGD and not to_zero and most_steps(terms, 1) > 0
 
 
 def clip_of(encoding: Encoding, terms: LocalTraining, weight_cap: int) -> float:
@@ -462,8 +508,8 @@ def clip_of(encoding: Encoding, terms: LocalTraining, weight_cap: int) -> float:
         return encoding.clip
     _require(
         implies_clip(terms),
-        "a clip above 0 where the terms imply none (SGD; uniform weights without local_steps or "
-        "max_steps)",
+        "a clip above 0 where the terms imply none (SGD; HETLORA; uniform weights without "
+        "local_steps or max_steps)",
         0.0,
     )
     return CLIP_MARGIN * terms.learning_rate * most_steps(terms, weight_cap)

@@ -33,6 +33,7 @@ from fedloom.terms import (
     Personal,
     Protection,
     Strategy,
+    Weighting,
     clip_of,
 )
 
@@ -278,21 +279,26 @@ def test_sgd_needs_a_clip_only_where_updates_are_encoded() -> None:
     assert clip_of(config.encoding, config.training, weight_cap=8) > 0  # every sum asks for one
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [
-        ("fed_sb", "'ffa'"),
-        ("hetlora", "'fedit'"),
-    ],
-)
-def test_a_lora_rule_that_has_no_place_here_is_refused_with_the_nearest(
-    name: str, nearest: str
-) -> None:
-    found = problems(training={"lora": name})
-    assert "training.lora: expected one of [" in found
-    assert "'fedit', 'fedsa', 'ffa'" in found
-    assert "arXiv:" in found
-    assert nearest in found
+def test_devices_of_unequal_rank_are_weighted_by_their_norms_and_need_a_clip() -> None:
+    assert "protection.clip: expected a range" in problems(training={"lora": "hetlora"})
+    clip = {"clip": 0.5}
+    terms = parse_run_config(
+        LEAST | {"training": {"lora": "hetlora"}, "protection": clip}, PATH
+    ).training
+    assert (terms.lora, terms.weighting) == (LoraRule.HETLORA, Weighting.FACTOR_NORM)
+    for key, value, named in (
+        ("strategy", "fed_dyn", "a strategy that sends a movement alone with lora HETLORA"),
+        ("personal", "fedper", "personal NONE with lora HETLORA (lora FEDIT goes with it"),
+        ("rank_decay", 0.5, "rank_penalty and rank_decay both above 0"),
+    ):
+        training = {"lora": "hetlora", "weighting": "uniform", key: value}
+        cohort = {"population": 100} if value == "fed_dyn" else {}
+        assert named in problems(training=training, protection=clip, cohort=cohort)
+    median = {"rule": "median"}
+    found = problems(training={"lora": "hetlora"}, protection={"kind": "plain"}, aggregation=median)
+    assert "takes an update of a small rank" in found
+    found = problems(training={"weighting": "factor_norm", "lora": "ffa"})
+    assert "weighting SAMPLES, UNIFORM or COMPUTE unless lora is HETLORA" in found
 
 
 @pytest.mark.parametrize("kind", ["masked", "encrypted", "sealed"])
@@ -359,7 +365,9 @@ def test_groups_go_with_every_protection_and_say_what_else_they_need() -> None:
     assert "aggregation.groups: expected a strategy whose server may leave updates out" in told
     factors = {"training": {"lora": "flexlora"}, "protection": {"kind": "plain"}}
     told = problems(aggregation=median, cohort=twelve, **factors)
-    assert 'found "flexlora", which takes every agent\'s factors' in told
+    assert 'training.lora = "flexlora" both say what is made of the updates' in told
+    told = problems(aggregation=median, cohort=twelve, training={"lora": "hetlora"})
+    assert 'training.lora = "fedit" at one rank' in told
 
 
 def training_of(strategy: str, **changes: Any) -> LocalTraining:

@@ -39,6 +39,7 @@ _engines = st.builds(
     release=st.sampled_from(Release),
     threads=st.integers(0, 1024),
     memory_mb=st.integers(0, 2**24),
+    rank=st.integers(0, 2**16),
     engine=_engines,
 )
 def test_what_is_written_is_read_again(
@@ -49,11 +50,12 @@ def test_what_is_written_is_read_again(
     release: Release,
     threads: int,
     memory_mb: int,
+    rank: int,
     engine: OnnxSettings | TorchSettings,
 ) -> None:
     home = tmp_path_factory.mktemp("home")
     config = AgentConfig(
-        data, held_out, minimum, release, threads, memory_mb=memory_mb, engine=engine
+        data, held_out, minimum, release, threads, memory_mb=memory_mb, engine=engine, rank=rank
     )
     write_agent_config(home, config)
     assert load_agent_config(home) == config
@@ -71,6 +73,8 @@ def test_an_owner_who_says_nothing_permits_the_least(tmp_path: Path) -> None:
     [
         ('[policy]\nrelease = "everybody"', "policy.release"),
         ("[policy]\nrelease = 2", "policy.release"),
+        ("[adapter]\nrank = -1", "adapter.rank"),
+        ("[adapter]\nrank = 2.5", "adapter.rank"),
         ('[policy]\nrelease = ["agents"]', "policy.release"),
         ('[policy]\nminimum_protection = "none"', "policy.minimum_protection"),
         ('[policy]\nreleases = "agents"', "policy.releases"),

@@ -62,6 +62,7 @@ class FakeEngine:
         self.refusal: Refused | None = None  # raised instead of training
         self.evaluation_gate: Gate | None = None  # holds evaluations until it is open
         self.evaluation: Evaluation | None = two_classes(count=10, correct=7, mean_loss=0.5)
+        self.shrinks = False  # half of the model goes, whatever is drawn
         self.seconds = 0.0  # that a training takes, and an evaluation
         self._spoil = spoil or (lambda update: update)
 
@@ -88,6 +89,8 @@ class FakeEngine:
             progress(0.5)
         levels = np.random.default_rng(order_seed).integers(-_STEPS, _STEPS + 1, len(theta))
         delta = levels.astype(np.float32) * np.float32(LARGEST_VALUE / _STEPS)
+        if self.shrinks:
+            delta = theta * np.float32(-0.5)
         update = self._spoil(LocalUpdate(delta, self.samples, mean_loss=0.25))
         self.history.append(Trained(theta.copy(), update, linear))
         return replace(update, delta=update.delta.copy())  # which its taker uses up

@@ -110,6 +110,7 @@ class Agent:
         self.permitted_release = Release.AGENTS
         self.permitted_report = Report.MEAN
         self.availability = ALWAYS
+        self.rank = 0  # under HetLoRA
         self.protections = frozenset(Protection)
         self.models = ModelMaker(home / "models", identity.agent_id, identity.identity_key)
         self._session: Session | None = None
@@ -126,6 +127,7 @@ class Agent:
             self.permitted_release,
             permitted_report=self.permitted_report,
             availability=self.availability,
+            rank=self.rank,
         )
         self._session = Session(device, self.protections)
         self._running = asyncio.create_task(self._session.run())

@@ -8,7 +8,7 @@ from crypto import cohort
 from crypto.groups import draw
 from fedloom.privacy import PrivacyStatement, PrivacyTerms, privacy_statement, tolerated
 from fedloom.quality import EvaluationTerms, Report
-from fedloom.terms import MINIMUM_SUM, Protection, Release
+from fedloom.terms import MINIMUM_SUM, Protection, Release, Weighting
 
 ALL = [
     PrivacyTerms(*terms)
@@ -77,6 +77,20 @@ def test_larger_groups_are_told_as_the_protocol_holds_them() -> None:
         assert terms.fewest == min(map(cohort.quorum, least))
         told = privacy_statement(terms).coordinator_with_agents
         assert told.startswith(f"with {min(map(cohort.tolerated, least))} agent")
+
+
+@pytest.mark.parametrize("protection", Protection)
+def test_what_is_told_of_weights_is_what_they_are(protection: Protection) -> None:
+    for weighting, word in (
+        (Weighting.SAMPLES, "number of samples"),
+        (Weighting.COMPUTE, "number of steps"),
+        (Weighting.FACTOR_NORM, "norm"),
+    ):
+        terms = PrivacyTerms(protection, Release.COORDINATOR, 3, weighting=weighting)
+        found = privacy_statement(terms)
+        for told in (found.coordinator, found.agent, found.clear):
+            assert word in told
+            assert ("number of samples" in told) == (weighting is Weighting.SAMPLES)
 
 
 @pytest.mark.parametrize("terms", ALL, ids=str)

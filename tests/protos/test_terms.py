@@ -42,14 +42,18 @@ from fedloom.terms import (
 from fedloom.v1 import control_pb2
 from tests.strategies.samples import ALL_TERMS, NEEDED, terms_of
 
+_weightings = st.sampled_from([Weighting.SAMPLES, Weighting.UNIFORM, Weighting.COMPUTE])
 _rate = st.floats(0, 1e6, allow_nan=False)
 _below_one = st.floats(0, 1, exclude_max=True)
 _steps = st.integers(0, MAX_STEPS)
 _amounts = st.fixed_dictionaries(
     {"epochs": st.integers(1, MAX_EPOCHS), "max_steps": _steps}
 ) | st.fixed_dictionaries({"local_steps": _steps})
-_RULES = [rule for rule in LoraRule if rule not in NEEDS_FACTORS]  # which take any strategy
+_RULES = [  # which take any strategy
+    rule for rule in LoraRule if rule not in (*NEEDS_FACTORS, LoraRule.HETLORA)
+]
 _any_lora = st.sampled_from(_RULES)
+_HETLORA = {"lora": LoraRule.HETLORA, "rank_penalty": 0.5, "rank_decay": 0.75}
 _what_travels = (
     st.fixed_dictionaries(
         {"lora": _any_lora, "personal": st.sampled_from([Personal.NONE, Personal.FEDPER])},
@@ -115,7 +119,7 @@ def trainings(draw: st.DrawFn) -> LocalTraining:
         "weight_decay": draw(_rate),
         "momentum": draw(_below_one),
         "seed": draw(st.integers(0, 2**64 - 1)),
-        "weighting": draw(st.sampled_from(Weighting)),
+        "weighting": draw(_weightings),
         "gradient_clip": draw(_rate),
         "step_schedule": draw(st.sampled_from(Schedule)),
         "warmup_steps": draw(st.integers(0, MAX_STEPS)),
@@ -132,7 +136,12 @@ def trainings(draw: st.DrawFn) -> LocalTraining:
     for name, strategies in STRATEGIES_WITH.items():
         if strategy in strategies:
             values[name] = draw(_OF_STRATEGIES[name])
-    if strategy in MOVEMENTS:
+    if draw(st.booleans()) and values.get("personal", Personal.NONE) is Personal.NONE:
+        values |= _HETLORA | {"weighting": draw(st.sampled_from(Weighting))}
+        values = {name: value for name, value in values.items() if name not in STRATEGIES_WITH}
+        values = {name: value for name, value in values.items() if not name.startswith("group")}
+        strategy = Strategy.FED_AVG
+    elif strategy in MOVEMENTS:
         values |= draw(_compressions | _unbiased)
     return terms_of(strategy, **(values | NEEDED.get(strategy, {})))
 
@@ -204,6 +213,9 @@ OUTSIDE_TRAINING = [
     ("head_steps", 1),
     ("personal_lambda", 0.5),
     ("personal_lambda", math.nan),
+    ("rank_penalty", 0.5),
+    ("rank_decay", 0.5),
+    ("weighting", Weighting.FACTOR_NORM),
     ("fine_tune_steps", MAX_STEPS + 1),
     *((name, MAX_STEPS + 1) for name in ("local_steps", "max_steps")),
     *((name, MAX_STEPS + 1) for name in ("warmup_steps", "warmup_rounds")),
@@ -278,6 +290,7 @@ def test_a_devices_steps_follow_from_its_samples(training: LocalTraining, sample
         by_epochs = training.epochs * math.ceil(samples / training.batch_size)
         assert steps == min(by_epochs, training.max_steps or by_epochs)
     expected = {Weighting.SAMPLES: samples, Weighting.UNIFORM: 1, Weighting.COMPUTE: steps}
+    expected[Weighting.FACTOR_NORM] = 1  # of a norm that is not known yet
     assert weight_of(training, samples) == expected[training.weighting]
 
 
@@ -335,7 +348,8 @@ def test_a_clip_that_is_not_stated_follows_from_the_terms(
         bounds.append(weight_cap)
     steps = min((bound for bound in bounds if bound), default=0)
     unstated = replace(encoding, clip=0.0)
-    if training.optimizer is not Optimizer.SGD and steps:
+    to_zero = training.lora is LoraRule.HETLORA
+    if training.optimizer is not Optimizer.SGD and steps and not to_zero:
         assert clip_of(unstated, training, weight_cap) == 1.25 * training.learning_rate * steps
     else:
         with pytest.raises(Refused, match="MALFORMED"):

@@ -9,13 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.engine import LocalUpdate
-from edge_agent.local_rules import LocalSteps, Outgoing, outgoing, remembered, strategys
+from edge_agent.local_rules import (
+    LocalSteps,
+    Outgoing,
+    outgoing,
+    prunes_rank,
+    remembered,
+    strategys,
+)
+from edge_agent.ranks import OwnRank
 from fedloom.plans import TrainableTensor
 from fedloom.schedules import round_terms
 from fedloom.strategies import Layout, Memory, ServerState, algorithm, update_length
 from fedloom.strategies.ditto import personal_terms, pull
 from fedloom.strategies.portions import keeps_own_model, parts_of, sends_everything, start_of
-from fedloom.terms import LocalTraining, LoraRule, Personal, steps_of
+from fedloom.terms import LocalTraining, LoraRule, Personal, Weighting, steps_of
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -25,6 +33,9 @@ EVERYTHING: dict[str, Any] = {  # is sent
     "personal": Personal.NONE,
     "head_steps": 0,
     "personal_lambda": 0.0,
+    "weighting": Weighting.UNIFORM,  # which every strategy takes
+    "rank_penalty": 0.0,
+    "rank_decay": 0.0,
 }
 
 
@@ -35,6 +46,7 @@ class Device:
     gradient: Gradient
     samples: int
     memory: Memory = ()
+    rank: int = 0  # under HetLoRA; 0: the layout's
 
 
 def layout_of(theta: Float32) -> Layout:
@@ -47,6 +59,8 @@ def move(device: Device, state: ServerState, terms: LocalTraining, layout: Layou
     parts = None if sends_everything(terms) else parts_of(terms, layout, state.rounds)
     linear = algorithm(terms, layout).linear(state, strategys(terms, device.memory))
     start = start_of(terms, layout, state.theta, device.memory)
+    if terms.lora is LoraRule.HETLORA:
+        return move_ranks(device, state, terms, layout)
     delta, own = trained(device, start, terms, linear, parts), None
     if terms.personal is Personal.DITTO:
         before = device.memory[-1]
@@ -56,6 +70,19 @@ def move(device: Device, state: ServerState, terms: LocalTraining, layout: Layou
         own = start + delta
     update = LocalUpdate(delta, device.samples, 0.0)
     return outgoing(terms, state, device.memory, update, layout, own)
+
+
+def move_ranks(
+    device: Device, state: ServerState, terms: LocalTraining, layout: Layout
+) -> Outgoing:
+    """Train a device of a rank of its own, as an agent does."""
+    ranks = OwnRank.of(terms, layout, device.rank, device.memory)
+    start, parts = ranks.start(state.theta), parts_of(terms, layout, state.rounds)
+    moved = LocalUpdate(
+        trained(device, start, terms, None, ranks.parts(parts)), device.samples, 0.0
+    )
+    update, kept = ranks.finished(state.theta, start, moved)
+    return outgoing(terms, state, device.memory, update, layout, kept)
 
 
 def trained(
@@ -84,6 +111,8 @@ def first_state(terms: LocalTraining, theta: Float32, devices: Sequence[Device])
         device.memory = tuple(np.zeros(len(theta), np.float32) for _ in range(count))
         if keeps_own_model(terms):
             device.memory = (*device.memory, theta.copy())
+        if prunes_rank(terms):
+            device.memory = (np.zeros(1, np.float32),)
     return algorithm(replace(terms, **EVERYTHING)).init(theta)
 
 

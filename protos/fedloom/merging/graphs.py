@@ -1,10 +1,11 @@
 """One inference graph with theta folded into its weights.
 
 The rewriting needs no pattern of any model. theta is followed as indices through whatever only
-rearranges it, which tells for every value which trained tensor it is. LoRA's B is then taken for
-zero and the zero followed: it vanishes where it is added to the adapted layer's own product, and
-the weight of that product gets (alpha / rank) B A instead (Hu et al., arXiv:2106.09685v2, section
-4.1). Whatever does not go this way is refused, and `comparison` looks at the outcome.
+rearranges it, which tells for every value which trained tensor it is. LoRA's B, or R of B R A, is
+then taken for zero and the zero followed: it vanishes where it is added to the adapted layer's own
+product, and the weight of that product gets (alpha / rank) B A instead (Hu et al.,
+arXiv:2106.09685v2, section 4.1). Whatever does not go this way is refused, and `comparison` looks
+at the outcome.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ class Merging:
     plan: Plan
     theta: Theta
     weights: dict[str, Array] = field(default_factory=dict)  # of the merged graphs, by name
-    merged: dict[tuple[str, str], Array] = field(default_factory=dict)  # by weight and LoRA's B
+    merged: dict[tuple[str, str], Array] = field(default_factory=dict)  # by weight and B or R
 
     def slice(self, tensor: TrainableTensor) -> Array:
         """Return a trained tensor."""
@@ -138,7 +139,7 @@ class _Graph:
 
     def merge_adapters(self) -> None:
         """Take every low-rank product out of the graph, into the weight that it stands beside."""
-        zeros = self._lora_b()
+        zeros = self._zeros()
         producers = {output: node for node in self._nodes for output in node.output}
         renamed: dict[str, str] = {}
         places: dict[tuple[str, str], list[_Product]] = {}
@@ -164,8 +165,8 @@ class _Graph:
         self._rename_outputs(renamed)
         self._add_up(places)
 
-    def _lora_b(self) -> dict[str, TrainableTensor]:
-        low_rank = [t for t in self._shared.plan.layout if t.role is Role.LORA_B]
+    def _zeros(self) -> dict[str, TrainableTensor]:
+        low_rank = [t for t in self._shared.plan.layout if t.role in (Role.LORA_B, Role.LORA_R)]
         starts = {tensor.offset: tensor for tensor in low_rank}
         return {
             name: starts[int(indices.flat[0])]
@@ -220,18 +221,24 @@ class _Graph:
             for place in products:
                 place.node.input[place.index] = name
 
-    def _sum(self, weight: str, lora_b: str, flipped: bool) -> Array:
-        """W + (alpha / rank) B A, with the product in float64: rounded once."""
-        tensors = {tensor.name: tensor for tensor in self._shared.plan.layout}
-        lora_a = lora_b.replace(".lora_B.", ".lora_A.")
-        a = self._shared.slice(tensors[lora_a]) if lora_a in tensors else self._constants[lora_a]
-        b = self._shared.slice(tensors[lora_b])  # (out, rank); a is (rank, in)
+    def _sum(self, weight: str, zero: str, flipped: bool) -> Array:
+        """W + (alpha / rank) B A, or B R A, with the product in float64: rounded once."""
+        lora_b = zero.replace(".lora_R.", ".lora_B.")
+        a = self._factor(lora_b.replace(".lora_B.", ".lora_A."))  # (rank, in)
+        b = self._factor(lora_b).astype(np.float64)  # (out, rank)
+        if zero != lora_b:
+            b = b @ self._factor(zero)
         origin = self._shared.plan.origin
-        change = (origin.lora_alpha / origin.lora_rank) * (b.astype(np.float64) @ a)
+        change = (origin.lora_alpha / origin.lora_rank) * (b @ a)
         before = self._constants[weight]
         if (change.T if flipped else change).shape != before.shape:
             raise _unknown(f"{weight} with the extents of {lora_b}")
         return (before + (change.T if flipped else change)).astype(np.float32)
+
+    def _factor(self, name: str) -> Array:
+        """Return a factor, trained or frozen."""
+        tensors = {tensor.name: tensor for tensor in self._shared.plan.layout}
+        return self._shared.slice(tensors[name]) if name in tensors else self._constants[name]
 
     def _rename_outputs(self, renamed: Mapping[str, str]) -> None:
         for output in self._graph.output:

@@ -15,6 +15,7 @@ from fedloom.adapters import Theta
 from fedloom.plans import Role, TrainableTensor
 from fedloom.strategies.arithmetic import Vector
 from fedloom.strategies.rule import Algorithm, Memory, Places, Sent, ServerState
+from fedloom.strategies.tails import Tail
 
 Layout = tuple[TrainableTensor, ...]
 
@@ -34,13 +35,17 @@ FateOf = Callable[[Role, int], Fate]  # (role, number of rounds applied before)
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of theta (P,) in one round; each tuple ascends, and no two slices of one touch."""
+    """The parts of theta (P,) in one round; each tuple ascends, and no two slices of one touch.
+
+    `tails` are the ranks that the terms' `rank_penalty` weighs on.
+    """
 
     shared: tuple[slice, ...]
     private: tuple[slice, ...] = ()
     frozen: tuple[slice, ...] = ()
     moved: tuple[slice, ...] = ()  # by the server alone; like `fixed` behind all others
     fixed: tuple[slice, ...] = ()
+    tails: tuple[Tail, ...] = ()
 
     @property
     def resting(self) -> tuple[slice, ...]:
@@ -82,7 +87,8 @@ def divide(layout: Layout, fate_of: FateOf, rounds: int) -> Parts:
             parts[-1] = slice(parts[-1].start, end)
         else:
             parts.append(slice(tensor.offset, end))
-    return Parts(*(tuple(found[fate]) for fate in Fate))
+    shared, private, frozen, moved, fixed = (tuple(found[fate]) for fate in Fate)
+    return Parts(shared, private, frozen, moved, fixed)
 
 
 def gathered(vector: Vector, parts: Iterable[slice]) -> Vector:

@@ -4,6 +4,7 @@ from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Role
 from fedloom.strategies import (
+    fed_sb,
     fedex_lora,
     fedit,
     fedrep,
@@ -11,6 +12,7 @@ from fedloom.strategies import (
     ffa_lora,
     flexlora,
     flora,
+    hetlora,
     rolora,
 )
 from fedloom.strategies.factors import FactorRule
@@ -31,9 +33,11 @@ FACTOR_RULES: dict[LoraRule, FactorRule] = {
         flora.RULE,
         flexlora.RULE,
         fedex_lora.RULE,
+        hetlora.RULE,
+        fed_sb.RULE,
     )
 }
-_FACTORS = (Role.LORA_A, Role.LORA_B)
+_FACTORS = (Role.LORA_A, Role.LORA_B, Role.LORA_R)
 _OWN_HEAD = (Personal.FEDPER, Personal.FEDREP)
 
 
@@ -84,14 +88,11 @@ def _fate_of(terms: LocalTraining) -> FateOf:
 def _check_roles(terms: LocalTraining, roles: set[Role]) -> None:
     rule = FACTOR_RULES[terms.lora]
     if missing := rule.needs - roles:
-        nearest = "ffa" if Role.LORA_B in roles else "fedit"
-        plan = "a plan whose A is not frozen"
-        if missing == {Role.RESIDUAL}:
-            nearest, plan = "flexlora", "a plan built with --residual"
+        nearest = _nearest(roles, missing)
         names = " and ".join(sorted(role.name for role in missing))
         raise _unsupported(
-            f"{names} in the plan's layout with lora = {terms.lora.name.lower()!r} ({plan}); "
-            f"this plan goes with lora = {nearest!r}",
+            f"{names} in the plan's layout with lora = {terms.lora.name.lower()!r} (a plan "
+            f"{_built(missing)}); this plan goes with lora = {nearest!r}",
             "none",
         )
     if terms.personal in _OWN_HEAD and Role.HEAD not in roles:
@@ -100,6 +101,20 @@ def _check_roles(terms: LocalTraining, roles: set[Role]) -> None:
             "plan goes with personal = 'ditto'",
             "none",
         )
+
+
+def _nearest(roles: set[Role], missing: frozenset[Role]) -> str:
+    if Role.LORA_R in roles:
+        return "fed_sb"
+    if missing == {Role.RESIDUAL}:
+        return "flexlora"
+    return "ffa" if Role.LORA_B in roles else "fedit"
+
+
+def _built(missing: frozenset[Role]) -> str:
+    if missing == {Role.LORA_R}:
+        return "built with --lora sb"
+    return "built with --residual" if missing == {Role.RESIDUAL} else "whose A is not frozen"
 
 
 def _unsupported(expected: str, found: str) -> Refused:
