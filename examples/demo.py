@@ -135,15 +135,18 @@ class Demo:
             *("fedloom-coordinator", "init", "--address", "127.0.0.1", "--listen", "127.0.0.1"),
             *("--control-port", control, "--enrolment-port", enrolment, *self._home()),
         )
+        self._queue_runs()
+        serving = self._child(
+            children, "coordinator", "fedloom-coordinator", "serve", "--until-idle", *self._home()
+        )
+        _wait_for_port(int(enrolment), serving)
+
+    def _queue_runs(self) -> None:
         run_file = self._out / "run.toml"
         run_file.write_text(
             _RUN_FILE.format(plan="plan", rounds=self._options.rounds, agents=AGENTS)
         )
         self._command("fedloom-coordinator", "run", "start", run_file, *self._home())
-        serving = self._child(
-            children, "coordinator", "fedloom-coordinator", "serve", "--until-idle", *self._home()
-        )
-        _wait_for_port(int(enrolment), serving)
 
     def _start_agent(self, children: contextlib.ExitStack, number: int, files: AgentFiles) -> None:
         home, token = self._out / f"agent-{number}", self._out / f"agent-{number}.token"

@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 from torch.nn.functional import cross_entropy
 
+from coordinator.plans.parity import one_thread
+
 _SPECIAL = ("<pad>", "<s>", "</s>")
 _PAD, _BEGIN, _END = range(3)
 _IGNORED = -100
@@ -22,11 +24,11 @@ _IGNORED = -100
 class Recipe:
     """How large the base is and how long it learns."""
 
-    steps: int = 600
-    batch: int = 32
-    learning_rate: float = 3e-3
-    vocabulary: int = 1500
-    width: int = 128
+    steps: int = 500
+    batch: int = 16
+    learning_rate: float = 4e-3
+    vocabulary: int = 1200
+    width: int = 96
     layers: int = 3
     seed: int = 0
 
@@ -40,11 +42,11 @@ def save_base(
 ) -> None:
     """Train on (prompt, answer) pairs and save model and tokenizer; `further` is for the latter."""
     tokenizer = _tokenizer([*(p + a for p, a in pairs), *further], recipe.vocabulary)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(recipe.seed)
         model = transformers.LlamaForCausalLM(_config(recipe, tokenizer.get_vocab_size()))
         report(f"{sum(p.numel() for p in model.parameters()):,} values, random")
-        rows = [tokenizer.encode(prompt + answer).ids + [_END] for prompt, answer in pairs]
+        rows = [[*tokenizer.encode(prompt + answer).ids, _END] for prompt, answer in pairs]
         _train(model, rows, recipe, report)
     model.save_pretrained(folder)
     transformers.PreTrainedTokenizerFast(

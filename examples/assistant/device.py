@@ -1,4 +1,4 @@
-"""The device's program: text -> intent -> a note of this house -> reply, by two adapters on one base.
+"""The device's program: text -> intent -> note of this house -> reply, two adapters on one base.
 
 Beside it `fedloom-agent` may go on training and making versions: each question is answered by the
 version that is active then, in the sessions that were loaded for the first one.

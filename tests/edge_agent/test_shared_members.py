@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ class Recorded(FromMemory):
 
     async def download(self, artifact: ArtifactReference, destination: Path) -> None:
         """Write the file."""
-        if not destination.exists():
+        if destination.name not in os.listdir(destination.parent):
             await super().download(artifact, destination)
 
 
