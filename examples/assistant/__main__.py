@@ -18,7 +18,7 @@ from edge_agent.inference import Adapter, load_exported
 from edge_agent.statements import Statement
 from examples.assistant import rows
 from examples.assistant.base import Recipe, save_base
-from examples.assistant.device import INTENT, REPLY, Assistant, classifier, written
+from examples.assistant.device import INTENT, REPLY, Assistant, assistant_of, classifier, written
 from examples.demo import AGENTS, ALPHA, SEED, Demo, parser, run
 from examples.split import AgentFiles, read_data_set, split, write_labels
 
@@ -58,11 +58,7 @@ class Quality:
 
 
 class AssistantDemo(Demo):
-    """One demonstration in one folder; `rows` at most are a device's."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        super().__init__(options)
-        self._started_agents = 0
+    """One demonstration in one folder."""
 
     def run(self, children: contextlib.ExitStack) -> None:
         """Make a base, train two adapters, answer with both, swap one."""
@@ -149,7 +145,7 @@ class AssistantDemo(Demo):
     def use(self) -> None:
         """Answer on the first device, roll one adapter back, answer again."""
         home = self._agent_home(1)
-        device = Assistant(home, self._notes(1))
+        device = assistant_of(home, self._notes(1))
         held_out = rows.read_rows(self._out / "data" / "agent-1-held-out.csv")
         asked = [row["text"] for row in random.Random(SEED).sample(held_out, ASKED)]
         for text in asked:

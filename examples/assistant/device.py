@@ -6,8 +6,8 @@ version that is active then, in the sessions that were loaded for the first one.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from edge_agent.generation import LanguageModel, Request, gathered
@@ -16,7 +16,7 @@ from edge_agent.inference import Adapter, TextClassifier
 from edge_agent.library import Library
 from edge_agent.model_versions import ModelVersions
 from edge_agent.sampling import Sampling
-from examples.assistant.notes import Notes
+from examples.assistant.notes import Note, Notes
 from examples.assistant.rows import read_notes
 from fedloom.plans import BASE_FILE
 
@@ -48,11 +48,10 @@ class Answer:
 class Assistant:
     """Answers with a device's own models and notes."""
 
-    def __init__(self, home: Path, notes: Path, threads: int = 1) -> None:
-        key = load_identity(home).identity_key.public_key()
-        self.versions = ModelVersions(home / "models", key)
-        self.library = Library(self.versions, threads)
-        self._notes = Notes(read_notes(notes))
+    def __init__(self, versions: ModelVersions, notes: Sequence[Note], threads: int = 1) -> None:
+        self.versions = versions
+        self.library = Library(versions, threads)
+        self._notes = Notes(notes)
 
     def answer(self, text: str) -> Answer:
         """Answer with the versions that are active now."""
@@ -68,14 +67,20 @@ class Assistant:
             (intent.version, reply.version),
         )
 
-    @cached_property
+    @property
     def base_is_shared(self) -> bool:
         """Whether the base of both adapters is one file on the disk, mapped once."""
-        paths = [
+        intent, reply = (
             self.versions.path(name, self.library.adapter(name).version) / BASE_FILE
             for name in (INTENT, REPLY)
-        ]
-        return paths[0].samefile(paths[1])
+        )
+        return intent.samefile(reply)
+
+
+def assistant_of(home: Path, notes: Path) -> Assistant:
+    """Return the assistant on the models of an agent's folder and a file of notes."""
+    key = load_identity(home).identity_key.public_key()
+    return Assistant(ModelVersions(home / "models", key), read_notes(notes))
 
 
 def classifier(adapter: Adapter) -> TextClassifier:
@@ -101,7 +106,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, required=True, help="folder of the agent")
     parser.add_argument("--notes", type=Path, required=True, help="CSV with label and note")
     options = parser.parse_args()
-    assistant = Assistant(options.home, options.notes)
+    assistant = assistant_of(options.home, options.notes)
     for line in sys.stdin:
         print(assistant.answer(line.strip()), flush=True)
 

@@ -117,7 +117,7 @@ class _LastToken(torch.nn.Module):
 
     def forward(self, mask: torch.Tensor, *, arguments: dict[str, torch.Tensor]) -> torch.Tensor:
         """`mask` is (B, S); a row without any token is read at its first position."""
-        model: Any = self.network.get_base_model()  # type: ignore[operator] # any module's
+        model: Any = self.network.get_base_model()
         core = getattr(model, model.base_model_prefix)
         hidden = core(**arguments, use_cache=False).last_hidden_state  # (B, S, H)
         positions = torch.arange(mask.shape[1])
