@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import ByteLevel
 from torch.nn.functional import cross_entropy
 
+from coordinator.plans.checkpoints import quiet_transformers
 from coordinator.plans.parity import one_thread
 
 _SPECIAL = ("<pad>", "<s>", "</s>")
@@ -24,7 +25,7 @@ _IGNORED = -100
 class Recipe:
     """How large the base is and how long it learns."""
 
-    steps: int = 500
+    steps: int = 1500
     batch: int = 16
     learning_rate: float = 4e-3
     vocabulary: int = 1200
@@ -42,13 +43,13 @@ def save_base(
 ) -> None:
     """Train on (prompt, answer) pairs and save model and tokenizer; `further` is for the latter."""
     tokenizer = _tokenizer([*(p + a for p, a in pairs), *further], recipe.vocabulary)
-    with torch.random.fork_rng(devices=[]), one_thread():
+    with torch.random.fork_rng(devices=[]), one_thread(), quiet_transformers():
         torch.manual_seed(recipe.seed)
         model = transformers.LlamaForCausalLM(_config(recipe, tokenizer.get_vocab_size()))
         report(f"{sum(p.numel() for p in model.parameters()):,} values, random")
         rows = [[*tokenizer.encode(prompt + answer).ids, _END] for prompt, answer in pairs]
         _train(model, rows, recipe, report)
-    model.save_pretrained(folder)
+        model.save_pretrained(folder)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **dict(zip(_NAMES, _SPECIAL, strict=True))
     ).save_pretrained(folder)
