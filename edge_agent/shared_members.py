@@ -3,7 +3,8 @@
     plans/<SHA-256 of plan.binpb>/base.safetensors     one file under two names, where two plans
     plans/<SHA-256 of plan.binpb>/base.safetensors     name a member with the same SHA-256
 
-ONNX Runtime maps the base into memory: sessions of both plans share its pages, too.
+ONNX Runtime maps the base into memory, so that sessions of both plans share its pages too; all
+but the matrices of a language model that generates, of which its session keeps copies (`prepack`).
 """
 
 import os

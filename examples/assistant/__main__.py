@@ -113,7 +113,7 @@ class AssistantDemo(Demo):
             )
 
     def _start_coordinator(self, children: contextlib.ExitStack) -> None:
-        self._write_run(REPLY, self._options.reply_rounds, 1, _REPLY_SCHEDULE)
+        self._write_run(REPLY, self._options.reply_rounds, 2, _REPLY_SCHEDULE)
         self._write_run(INTENT, self._options.rounds, 2, _INTENT_SCHEDULE)
         super()._start_coordinator(children)
 
@@ -176,7 +176,8 @@ class AssistantDemo(Demo):
         self._title("An adapter is swapped while the program runs: nothing is loaded again")
         before = device.library.adapter(REPLY)
         models = (*self._agent(1, self._agent_home(1)), "models")
-        self._command(*models, "rollback", "1", "--adapter", REPLY)
+        oldest = str(device.versions.usable(REPLY)[0])
+        self._command(*models, "rollback", oldest, "--adapter", REPLY)
         self._say(str(device.answer(text)))
         self._command(*models, "follow", "--adapter", REPLY)
         self._say(str(device.answer(text)))
@@ -216,8 +217,8 @@ def quality(intent: Adapter, reply: Adapter, held_out: Sequence[dict[str, str]])
 def options() -> argparse.ArgumentParser:
     """Return the options."""
     made = parser(__doc__)
-    made.set_defaults(out=Path("assistant-run"), rounds=4)
-    made.add_argument("--reply-rounds", type=int, default=3, help="rounds of the run reply")
+    made.set_defaults(out=Path("assistant-run"), rounds=10)
+    made.add_argument("--reply-rounds", type=int, default=5, help="rounds of the run reply")
     made.add_argument("--steps", type=int, default=Recipe.steps, help="to train the base with")
     made.add_argument("--rows", type=int, default=0, help="to train on, on all devices; 0: all")
     return made
