@@ -45,8 +45,8 @@ kind = "sealed"
 gathering = 600
 training = 1800
 """
-_INTENT_SCHEDULE = 'learning_rate = 6e-3\nround_schedule = "cosine"\nwarmup_rounds = 1'
-_REPLY_SCHEDULE = 'learning_rate = 4e-3\nstep_schedule = "cosine"'
+_INTENT_SCHEDULE = 'learning_rate = 3e-3\nround_schedule = "cosine"\nwarmup_rounds = 1'
+_REPLY_SCHEDULE = 'learning_rate = 6e-3\nstep_schedule = "cosine"'
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class AssistantDemo(Demo):
 
     def _start_coordinator(self, children: contextlib.ExitStack) -> None:
         self._write_run(REPLY, self._options.reply_rounds, 2, _REPLY_SCHEDULE)
-        self._write_run(INTENT, self._options.rounds, 2, _INTENT_SCHEDULE)
+        self._write_run(INTENT, self._options.rounds, 1, _INTENT_SCHEDULE)
         super()._start_coordinator(children)
 
     def _queue_runs(self) -> None:

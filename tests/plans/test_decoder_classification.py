@@ -35,7 +35,7 @@ def classifier(graph_cache, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neo", "gpt_neox"])
 def test_each_row_is_read_at_its_last_token(
     kind, classifier, peft_model, open_graph, any_theta, tmp_path
 ):
