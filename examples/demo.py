@@ -85,12 +85,7 @@ class Demo:
     def run(self, children: contextlib.ExitStack) -> None:
         """Prepare, train, answer; `children` ends every process, whatever happens."""
         started = time.monotonic()
-        cache = self._options.cache or self._out / "cache"
-        for old in self._out.iterdir() if self._out.exists() else ():
-            if old != cache:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        self._out.mkdir(parents=True, exist_ok=True)
-
+        cache = self._emptied()
         files, sentences = self._prepare_data()
         self._title("The operator makes a plan: what a device without torch can train")
         self._build_plan(cache)
@@ -107,6 +102,15 @@ class Demo:
         self._title("A device answers with ONNX Runtime and the adapter that it opened itself")
         self._answer(sentences)
         self._say_where(time.monotonic() - started)
+
+    def _emptied(self) -> Path:
+        """Empty the demo's folder but for the cache; return where that is."""
+        cache: Path = self._options.cache or self._out / "cache"
+        for old in self._out.iterdir() if self._out.exists() else ():
+            if old != cache:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        self._out.mkdir(parents=True, exist_ok=True)
+        return cache
 
     def _prepare_data(self) -> tuple[list[AgentFiles], list[str]]:
         options = self._options

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import math
 import random
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -63,10 +62,9 @@ class AssistantDemo(Demo):
     def run(self, children: contextlib.ExitStack) -> None:
         """Make a base, train two adapters, answer with both, swap one."""
         started = time.monotonic()
-        shutil.rmtree(self._out, ignore_errors=True)
-        self._out.mkdir(parents=True)
+        cache = self._emptied()
         files, _ = self._prepare_data()
-        self._build_plan(self._options.cache or self._out / "cache")
+        self._build_plan(cache)
         self._title("The operator starts a coordinator and queues both runs; it runs one at a time")
         self._start_coordinator(children)
         for name in (INTENT, REPLY):
@@ -94,10 +92,10 @@ class AssistantDemo(Demo):
                 plain = [(row["text"], row["label"]) for row in rows.read_rows(path)]
                 rows.write_rows(plain, notes, path)
             self.console.print(f"  {part.train.name}: {part.rows:,} rows, {len(notes)} notes")
-        self._title("The operator's base: a small Llama, trained on public text without any note")
-        recipe = replace(Recipe(), steps=options.steps)
-        texts = rows.public_texts(train)
-        save_base(texts, rows.sayings(), self._base, recipe, self._say)
+        if options.model is None:
+            self._title("The operator's base: a small Llama, trained on public text alone")
+            recipe = replace(Recipe(), steps=options.steps)
+            save_base(rows.public_texts(train), rows.sayings(), self._base, recipe, self._say)
         return files, []
 
     def _build_plan(self, cache: Path) -> None:
@@ -189,7 +187,7 @@ class AssistantDemo(Demo):
 
     @property
     def _base(self) -> Path:
-        return self._out / "base"
+        return Path(self._options.model or self._out / "base")
 
     def _plan(self, name: str) -> Path:
         return self._out / "plans" / name
@@ -217,7 +215,7 @@ def quality(intent: Adapter, reply: Adapter, held_out: Sequence[dict[str, str]])
 def options() -> argparse.ArgumentParser:
     """Return the options."""
     made = parser(__doc__)
-    made.set_defaults(out=Path("assistant-run"), rounds=10)
+    made.set_defaults(out=Path("assistant-run"), rounds=10, model=None)
     made.add_argument("--reply-rounds", type=int, default=5, help="rounds of the run reply")
     made.add_argument("--steps", type=int, default=Recipe.steps, help="to train the base with")
     made.add_argument("--rows", type=int, default=0, help="to train on, on all devices; 0: all")
