@@ -8,12 +8,13 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo headline arm64 test check lint types protos bench clean
+.PHONY: help install demo assistant headline arm64 test check lint types protos bench clean
 
 help: ## Say what can be made
 	@echo "make demo                 the whole thing on one machine: plan, 3 agents, 5 sealed rounds, ONNX answers"
 	@echo "make demo DATA=PATH       the same on your data: a folder with train.* and test.*, or one file"
 	@echo "                          (CSV, JSONL or Parquet; columns by TEXT=... and LABEL=...)"
+	@echo "make assistant            two adapters on one base, an intent and a reply, trained in two sealed runs, used together"
 	@echo "make headline             federated beside centralised and local-only training, on public data, where they are:"
 	@echo "                          DATA_ROOT=PATH (README.md of examples/headline); CASES=\"banking77 mnist\"; ROWS=400; CHOOSE=1; QUICK=1"
 	@echo "make test                 all tests"
@@ -22,7 +23,7 @@ help: ## Say what can be made
 	@echo "make arm64                the demo with one agent on emulated 64-bit ARM (root, debootstrap, qemu-user-static)"
 	@echo "make bench                seconds, bytes and memory of a round, beside bare gRPC"
 	@echo "make install              the development environment in $(VENV)"
-	@echo "make clean                remove $(VENV), gen, demo-run and headline-run"
+	@echo "make clean                remove $(VENV), gen, demo-run, assistant-run and headline-run"
 
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -35,6 +36,9 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(if $(DATA),--data $(DATA)) $(if $(TEXT),--text $(TEXT)) $(if $(LABEL),--label $(LABEL))
+
+assistant: $(STAMP)
+	@$(BIN)/python -m examples.assistant
 
 headline: $(STAMP)
 	@$(BIN)/python -m examples.headline $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(CASES),--cases $(CASES)) $(if $(ROWS),--rows $(ROWS)) $(if $(CHOOSE),--choose) $(if $(QUICK),--quick)
@@ -69,4 +73,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/round_overhead.py
 
 clean:
-	rm -rf $(VENV) gen demo-run headline-run
+	rm -rf $(VENV) gen demo-run assistant-run headline-run

@@ -13,6 +13,7 @@ import grpc
 import structlog
 
 from edge_agent.connection import Backoff, Unreachable, understood
+from edge_agent.shared_members import link_known_members
 from fedloom.artifacts import ArtifactReference, PartialFile, read_parts, reference_of
 from fedloom.errors import Reason, Refused
 from fedloom.plans import PLAN_FILE, Plan, parse_plan
@@ -50,12 +51,14 @@ class Transfer:
     ) -> Plan:
         """Fetch a plan, and the members that it names if `require_room` does not refuse them.
 
+        Members that another plan beside `folder` has are linked, not fetched.
         Raises Refused: PLAN_MISMATCH for other bytes than the plan's.
         """
         path = folder / PLAN_FILE
         try:
             await self.download(reference, path)
             plan = parse_plan(await asyncio.to_thread(path.read_bytes))
+            await asyncio.to_thread(link_known_members, plan, folder)
             await asyncio.to_thread(require_room, plan, folder)
             for member in plan.members:
                 wanted = ArtifactReference(member.sha256, member.size_bytes)

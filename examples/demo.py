@@ -85,12 +85,7 @@ class Demo:
     def run(self, children: contextlib.ExitStack) -> None:
         """Prepare, train, answer; `children` ends every process, whatever happens."""
         started = time.monotonic()
-        cache = self._options.cache or self._out / "cache"
-        for old in self._out.iterdir() if self._out.exists() else ():
-            if old != cache:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
-        self._out.mkdir(parents=True, exist_ok=True)
-
+        cache = self._emptied()
         files, sentences = self._prepare_data()
         self._title("The operator makes a plan: what a device without torch can train")
         self._build_plan(cache)
@@ -107,6 +102,15 @@ class Demo:
         self._title("A device answers with ONNX Runtime and the adapter that it opened itself")
         self._answer(sentences)
         self._say_where(time.monotonic() - started)
+
+    def _emptied(self) -> Path:
+        """Empty the demo's folder but for the cache; return where that is."""
+        cache: Path = self._options.cache or self._out / "cache"
+        for old in self._out.iterdir() if self._out.exists() else ():
+            if old != cache:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        self._out.mkdir(parents=True, exist_ok=True)
+        return cache
 
     def _prepare_data(self) -> tuple[list[AgentFiles], list[str]]:
         options = self._options
@@ -135,15 +139,18 @@ class Demo:
             *("fedloom-coordinator", "init", "--address", "127.0.0.1", "--listen", "127.0.0.1"),
             *("--control-port", control, "--enrolment-port", enrolment, *self._home()),
         )
+        self._queue_runs()
+        serving = self._child(
+            children, "coordinator", "fedloom-coordinator", "serve", "--until-idle", *self._home()
+        )
+        _wait_for_port(int(enrolment), serving)
+
+    def _queue_runs(self) -> None:
         run_file = self._out / "run.toml"
         run_file.write_text(
             _RUN_FILE.format(plan="plan", rounds=self._options.rounds, agents=AGENTS)
         )
         self._command("fedloom-coordinator", "run", "start", run_file, *self._home())
-        serving = self._child(
-            children, "coordinator", "fedloom-coordinator", "serve", "--until-idle", *self._home()
-        )
-        _wait_for_port(int(enrolment), serving)
 
     def _start_agent(self, children: contextlib.ExitStack, number: int, files: AgentFiles) -> None:
         home, token = self._out / f"agent-{number}", self._out / f"agent-{number}.token"

@@ -264,10 +264,11 @@ def _shapes(adapted: AdaptedModel) -> tuple[tuple[int, int], ...]:
 
 
 def _seen(logits: NDArray[np.float32], batch: Batch) -> NDArray[np.float32]:
-    """Blank the logits (B, S, C) of padding, where positions are anyone's choice."""
-    if logits.ndim != 3:
+    """Blank the logits of padding, where positions are anyone's choice: (B, S, C) or (B, C)."""
+    if "attention_mask" not in batch:
         return logits
-    seen: NDArray[np.float32] = logits * batch["attention_mask"].numpy()[:, :, None]
+    mask = batch["attention_mask"].numpy()  # (B, S)
+    seen: NDArray[np.float32] = logits * (mask if logits.ndim == 3 else mask.max(1))[..., None]
     return seen
 
 

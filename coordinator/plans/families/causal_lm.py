@@ -1,6 +1,6 @@
 """Text in, its continuation out: decoders such as Llama, Qwen, GPT-2, GPT-Neo and GPT-NeoX."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,13 @@ import transformers
 from transformers.cache_utils import DynamicCache
 
 from coordinator.plans.checkpoints import load_checkpoint, position_limit, token_count
-from coordinator.plans.families.encoders import MASKED, example_weight
+from coordinator.plans.families.decoders import (
+    bands,
+    causal_arguments,
+    causal_bands,
+    example_rows,
+)
+from coordinator.plans.families.encoders import example_weight
 from coordinator.plans.lora import adapt
 from coordinator.plans.losses import cross_entropy_sums
 from coordinator.plans.model import AdaptedModel, Batch, BoundNetwork, Family, Sums
@@ -72,7 +78,7 @@ class LanguageModel(Family):
         self.task = task
         self._config = core.config
         self._longest = position_limit(core)
-        self._bands = _causal_bands(network)
+        self._bands = causal_bands(network)
         _apply_to_rows(core.get_output_embeddings())
 
     @property
@@ -107,26 +113,10 @@ class LanguageModel(Family):
         return output.logits[:, -1], *present
 
     def _run(self, run: BoundNetwork, inputs: Batch, before: int, **options: object) -> Any:
-        """Run the network with the mask in its final form and with explicit positions.
-
-        transformers' own helpers look at the mask's values, which no graph can follow. Positions
-        count the tokens that are seen, so that a row means the same wherever its padding is.
-        `before` is T, the number of tokens in the cache.
-        """
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]  # (B, S), (B, T + S)
-        keys = torch.arange(mask.shape[1])
-        queries = torch.arange(ids.shape[1]) + before
-        earlier = keys[None, :] <= queries[:, None]  # (S, T + S)
-        seen = earlier[None, None] & mask[:, None, None, :].to(torch.bool)
-        additive = torch.where(seen, 0.0, MASKED)  # (B, 1, S, T + S)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]
-        bands = {name: _band(keys, width) for name, width in self._bands.items()}
-        return run.having(bands)(
-            input_ids=ids,
-            attention_mask=additive,
-            position_ids=positions,
-            **options,
-        )
+        """Run the network; `before` is T, the number of tokens in the cache."""
+        keys = inputs["attention_mask"].shape[1]
+        placed = run.having(bands(self._bands, keys))
+        return placed(**causal_arguments(inputs, before), **options)
 
     def sums(self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> Sums:
         """Compare each position with the label of the next one.
@@ -139,15 +129,11 @@ class LanguageModel(Family):
     def example(self, batch: int, sequence: int, seed: int) -> dict[str, torch.Tensor]:
         """See Family; rows of any length, in which some tokens are not learned."""
         generator = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(sequence // 2, sequence + 1, (batch, 1), generator=generator)
-        lengths[0], lengths[-1] = sequence, 0
-        mask = (torch.arange(sequence)[None] < lengths).long()
-        shape = (batch, sequence)
-        ids = torch.randint(0, self.task.vocabulary_size, shape, generator=generator)
-        learned = (torch.rand(shape, generator=generator) < 0.7) & mask.bool()
+        tokens = example_rows(batch, sequence, self.task.vocabulary_size, generator)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        learned = (torch.rand(ids.shape, generator=generator) < 0.7) & mask.bool()
         return {
-            "input_ids": ids,
-            "attention_mask": mask,
+            **tokens,
             "labels": torch.where(learned, ids, _NONE),
             "sample_weight": example_weight(batch, generator),
         }
@@ -215,23 +201,3 @@ def _apply_to_rows(head: torch.nn.Module) -> None:
         return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
     head.forward = of_rows
-
-
-def _causal_bands(network: torch.nn.Module) -> Mapping[str, int]:
-    """Return the width of every buffer that is a causal mask of all positions, by name.
-
-    GPT-Neo has one in each layer, 4 MB at 2,048 positions: a graph computes them instead.
-    """
-    widths = {}
-    for name, buffer in network.named_buffers():
-        if buffer.dtype == torch.bool and buffer.dim() == 4 and buffer.shape[2] == buffer.shape[3]:
-            width = int(buffer[0, 0, -1].sum())
-            if torch.equal(buffer, _band(torch.arange(buffer.shape[2]), width)):
-                widths[name] = width
-    return widths
-
-
-def _band(keys: torch.Tensor, width: int) -> torch.Tensor:
-    """Return which of the last `width` positions (K,) each one sees, itself included."""
-    distance = keys[:, None] - keys[None, :]
-    return ((distance >= 0) & (distance < width))[None, None]  # (1, 1, K, K)

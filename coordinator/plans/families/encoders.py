@@ -12,13 +12,13 @@ from coordinator.plans.checkpoints import (
     padding_position,
     position_limit,
 )
+from coordinator.plans.families.decoders import MASKED
 from coordinator.plans.losses import cross_entropy_sums
 from coordinator.plans.model import Batch, BoundNetwork, Family, Sums
 from coordinator.plans.sources import ModelSource
 from fedloom.errors import ConfigError
 
 HEAD = "classifier"
-MASKED = torch.finfo(torch.float32).min  # added to the scores of positions that are not seen
 DEFAULT_TOKENS = 64
 
 
@@ -86,15 +86,19 @@ def example_weight(batch: int, generator: torch.Generator) -> torch.Tensor:
     return weight
 
 
-def load_encoder(source: ModelSource, auto: Any, kind: str, labels: int) -> Checkpoint:
-    """Load an encoder with a new head called HEAD for so many labels."""
-    checkpoint = load_checkpoint(
+def load_classifier(source: ModelSource, auto: Any, kind: str, labels: int) -> Checkpoint:
+    """Load a model with a new head for so many labels."""
+    return load_checkpoint(
         source,
         auto,
         kind,
         num_labels=labels,
         ignore_mismatched_sizes=True,  # a head with another number of labels
     )
+
+
+def with_encoder_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint whose head, called HEAD, is new; raises ConfigError without such one."""
     model: transformers.PreTrainedModel = checkpoint.model
     if not hasattr(model, HEAD):
         raise ConfigError(

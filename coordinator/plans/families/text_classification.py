@@ -1,4 +1,4 @@
-"""Text in, one of some labels out: a BERT-like encoder with a classification head."""
+"""Text in, one of some labels out: an encoder or a decoder with a classification head."""
 
 from typing import Any
 
@@ -6,12 +6,17 @@ import torch
 import transformers
 
 from coordinator.plans.checkpoints import token_count
+from coordinator.plans.families.decoder_classification import (
+    DECODER_HEAD,
+    load_decoder_classifier,
+)
 from coordinator.plans.families.encoders import (
     DEFAULT_TOKENS,
     HEAD,
     Encoder,
     example_weight,
-    load_encoder,
+    load_classifier,
+    with_encoder_head,
 )
 from coordinator.plans.lora import adapt
 from coordinator.plans.model import AdaptedModel, Batch, Sums
@@ -22,10 +27,13 @@ from fedloom.tasks import TextClassification
 
 
 def load_text_classifier(request: PlanRequest, source: ModelSource) -> AdaptedModel:
-    """Load an encoder and give it a head for the request's labels."""
+    """Load an encoder or a decoder and give it a head for the request's labels."""
     auto = transformers.AutoModelForSequenceClassification
     kind = "sequence-classification or encoder"
-    checkpoint = load_encoder(source, auto, kind, len(request.labels))
+    loaded = load_classifier(source, auto, kind, len(request.labels))
+    if hasattr(loaded.model, DECODER_HEAD):
+        return load_decoder_classifier(request, source, loaded)
+    checkpoint = with_encoder_head(loaded)
     max_tokens = token_count(request.max_tokens, DEFAULT_TOKENS, checkpoint.model)
     adapted = adapt(checkpoint, request, source, HEAD, "SEQ_CLS")
     tokenizer = load_tokenizer(source, checkpoint.model.config.vocab_size)

@@ -11,7 +11,8 @@ from coordinator.plans.families.encoders import (
     HEAD,
     Encoder,
     example_weight,
-    load_encoder,
+    load_classifier,
+    with_encoder_head,
 )
 from coordinator.plans.lora import adapt
 from coordinator.plans.model import AdaptedModel, Batch, Sums
@@ -25,7 +26,8 @@ def load_token_classifier(request: PlanRequest, source: ModelSource) -> AdaptedM
     """Load an encoder and give it a head for the request's labels."""
     auto = transformers.AutoModelForTokenClassification
     kind = "token-classification or encoder"
-    checkpoint = load_encoder(source, auto, kind, len(request.labels))
+    loaded = load_classifier(source, auto, kind, len(request.labels))
+    checkpoint = with_encoder_head(loaded)
     max_tokens = token_count(request.max_tokens, DEFAULT_TOKENS, checkpoint.model)
     adapted = adapt(checkpoint, request, source, HEAD, "TOKEN_CLS")
     tokenizer = load_tokenizer(source, checkpoint.model.config.vocab_size)
