@@ -44,6 +44,14 @@ patience = 0                   # end the run after as many rounds without a bett
 metric = "loss"                # that decides: fedloom.quality names them
 minimum_delta = 0.0            # by less than this it is no better
 
+[asynchronous]                 # only with "fed_buff" and "fed_async": nobody waits for a slow agent
+buffer = 10                    # agents that are ready first make a cohort; needed
+max_staleness = 10             # rounds; an agent drops an older update and trains from the newest
+staleness_weighting = "polynomial"  # or "constant", "hinge": what an older update counts for
+staleness_exponent = 0.5       # a of "polynomial" and "hinge"
+staleness_threshold = 0        # b of "hinge"
+mixing = 0.6                   # alpha of "fed_async"
+
 [aggregation]                  # what is made of a round's updates
 rule = "mean"                  # "plain" alone: one of those in coordinator/strategies/README.md
 
@@ -59,6 +67,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from coordinator import asynchronous
 from coordinator.aggregation import DEFAULTS, MEAN, Aggregation
 from coordinator.aggregation import Rule as AggregationRule
 from coordinator.plateau import NO_PLATEAU, PlateauRule
@@ -77,6 +86,7 @@ from fedloom.terms import (
     LocalTraining,
     Protection,
     Release,
+    StalenessWeighting,
     Strategy,
     clip_of,
     implies_clip,
@@ -125,6 +135,7 @@ class RunConfig:
     evaluation: EvaluationTerms = DEFAULT_EVALUATION
     plateau: PlateauRule = NO_PLATEAU
     aggregation: Aggregation = MEAN
+    buffer: int = 0  # ready agents that make a cohort of an asynchronous run; 0: it is none
 
     @property
     def returns_sums(self) -> bool:
@@ -148,6 +159,8 @@ class RunConfig:
             quorum=self.cohort.quorum,
             returns_sums=self.returns_sums,
             plateau=self.plateau,
+            buffer=self.buffer,
+            max_staleness=self.training.max_staleness,
         )
 
 
@@ -180,8 +193,9 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
             for field in fields(Deadlines)
         }
     )
-    encoding = reader.checked(lambda: _encoding(reader, cohort), Encoding(Protection.ENCRYPTED))
-    training = reader.checked(lambda: _training(reader, cohort, encoding), LocalTraining())
+    buffer = reader.value("asynchronous.buffer", int, 0)
+    encoding = reader.checked(lambda: _encoding(reader, cohort, buffer), Encoding(Protection.ENCRYPTED))
+    training = reader.checked(lambda: _training(reader, cohort, encoding, buffer), LocalTraining())
     release = reader.member("protection.release", Release, Release.AGENTS)
     gate = reader.checked(lambda: _gate(reader), OPEN_GATE)
     plateau = _plateau(reader)
@@ -241,6 +255,7 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         evaluation,
         plateau,
         aggregation,
+        buffer,
     )
 
 
@@ -285,9 +300,12 @@ def _aggregation(reader: "_Reader") -> Aggregation:
     return Aggregation(rule, **values)
 
 
-def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> LocalTraining:
+def _training(
+    reader: "_Reader", cohort: CohortTerms, encoding: Encoding, buffer: int
+) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
     values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
+    values |= _staleness(reader, strategy)
     for field in fields(LocalTraining):
         if field.name in values:
             continue
@@ -298,9 +316,26 @@ def _training(reader: "_Reader", cohort: CohortTerms, encoding: Encoding) -> Loc
             default = STRATEGY_DEFAULTS.get(strategy, {}).get(field.name, default)
             values[field.name] = reader.value(key, type(default), default)
     _check_population(reader, strategy, cohort)
+    for problem in asynchronous.problems(
+        buffer, strategy, cohort.quorum, cohort.minimum, cohort.size
+    ):
+        reader.require(False, problem)
     if strategy in STRATEGIES_WITH["auxiliary_scale"]:
         values["auxiliary_scale"] = _auxiliary_scale(reader, values, encoding)
     return LocalTraining(**values)
+
+
+def _staleness(reader: "_Reader", strategy: Strategy) -> dict[str, Any]:
+    default = STRATEGY_DEFAULTS.get(strategy, {}).get("staleness_weighting", 1)
+    key, member = "asynchronous.staleness_weighting", StalenessWeighting(default)
+    weighting = reader.member(key, StalenessWeighting, member)
+    values: dict[str, Any] = {"staleness_weighting": weighting}
+    told = asynchronous.defaults(strategy, weighting)
+    for name in asynchronous.TRAINING_KEYS:
+        if name not in values:
+            value = told.get(name, getattr(LocalTraining, name))
+            values[name] = reader.value(f"asynchronous.{name}", type(value), value)
+    return values
 
 
 def _gate(reader: "_Reader") -> ActivationGate:
@@ -355,12 +390,12 @@ def _auxiliary_scale(reader: "_Reader", values: Mapping[str, Any], encoding: Enc
     return stated or largest
 
 
-def _encoding(reader: "_Reader", cohort: CohortTerms) -> Encoding:
+def _encoding(reader: "_Reader", cohort: CohortTerms, buffer: int) -> Encoding:
     protection = reader.member("protection.kind", Protection, Protection.SEALED)
     clip = reader.value("protection.clip", float, 0.0)
     return Encoding(
         protection=protection,
-        capacity=cohort.size,
+        capacity=buffer or cohort.size,
         clip=_ANY_CLIP if protection is Protection.PLAIN and clip == 0 else clip,
         update_bits=reader.value("protection.update_bits", int, 16),
     )

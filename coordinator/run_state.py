@@ -53,6 +53,13 @@ class RunPolicy:
     quorum: int = 0  # ready agents that suffice for a cohort; 0: all who were invited
     returns_sums: bool = False  # agents hand the opened sums over
     plateau: PlateauRule = NO_PLATEAU
+    buffer: int = 0  # asynchronous: ready agents that make a cohort; 0: rounds are synchronous
+    max_staleness: int = 0  # most rounds by which an update may be older than its sum's state
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether a round is for whoever is ready first, and for no one else."""
+        return self.buffer > 0
 
 
 @dataclass(frozen=True)

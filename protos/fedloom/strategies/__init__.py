@@ -6,8 +6,10 @@ the same where it may read the sums and exports a model.
 """
 
 from fedloom.strategies import (
+    fedasync,
     fedavg,
     fedavgm,
+    fedbuff,
     feddyn,
     fednova,
     fedopt,
@@ -46,6 +48,8 @@ _ALL = (
     fednova.RULE,
     scaffold.RULE,
     feddyn.RULE,
+    fedbuff.RULE,
+    fedasync.RULE,
 )
 RULES: dict[Strategy, Rule] = {rule.strategy: rule for rule in _ALL}
 

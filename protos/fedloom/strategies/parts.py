@@ -105,4 +105,7 @@ def travelling(inner: Algorithm, parts_after: Callable[[int], Parts]) -> Algorit
             tuple(scattered(old, shared, new) for old, new in vectors),
         )
 
-    return Algorithm(apply, inner.init, linear, sent)
+    def joined(state: ServerState, held: Vector, staleness: int) -> Vector:
+        return inner.joined(inside(state), held, staleness)
+
+    return Algorithm(apply, inner.init, linear, sent, joined)
