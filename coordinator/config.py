@@ -45,12 +45,12 @@ metric = "loss"                # that decides: fedloom.quality names them
 minimum_delta = 0.0            # by less than this it is no better
 
 [asynchronous]                 # only with "fed_buff" and "fed_async": nobody waits for a slow agent
-buffer = 10                    # agents that are ready first make a cohort; needed
-max_staleness = 10             # rounds; an agent drops an older update and trains from the newest
-staleness_weighting = "polynomial"  # or "constant", "hinge": what an older update counts for
-staleness_exponent = 0.5       # a of "polynomial" and "hinge"
+buffer = 0                     # agents that are ready first make a cohort; above 0, and needed
+max_staleness = 0              # rounds by which an update may be older than its sum's state; 10
+staleness_weighting = "constant"  # what an older one counts for: or "hinge", "polynomial", theirs
+staleness_exponent = 0.0       # a of "polynomial" and "hinge"; 0.5
 staleness_threshold = 0        # b of "hinge"
-mixing = 0.6                   # alpha of "fed_async"
+mixing = 0.0                   # alpha of "fed_async"; 0.6
 
 [aggregation]                  # what is made of a round's updates
 rule = "mean"                  # "plain" alone: one of those in coordinator/strategies/README.md

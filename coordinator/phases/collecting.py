@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from coordinator.events import (
     AgentConnected,
+    AgentDisconnected,
     CloseCohort,
     Declined,
     Invite,
@@ -16,6 +17,7 @@ from coordinator.events import (
 )
 from coordinator.phases.gathering import Step, admit, exclude, try_round_again, wrong_round
 from coordinator.run_state import Phase, RunState
+from crypto.cohort.quorum import least_accepted
 from fedloom.errors import Reason
 
 
@@ -27,31 +29,84 @@ class IllegalEvent(Exception):
 
 
 def invited_connected(state: RunState, event: AgentConnected, now: float) -> Step:
-    """Invite an agent again that may have missed it."""
-    again = event.agent in state.invited and event.agent not in state.ready
+    """Invite an agent again that may have missed it; asynchronously, one that has just come."""
+    admitted = invite_newcomers(admit(state, event.agent), frozenset({event.agent}))
+    again = event.agent in admitted.invited and event.agent not in state.ready
     effects = (Invite(frozenset({event.agent})),) if again else ()
-    return admit(state, event.agent), effects
+    return admitted, effects
+
+
+def invite_newcomers(state: RunState, agents: frozenset[str]) -> RunState:
+    """Take those into an asynchronous round that can take part; a key waits for the next one."""
+    if not state.policy.is_asynchronous:
+        return state
+    if state.policy.needs_key:
+        agents = state.keys.able(agents, state.past_keys)
+    return replace(state, invited=state.invited | (agents & state.candidates))
+
+
+def invited_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
+    """Asynchronously, wait no more for an agent that is away, nor have it in the cohort."""
+    gone = replace(state, connected=state.connected - {event.agent})
+    if not state.policy.is_asynchronous:
+        return gone, ()
+    return _form_cohort_when_enough(ready_and_here(gone), now)
+
+
+def ready_and_here(state: RunState) -> RunState:
+    """Count in an asynchronous round who is here; who comes back is asked, and ready, again."""
+    if not state.policy.is_asynchronous:
+        return state
+    ready = {agent: found for agent, found in state.ready.items() if agent in state.connected}
+    return replace(state, ready=ready)
 
 
 def ready(state: RunState, event: Ready, now: float) -> Step:
-    """Count an agent that has an update."""
+    """Count an agent that has an update; one that was made from too old a state is not taken."""
+    if not state.takes(event.round):
+        return state, ()
     if event.round != state.round or event.agent not in state.invited:
         return wrong_round(state, event.agent)
+    staleness = {**state.staleness, event.agent: 0}
+    if state.policy.is_asynchronous:
+        staleness[event.agent] = state.completed - event.base_rounds
+    if not 0 <= staleness[event.agent] <= state.policy.max_staleness:
+        return _refuse_staleness(state, event)
     readies = {**state.ready, event.agent: event.weight_class}
-    return _form_cohort_when_enough(replace(state, ready=readies), now)
+    counted = replace(state, ready=readies, staleness=staleness)
+    return _form_cohort_when_enough(counted, now)
+
+
+def _refuse_staleness(state: RunState, event: Ready) -> Step:
+    """Say so, and invite the agent again: it goes on from the newest state."""
+    least = max(0, state.completed - state.policy.max_staleness)
+    subject = (
+        f"expected an update from a state after {least}..{state.completed} rounds, found one after "
+        f"{event.base_rounds}"
+    )
+    reject = Reject(event.agent, Reason.DEADLINE_PASSED, subject)
+    if event.agent in state.ready:
+        return state, (reject,)
+    return state, (reject, Invite(frozenset({event.agent})))
 
 
 def training_declined(state: RunState, event: Declined, now: float) -> Step:
     """Go on without an agent."""
+    if not state.takes(event.round):
+        return state, ()
     if event.round != state.round or event.agent not in state.invited:
         return wrong_round(state, event.agent)
     return _form_cohort_when_enough(exclude(state, event.agent, event.reason), now)
 
 
 def _form_cohort_when_enough(state: RunState, now: float) -> Step:
-    quorum = state.policy.quorum
-    all_answered = state.invited - set(state.excluded) <= set(state.ready)
-    if all_answered or (quorum and len(set(state.ready) - set(state.excluded)) >= quorum):
+    policy = state.policy
+    quorum = policy.buffer or policy.quorum
+    awaited, found = state.invited - set(state.excluded), set(state.ready) - set(state.excluded)
+    if policy.is_asynchronous and len(found) >= policy.minimum_agents:
+        awaited &= state.connected
+    all_answered = awaited <= set(state.ready)
+    if all_answered or (quorum and len(found) >= quorum):
         return _form_cohort(state, now)
     return state, ()
 
@@ -92,6 +147,8 @@ def late_ready(state: RunState, event: Ready, now: float) -> Step:
     """Refuse an agent that comes after the cohort was formed."""
     if event.round == state.round and event.agent in state.cohort:
         return state, ()  # it trained again after a restart; its weight class is fixed already
+    if not state.takes(event.round):
+        return state, ()
     subject = f"expected READY before the cohort of round {state.round} was formed"
     return state, (Reject(event.agent, Reason.DEADLINE_PASSED, subject),)
 
@@ -99,10 +156,16 @@ def late_ready(state: RunState, event: Ready, now: float) -> Step:
 def collecting_declined(state: RunState, event: Declined, now: float) -> Step:
     """Wait no more for a member's update; one that is in stays in."""
     if event.round != state.round or event.agent not in state.cohort:
-        return wrong_round(state, event.agent)
+        return wrong_round(state, event.agent) if state.takes(event.round) else (state, ())
     if event.agent in state.uploaded:
         return state, ()
     return close_when_all_uploaded(exclude(state, event.agent, event.reason), now)
+
+
+def member_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
+    """Asynchronously, close the sum without a member that is away: its update goes into a later one."""
+    gone = replace(state, connected=state.connected - {event.agent})
+    return close_when_all_uploaded(gone, now) if state.policy.is_asynchronous else (gone, ())
 
 
 def uploaded(state: RunState, event: Uploaded, now: float) -> Step:
@@ -116,7 +179,15 @@ def uploaded(state: RunState, event: Uploaded, now: float) -> Step:
 def close_when_all_uploaded(state: RunState, now: float) -> Step:
     """Close the sum once nobody is missing."""
     missing = set(state.cohort) - set(state.excluded) - set(state.uploaded)
+    if state.policy.is_asynchronous and len(state.uploaded) >= _enough(state):
+        missing &= state.connected
     return (state, ()) if missing else _close_cohort(state, now)
+
+
+def _enough(state: RunState) -> int:
+    """Return how many of the cohort's updates make a sum that can be opened."""
+    minimum = state.policy.minimum_agents
+    return least_accepted(len(state.cohort), minimum) if state.policy.has_masks else minimum
 
 
 def collecting_tick(state: RunState, event: Tick, now: float) -> Step:

@@ -119,14 +119,17 @@ def gather(state: RunState, now: float) -> Step:
         candidates = state.keys.able(candidates, state.past_keys)
         if len(candidates) < state.policy.minimum_agents:
             return state, ()  # wait for an agent that holds the keys of the rounds so far
-    draw = f"{state.policy.seed}/{state.round}/{state.failures}"  # another try, other agents
-    chosen = select(candidates, state.policy.cohort_size, draw)
+    chosen = candidates  # asynchronous: whoever is here; who trains goes on
+    if not state.policy.is_asynchronous:
+        draw = f"{state.policy.seed}/{state.round}/{state.failures}"  # another try, other agents
+        chosen = select(candidates, state.policy.cohort_size, draw)
     training = replace(
         state,
         phase=Phase.TRAINING,
         deadline=now + state.policy.training_seconds,
         invited=chosen,
         ready={},
+        staleness={},
         grant=None,
     )
     return training, (Invite(chosen),)
@@ -158,6 +161,8 @@ def key_shared(state: RunState, event: KeyShared, now: float) -> Step:
 
 def declined(state: RunState, event: Declined, now: float) -> Step:
     """The agent that was asked cannot wrap the key."""
+    if event.round and not state.takes(event.round):
+        return state, ()  # its training for an earlier round
     if state.grant is None or event.agent != state.grant.holder:
         return wrong_round(state, event.agent)
     return gather(replace(exclude(state, event.agent, event.reason), grant=None), now)
