@@ -38,8 +38,8 @@ def problems(
     name, is_asynchronous = strategy.name.lower(), strategy in ASYNCHRONOUS
     if buffer and not is_asynchronous:
         yield (
-            f'asynchronous.buffer: expected 0 with training.strategy = "{name}", whose server takes '
-            'no update from an older state; use "fed_buff" or "fed_async", or leave '
+            f'asynchronous.buffer: expected 0 with training.strategy = "{name}", whose server '
+            'takes no update from an older state; use "fed_buff" or "fed_async", or leave '
             "[asynchronous] out"
         )
     if is_asynchronous and not buffer:

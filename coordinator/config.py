@@ -194,7 +194,9 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         }
     )
     buffer = reader.value("asynchronous.buffer", int, 0)
-    encoding = reader.checked(lambda: _encoding(reader, cohort, buffer), Encoding(Protection.ENCRYPTED))
+    encoding = reader.checked(
+        lambda: _encoding(reader, cohort, buffer), Encoding(Protection.ENCRYPTED)
+    )
     training = reader.checked(lambda: _training(reader, cohort, encoding, buffer), LocalTraining())
     release = reader.member("protection.release", Release, Release.AGENTS)
     gate = reader.checked(lambda: _gate(reader), OPEN_GATE)
@@ -327,7 +329,7 @@ def _training(
 
 def _staleness(reader: "_Reader", strategy: Strategy) -> dict[str, Any]:
     default = STRATEGY_DEFAULTS.get(strategy, {}).get("staleness_weighting", 1)
-    key, member = "asynchronous.staleness_weighting", StalenessWeighting(default)
+    key, member = "asynchronous.staleness_weighting", StalenessWeighting(int(default))
     weighting = reader.member(key, StalenessWeighting, member)
     values: dict[str, Any] = {"staleness_weighting": weighting}
     told = asynchronous.defaults(strategy, weighting)

@@ -100,6 +100,8 @@ class Contribution:
             # First: once the bytes are there they may come into a sum, whatever becomes of us.
             proposed = SumPlace(cohort.round, cohort.attempt, place.slot)
             await asyncio.to_thread(run.memory.propose, proposed, update.memory)
+            if run.held is not None:
+                await asyncio.to_thread(run.held.propose, proposed)
             reference = await asyncio.to_thread(
                 run.protection.write_update,
                 update,

@@ -11,7 +11,7 @@ import structlog
 from edge_agent.connection import Backoff, Closings, Unreachable, open_channel
 from edge_agent.enrolment import until_renewed
 from edge_agent.identity import Identity
-from edge_agent.invitations import read_run_id, unfinished_runs
+from edge_agent.invitations import is_asynchronous, read_run_id, unfinished_runs
 from edge_agent.participation import Device, Participation
 from edge_agent.run_keys import share_run_key
 from edge_agent.status import Link, StatusFile, Step, wait_cause
@@ -33,6 +33,7 @@ from fedloom.version import PROTOCOL_VERSION, software
 FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 30.0
 PROGRESS_SECONDS = 1.0  # how often progress is looked at while training
+_NO_ROUND = 1 << 32  # after every one
 _log = structlog.get_logger()
 
 
@@ -46,7 +47,9 @@ class Session:
         self._run: Participation | None = None
         self._closed: tuple[bytes, int] | None = None  # a round, before its invitation's turn came
         self._outbox: asyncio.Queue[control_pb2.ConnectRequest | None] = asyncio.Queue()
+        self._newest: tuple[bytes, int] = b"", 0  # run and round of the invitation read last
         self._steps: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
+        self._key_requests: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
         self._at_work = asyncio.Lock()  # held during a step
         self._heartbeat_seconds = 15.0
         self.finished: asyncio.Queue[control_pb2.Finished] = asyncio.Queue()
@@ -88,6 +91,7 @@ class Session:
         credentials = self._device.identity.channel_credentials()
         async with open_channel(address, credentials) as channel:
             worker = asyncio.create_task(self._work(Transfer(channel, address)))
+            keys = asyncio.create_task(self._share_keys())
             try:
                 while True:
                     self._device.identity.require_valid(datetime.now(UTC))
@@ -104,9 +108,12 @@ class Session:
                     await asyncio.sleep(seconds)
             finally:
                 worker.cancel()
+                keys.cancel()
                 if self._run is not None:
                     self._run.interrupt()
-                await asyncio.wait({worker})  # a later one finds on the disk what this one promised
+                await asyncio.wait(
+                    {worker, keys}
+                )  # a later one finds on the disk what this one promised
 
     async def _converse(self, channel: grpc.aio.Channel, worker: asyncio.Task[None]) -> None:
         """Hold one control stream until it ends; a dead worker ends it with its error."""
@@ -169,8 +176,9 @@ class Session:
         async for message in call:
             match message.WhichOneof("step"):
                 case "welcome":
-                    while not self._steps.empty():  # the coordinator repeats what it still wants
-                        self._steps.get_nowait()
+                    for queue in (self._steps, self._key_requests):
+                        while not queue.empty():  # the coordinator repeats what it still wants
+                            queue.get_nowait()
                     seconds = message.welcome.heartbeat_interval.ToTimedelta().total_seconds()
                     self._heartbeat_seconds = max(1.0, seconds)
                     self._status.link(Link.CONNECTED)
@@ -181,6 +189,8 @@ class Session:
                     self._react(refused_from_details(message.refusal.details))
                 case None:
                     _log.info("unknown step ignored")  # a newer coordinator's
+                case "wrap_key":
+                    self._key_requests.put_nowait(message)
                 case "invitation" | "result" | "finished":
                     self._interrupt_if_past(message)
                     self._steps.put_nowait(message)
@@ -196,7 +206,9 @@ class Session:
                 if self._run is not None:
                     self._run.forget_state()
             case Reaction.SKIP_STEP | Reaction.RECONNECT:
-                pass  # it is asked for again if it is still wanted
+                # It is asked for again if it is still wanted; an update that is too old is not.
+                if refused.reason is Reason.DEADLINE_PASSED and self._run is not None:
+                    self._run.drop_update()
 
     def _wait(self, waiting: control_pb2.Waiting) -> None:
         """Keep the cause for a person; a round that was closed needs no training any more."""
@@ -206,11 +218,16 @@ class Session:
             self._closed = (waiting.run_id, waiting.round)
             if run is not None and run.run_id == waiting.run_id:
                 run.round_closed(waiting.round)
-        self._status.step(Step.WAITING, waiting.run_id, waiting.round, cause)
+        if run is None or not run.trains_on:
+            self._status.step(Step.WAITING, waiting.run_id, waiting.round, cause)
 
     def _interrupt_if_past(self, message: control_pb2.ConnectResponse) -> None:
         """The run went on: training for a round that is closed is of no use."""
         run, invitation = self._run, message.invitation
+        if invitation.run_id:
+            self._newest = (invitation.run_id, invitation.round)
+        elif message.finished.run_id:
+            self._newest = (message.finished.run_id, _NO_ROUND)
         if (invitation.run_id, invitation.round) == self._closed:
             self._closed = None  # this device is wanted in the round after all
         repeated = run is not None and (invitation.run_id, invitation.round) == (
@@ -218,7 +235,7 @@ class Session:
             run.round,
         )
         if run is not None and not repeated:
-            run.overtaken()
+            run.overtaken(message)
 
     async def _work(self, transfer: Transfer) -> None:
         """Do the steps one after another; a refused step is reported and the next one done."""
@@ -239,13 +256,21 @@ class Session:
                 _log.exception("step failed")
                 self._decline(message, Refused(Reason.INTERNAL, type(error).__name__))
 
+    async def _share_keys(self) -> None:
+        """Answer requests for keys beside the steps: nobody waits for our training to have one."""
+        while True:
+            message = await self._key_requests.get()
+            request = message.wrap_key
+            try:
+                read_run_id(request.run_id)
+                answer = await asyncio.to_thread(share_run_key, self._device.identity, request)
+                self._send(control_pb2.ConnectRequest(wrapped_key=answer))
+            except Refused as refused:
+                _log.warning("step declined", refusal=str(refused))
+                self._decline(message, refused)
+
     async def _step(self, transfer: Transfer, message: control_pb2.ConnectResponse) -> None:
         match message.WhichOneof("step"):
-            case "wrap_key":
-                read_run_id(message.wrap_key.run_id)
-                identity, request = self._device.identity, message.wrap_key
-                answer = await asyncio.to_thread(share_run_key, identity, request)
-                self._send(control_pb2.ConnectRequest(wrapped_key=answer))
             case "invitation":
                 await self._invited(transfer, message.invitation)
             case "cohort":
@@ -262,12 +287,19 @@ class Session:
             case "finished":
                 await self._run_of(message.finished.run_id, transfer).finished(message.finished)
                 self.finished.put_nowait(message.finished)
-            case "welcome" | "refusal" | "waiting" | None:
+            case "welcome" | "refusal" | "waiting" | "wrap_key" | None:
                 raise AssertionError("handled as it is read")
 
     async def _invited(self, transfer: Transfer, invitation: control_pb2.Invitation) -> None:
         if (invitation.run_id, invitation.round) == self._closed:
             raise Interrupted
+        run_id, newest = self._newest
+        if (
+            is_asynchronous(invitation)
+            and invitation.run_id == run_id
+            and invitation.round < newest
+        ):
+            return  # the newest one has all that this one says
         await self._run_of(invitation.run_id, transfer).invited(invitation)
 
     def _run_of(self, run_id: bytes, transfer: Transfer) -> Participation:

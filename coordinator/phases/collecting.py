@@ -163,7 +163,7 @@ def collecting_declined(state: RunState, event: Declined, now: float) -> Step:
 
 
 def member_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
-    """Asynchronously, close the sum without a member that is away: its update goes into a later one."""
+    """Asynchronously, wait no more for a member that is away: a later sum takes its update."""
     gone = replace(state, connected=state.connected - {event.agent})
     return close_when_all_uploaded(gone, now) if state.policy.is_asynchronous else (gone, ())
 

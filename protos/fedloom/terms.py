@@ -337,9 +337,9 @@ class LocalTraining:
         )
         _require(
             self.personal is Personal.NONE and self.lora in (LoraRule.FEDIT, LoraRule.FFA),
-            f"personal NONE and lora FEDIT or FFA with {self.strategy.name}: an update from an older "
-            "state must hold the same parts, and what is a device's own must belong to that state "
-            "(FED_AVG goes with them)",
+            f"personal NONE and lora FEDIT or FFA with {self.strategy.name}: an update from an "
+            "older state must hold the same parts, and what is a device's own must belong to that "
+            "state (FED_AVG goes with them)",
             (self.personal.name, self.lora.name),
         )
 

@@ -81,9 +81,9 @@ class Algorithm:
     is handed over, in `steps` effective steps (`fedloom.schedules`). Its arithmetic is the device's
     own: nobody repeats it.
 
-    joined(state, held, staleness): what a device adds to a sum in an asynchronous run. `held` (U,) is
-    what it was to give (`sent`) when it had trained; `state` is the one that the sum is applied to,
-    `staleness` rounds newer than the one that it trained from.
+    joined(state, held, staleness): what a device gives to a sum of an asynchronous run. `held` (U,)
+    is what it was to give (`sent`) when it had trained; `state` is the one that the sum is applied
+    to, `staleness` rounds newer than the one that it trained from.
     """
 
     apply: Callable[[ServerState, Vector, int], ServerState]
