@@ -189,6 +189,11 @@ def to_target(case: Case, count: int, seed: int, target: float) -> dict[str, flo
     return {"seconds": math.inf, "rounds": math.inf, "staleness": sum(ages) / len(ages)}
 
 
+def _ratio(slower: list[dict[str, float]], faster: list[dict[str, float]]) -> float:
+    """Return how many times as long the first takes, the median over the seeds."""
+    return median(a["seconds"] / b["seconds"] for a, b in zip(slower, faster, strict=True))
+
+
 def main() -> None:
     """Print a row for each case."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
@@ -214,10 +219,7 @@ def main() -> None:
     names = list(found)
     for name, rows in found.items():
         hours = [row["seconds"] / 3600 for row in rows]
-        ratios = [
-            f"{median(a['seconds'] / b['seconds'] for a, b in zip(found[other], rows, strict=True)):.2f}"
-            for other in names[:2]
-        ]
+        ratios = [f"{_ratio(found[one], rows):.2f}" for one in names[:2]]
         middle = f"{median(hours):.2f} ({min(hours):.2f} .. {max(hours):.2f})"
         rounds, ages = (median(row[key] for row in rows) for key in ("rounds", "staleness"))
         print(f"| {name} | {middle} | {rounds:.0f} | {ages:.1f} | {' | '.join(ratios)} |")

@@ -5,14 +5,17 @@
          │                     CloseCohort    their mean, in float64, rounded once
          └─events at a time─── PublishResult  the strategy's step, as every agent makes it
 
-The state machine, the strategies, the local steps and the rule by which a device holds an update are
-the product's; the network is a delay, protections are left out (their sums are exact) and nobody
-fails. Synchronous and asynchronous runs go through the same code: their policies differ.
+The state machine, the strategies and the rule by which a device holds an update are the product's;
+the network is a delay, protections are left out (their sums are exact) and nobody fails. Devices
+that hold an update answer an invitation in an order that the seed draws. Synchronous and
+asynchronous runs go through the same code: their policies differ.
 """
 
 import heapq
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -120,19 +123,20 @@ class VirtualRun:
         before = self._state
         self._state, effects = handle(before, event, self.now)
         if self._state.deadline != before.deadline or isinstance(event, TakenUp):
-            self._later(max(0.0, self._state.deadline - self.now), lambda: self._post(Tick()))
+            self._later(max(0.0, self._state.deadline - self.now), partial(self._post, Tick()))
         for effect in effects:
             self._obey(effect, before)
 
     def _obey(self, effect: Effect, before: RunState) -> None:
         match effect:
             case Invite(agents):
-                for name in sorted(agents):
+                text = f"{self.terms.seed}/{self._state.round}/ready"
+                for name in random.Random(text).sample(sorted(agents), len(agents)):  # noqa: S311
                     self._invited(name)
             case OpenCohort():
                 self._collect()
             case CloseCohort():
-                self._later(0.0, lambda: self._post(SumStored()))
+                self._later(0.0, partial(self._post, SumStored()))
             case PublishResult(agents):
                 self._apply(agents)
             case AbandonRound():
@@ -195,12 +199,12 @@ class VirtualRun:
         late = frozenset() if self.policy.is_asynchronous else self._state.invited
         for name in late - set(self._state.cohort):  # as a device that is told so
             self._activities[name].base_rounds = self._activities[name].held = None
+        number = self._state.round
         for name in self._state.cohort:
             held = self._activities[name].held
             assert held is not None  # noqa: S101 - it said READY
             self._sums[name] = joined(self.terms, self._server, self.layout, held)
-            number = self._state.round
-            self._later(self.devices[name].transfer_seconds, lambda n=name: self._upload(n, number))  # type: ignore[misc]
+            self._later(self.devices[name].transfer_seconds, partial(self._upload, name, number))
 
     def _upload(self, name: str, number: int) -> None:
         if self._state.phase is Phase.COLLECTING and self._state.round == number:
@@ -209,14 +213,15 @@ class VirtualRun:
     def _apply(self, agents: frozenset[str]) -> None:
         sent = [self._sums[name] for name in self._state.cohort if name in self._state.uploaded]
         total = sum(one.weight for one in sent)
-        mean = sum(one.weight * one.values.astype(np.float64) for one in sent) / total
+        summed = np.sum([one.weight * one.values.astype(np.float64) for one in sent], axis=0)
+        mean = summed / total
         self._server = self._algorithm.apply(self._server, mean.astype(np.float32), len(sent))
         for name in self._state.uploaded:
             self._activities[name].held = None
         number = self._state.round
         for name in sorted(agents):
             applied = Applied(name, number, _SHA)
-            self._later(self.devices[name].transfer_seconds, lambda e=applied: self._post(e))  # type: ignore[misc]
+            self._later(self.devices[name].transfer_seconds, partial(self._post, applied))
 
     def _close(self, before: RunState) -> None:
         staleness = tuple(before.staleness[name] for name in before.uploaded)
