@@ -89,6 +89,8 @@ class CountedOnce(RuleBasedStateMachine):
         for name in AGENTS:
             (Path(self.folder.name) / name).mkdir()
             self.agents[name] = Agent(self._disk(name))
+        for name in AGENTS:
+            self.connect(name)
 
     def _disk(self, name: str) -> HeldUpdates:
         return HeldUpdates(Path(self.folder.name) / name, bytes(16))
@@ -135,13 +137,20 @@ class CountedOnce(RuleBasedStateMachine):
         self.agents[name] = Agent(self._disk(name), applied=before.applied)
         self.post(AgentDisconnected(name))
 
-    @rule(name=agents, dies=st.sampled_from([False, False, False, True]))
-    @precondition(lambda self: any(agent.inbox for agent in self.agents.values()))
+    @rule(turns=st.lists(st.tuples(agents, st.integers(0, 19)), min_size=1, max_size=20))
+    def go_on(self, turns: list[tuple[str, int]]) -> None:
+        """Let devices do what is next, some of them to die in it, and sums be stored."""
+        for name, luck in turns:
+            if self.state.phase is Phase.SUMMING and luck > 1:
+                self.store()
+            if self.agents[name].inbox:
+                self.step(name, dies=luck == 0)
+            elif name not in self.state.connected and luck > 10:
+                self.connect(name)
+
     def step(self, name: str, dies: bool) -> None:
         """Follow the next message; `dies`: between what it promises and what it sends."""
         agent = self.agents[name]
-        if not agent.inbox:
-            return
         step, number, attempt = agent.inbox.popleft()
         if step == "result" and len(self.history) and self.history[-1].round != number:
             return
