@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fedloom.adapters import Theta
+from fedloom.adapters import Theta, read_adapter
 from fedloom.errors import Reason, refused_from_details
+from fedloom.plans import ADAPTER_FILE
 from fedloom.v1 import control_pb2
 from tests.integration.engines import KeepingEngine
-from tests.integration.federation import Agent, Federation, command, until
+from tests.integration.federation import LAYOUT, Agent, Federation, command, until
 from tests.integration.raw import RawControl, raw_channel
 from tests.integration.test_strategies import TOLERANCE, distinct
 
@@ -25,6 +26,7 @@ strategy = "{strategy}"
 learning_rate = 0.01
 [protection]
 kind = "{kind}"
+{release}
 [asynchronous]
 buffer = {buffer}
 {more}
@@ -38,7 +40,7 @@ def start(
 ) -> bytes:
     """Queue a run as an operator does."""
     file = federation.folder / "run.toml"
-    terms = {"minimum": 3, "buffer": 3, "more": ""} | values
+    terms = {"minimum": 3, "buffer": 3, "more": "", "release": ""} | values
     file.write_text(RUN.format(kind=kind, rounds=rounds, strategy=strategy, **terms))
     return bytes.fromhex(command("run", "start", file, "--home", federation.home))
 
@@ -240,3 +242,41 @@ async def test_a_device_that_dies_with_an_update_on_its_way_has_it_counted_once(
     for number in range(3):
         expected = moved(expected, [(agent, delta(agent, number), 1.0) for agent in agents])
     np.testing.assert_allclose(theta, expected, rtol=0, atol=2 * TOLERANCE[kind])
+
+
+@pytest.mark.parametrize("kind", ["encrypted", "sealed"])
+async def test_a_newcomer_is_given_the_keys_by_an_agent_that_trains(
+    federation: Federation, kind: str
+) -> None:
+    """a, whom the keys are asked of, trains all the time; in round 3 the newcomer is needed."""
+    agents = await federation.enrol_all((30, 50, 100, 40))
+    a, b, c, d = agents
+    a.engine.pauses_at, b.engine.pauses_at, c.engine.pauses_at = 1, 2, 3
+    run_id = start(federation, kind, rounds=3)
+    for agent in agents:
+        agent.start()
+    await begun([b, c, d], 2)
+    newcomer = await federation.enrol("newcomer", 60)
+    newcomer.start()
+    await federation.connected([newcomer])
+    b.engine.may_finish.set()
+    theta = await completed(federation, run_id, [*agents, newcomer])
+    expected: Theta = federation.initial_theta().astype(np.float64)
+    for number in (0, 1):
+        expected = moved(expected, [(agent, delta(agent, number), 1.0) for agent in (b, c, d)])
+    members = (b, delta(b, 2), 1.0), (d, delta(d, 2), 1.0), (newcomer, delta(newcomer, 0), 1.0)
+    np.testing.assert_allclose(theta, moved(expected, members), rtol=0, atol=2 * TOLERANCE[kind])
+    assert a.engine.begun == 1
+
+
+async def test_a_coordinator_is_given_the_sums_while_others_train(federation: Federation) -> None:
+    agents = await federation.enrol_all((30, 50, 100, 40))
+    for agent in agents:
+        agent.permitted_release = agent.permitted_release.COORDINATOR
+    agents[3].engine.pauses_at = 1
+    run_id = start(federation, "sealed", 3, release='release = "coordinator"')
+    for agent in agents:
+        agent.start()
+    theta = await completed(federation, run_id, agents)
+    command("run", "export", "--out", federation.folder / "model", "--home", federation.home)
+    assert np.array_equal(read_adapter(federation.folder / "model" / ADAPTER_FILE, LAYOUT), theta)

@@ -168,8 +168,17 @@ class CountedOnce(RuleBasedStateMachine):
                 event = Applied(name, number, SHA)
         if dies:
             self.die(name)
-        if event is not None and (name in self.state.connected or isinstance(event, Uploaded)):
+        if isinstance(event, Uploaded):  # its bytes may be there, whatever becomes of the device
+            if self.takes_upload(name, number, attempt):
+                self.post(event)
+        elif event is not None and name in self.state.connected:
             self.post(event)
+
+    def takes_upload(self, name: str, number: int, attempt: int) -> bool:
+        """As `coordinator.uploads`."""
+        state = self.state
+        at_hand = state.phase is Phase.COLLECTING and (state.round, state.attempt)
+        return at_hand == (number, attempt) and name not in state.uploaded
 
     def catch_up(self, agent: Agent, last: int) -> None:
         for outcome in self.history[agent.applied :]:
@@ -191,8 +200,7 @@ class CountedOnce(RuleBasedStateMachine):
         if held is None or name not in state.cohort:
             return None
         agent.held.propose(SumPlace(number, attempt, state.cohort.index(name)))
-        open_here = state.phase is Phase.COLLECTING and name not in state.uploaded
-        if not open_here or (state.round, state.attempt) != (number, attempt):
+        if not self.takes_upload(name, number, attempt):
             return None
         self.uploads[name] = held.round
         return Uploaded(name, SHA)
