@@ -278,7 +278,9 @@ class Execution:
             self.refuse(agent, refused)
 
     def heard_progress(self, agent: str, round_number: int, share: float) -> None:
-        """Remember how far an agent's training is."""
+        """Remember how far an agent's training is, in whichever round it began if rounds go on."""
+        if self.state.policy.is_asynchronous:
+            round_number = self.state.round
         self._reports.progress(self.state, agent, round_number, share)
 
     def count_traffic(self, agent: str, sent: int, received: int) -> None:

@@ -156,6 +156,7 @@ class Operations:
             config.cohort.minimum,
             self._authority_is_offline,
             config.evaluation,
+            is_asynchronous=config.training.is_asynchronous,
         )
 
     def watch(self, run_id: bytes, agent_limit: int) -> Callable[[], RunProgress]:

@@ -49,7 +49,11 @@ class Terms:
     def privacy(self) -> PrivacyTerms:
         """What each party's knowledge follows from; who has the authority's key is not told."""
         return PrivacyTerms(
-            self.encoding.protection, self.release, self.minimum, evaluation=self.evaluation
+            self.encoding.protection,
+            self.release,
+            self.minimum,
+            evaluation=self.evaluation,
+            is_asynchronous=self.training.is_asynchronous,
         )
 
 

@@ -1,9 +1,10 @@
 """The agent's life: connect, take part in runs, connect again."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 
 import grpc
 import structlog
@@ -33,6 +34,8 @@ from fedloom.version import PROTOCOL_VERSION, software
 FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 30.0
 PROGRESS_SECONDS = 1.0  # how often progress is looked at while training
+_Steps = asyncio.Queue[control_pb2.ConnectResponse]
+_Follow = Callable[[control_pb2.ConnectResponse], Awaitable[None]]
 _NO_ROUND = 1 << 32  # after every one
 _log = structlog.get_logger()
 
@@ -48,8 +51,8 @@ class Session:
         self._closed: tuple[bytes, int] | None = None  # a round, before its invitation's turn came
         self._outbox: asyncio.Queue[control_pb2.ConnectRequest | None] = asyncio.Queue()
         self._newest: tuple[bytes, int] = b"", 0  # run and round of the invitation read last
-        self._steps: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
-        self._key_requests: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
+        self._steps: _Steps = asyncio.Queue()
+        self._key_requests: _Steps = asyncio.Queue()
         self._at_work = asyncio.Lock()  # held during a step
         self._heartbeat_seconds = 15.0
         self.finished: asyncio.Queue[control_pb2.Finished] = asyncio.Queue()
@@ -90,14 +93,18 @@ class Session:
         backoff, closings = Backoff(FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS), Closings()
         credentials = self._device.identity.channel_credentials()
         async with open_channel(address, credentials) as channel:
-            worker = asyncio.create_task(self._work(Transfer(channel, address)))
-            keys = asyncio.create_task(self._share_keys())
+            in_turn = partial(self._in_turn, Transfer(channel, address))
+            workers = {
+                asyncio.create_task(self._work(self._steps, in_turn)),
+                # Beside the steps: nobody shall wait for our training to have a key.
+                asyncio.create_task(self._work(self._key_requests, self._share_key)),
+            }
             try:
                 while True:
                     self._device.identity.require_valid(datetime.now(UTC))
                     backoff.attempt()
                     try:
-                        await self._converse(channel, worker)
+                        await self._converse(channel, workers)
                         cause: FedloomError = Unreachable(address, "stream ended", hopeless=False)
                     except grpc.aio.AioRpcError as error:
                         cause = closings.explained(error, address)
@@ -107,15 +114,13 @@ class Session:
                     _log.info("reconnecting", cause=str(cause), seconds=round(seconds, 1))
                     await asyncio.sleep(seconds)
             finally:
-                worker.cancel()
-                keys.cancel()
+                for worker in workers:
+                    worker.cancel()
                 if self._run is not None:
                     self._run.interrupt()
-                await asyncio.wait(
-                    {worker, keys}
-                )  # a later one finds on the disk what this one promised
+                await asyncio.wait(workers)  # a later one finds on the disk what this one promised
 
-    async def _converse(self, channel: grpc.aio.Channel, worker: asyncio.Task[None]) -> None:
+    async def _converse(self, channel: grpc.aio.Channel, workers: set[asyncio.Task[None]]) -> None:
         """Hold one control stream until it ends; a dead worker ends it with its error."""
         self._outbox = asyncio.Queue()
         self._outbox.put_nowait(self._hello())
@@ -123,9 +128,10 @@ class Session:
         heart = asyncio.create_task(self._beat())
         reader = asyncio.create_task(self._read(call))
         try:
-            await asyncio.wait({reader, worker}, return_when=asyncio.FIRST_COMPLETED)
-            if worker.done():
-                worker.result()
+            await asyncio.wait({reader, *workers}, return_when=asyncio.FIRST_COMPLETED)
+            for worker in workers:
+                if worker.done():
+                    worker.result()
             await reader
         finally:
             heart.cancel()
@@ -237,13 +243,12 @@ class Session:
         if run is not None and not repeated:
             run.overtaken(message)
 
-    async def _work(self, transfer: Transfer) -> None:
+    async def _work(self, steps: _Steps, follow: _Follow) -> None:
         """Do the steps one after another; a refused step is reported and the next one done."""
         while True:
-            message = await self._steps.get()
+            message = await steps.get()
             try:
-                async with self._at_work:
-                    await self._step(transfer, message)
+                await follow(message)
             except Interrupted:
                 _log.info("step interrupted: the run went on")
                 cause = wait_cause(control_pb2.WAIT_CAUSE_ROUND_CLOSED)
@@ -256,18 +261,14 @@ class Session:
                 _log.exception("step failed")
                 self._decline(message, Refused(Reason.INTERNAL, type(error).__name__))
 
-    async def _share_keys(self) -> None:
-        """Answer requests for keys beside the steps: nobody waits for our training to have one."""
-        while True:
-            message = await self._key_requests.get()
-            request = message.wrap_key
-            try:
-                read_run_id(request.run_id)
-                answer = await asyncio.to_thread(share_run_key, self._device.identity, request)
-                self._send(control_pb2.ConnectRequest(wrapped_key=answer))
-            except Refused as refused:
-                _log.warning("step declined", refusal=str(refused))
-                self._decline(message, refused)
+    async def _share_key(self, message: control_pb2.ConnectResponse) -> None:
+        read_run_id(message.wrap_key.run_id)
+        answer = await asyncio.to_thread(share_run_key, self._device.identity, message.wrap_key)
+        self._send(control_pb2.ConnectRequest(wrapped_key=answer))
+
+    async def _in_turn(self, transfer: Transfer, message: control_pb2.ConnectResponse) -> None:
+        async with self._at_work:
+            await self._step(transfer, message)
 
     async def _step(self, transfer: Transfer, message: control_pb2.ConnectResponse) -> None:
         match message.WhichOneof("step"):

@@ -19,6 +19,7 @@ class PrivacyTerms:
     minimum: int  # fewest updates in a sum of the run
     authority_is_offline: bool | None = None  # None: not known on this side
     evaluation: EvaluationTerms = DEFAULT_EVALUATION
+    is_asynchronous: bool = False
 
     @property
     def fewest(self) -> int:
@@ -72,10 +73,11 @@ def privacy_statement(terms: PrivacyTerms) -> PrivacyStatement:
 
 
 def _clear(terms: PrivacyTerms) -> str:
+    age = "how many rounds old each update is, " if terms.is_asynchronous else ""
     return (
-        "the coordinator is told who takes part and when, how long training took, each agent's "
-        f"number of samples up to a power of two, {_told_quality(terms.evaluation)}, and after "
-        "each round how many values were clipped, their range for the next one, and the model's "
+        f"the coordinator is told who takes part and when, how long training took, {age}each "
+        f"agent's number of samples up to a power of two, {_told_quality(terms.evaluation)}, and "
+        "after each round how many values were clipped, their range for the next one, and the model's "
         "SHA-256; agents see the names in their cohort and the largest number of samples up to a "
         "power of two"
     )
