@@ -35,10 +35,18 @@ PROTECTIONS = ["plain", "masked", "encrypted", "sealed"]
 Part = tuple[Agent, Theta, float]  # whose update is in a sum, in float64, with its factor
 
 
-def start(
-    federation: Federation, kind: str, rounds: int, strategy: str = "fed_buff", **values: int | str
+async def begin(
+    federation: Federation,
+    agents: Sequence[Agent],
+    kind: str,
+    rounds: int,
+    strategy: str = "fed_buff",
+    **values: int | str,
 ) -> bytes:
-    """Queue a run as an operator does."""
+    """Queue a run as an operator does, once all these agents are here to begin with it."""
+    for agent in agents:
+        agent.start()
+    await federation.connected(agents)
     file = federation.folder / "run.toml"
     terms = {"minimum": 3, "buffer": 3, "more": "", "release": ""} | values
     file.write_text(RUN.format(kind=kind, rounds=rounds, strategy=strategy, **terms))
@@ -96,9 +104,7 @@ async def test_a_slow_agent_holds_nobody_up_and_its_update_counts_by_its_age(
     agents = await federation.enrol_all((30, 50, 100, 40))
     a, b, c, d = agents
     d.engine.pauses_at, c.engine.pauses_at = 1, 3
-    run_id = start(federation, kind, rounds=4)
-    for agent in agents:
-        agent.start()
+    run_id = await begin(federation, agents, kind, rounds=4)
     await begun([a, b, c], 3)
     assert d.engine.begun == 1
     assert completed_rounds(federation, run_id) == 2
@@ -121,9 +127,9 @@ async def test_fedasync_with_a_buffer_of_one_is_the_papers(federation: Federatio
     """x <- (1 - alpha_t) x + alpha_t x_new, for whoever is ready, whatever it began from."""
     a, b = await federation.enrol_all((30, 50))
     b.engine.pauses_at, a.engine.pauses_at = 1, 3
-    run_id = start(federation, "plain", 4, "fed_async", minimum=1, buffer=1, more="mixing = 0.5")
-    a.start()
-    b.start()
+    run_id = await begin(
+        federation, [a, b], "plain", 4, "fed_async", minimum=1, buffer=1, more="mixing = 0.5"
+    )
     await begun([a], 3)
     b.engine.may_finish.set()
     theta = await completed(federation, run_id, [a, b])
@@ -144,9 +150,7 @@ async def test_an_update_that_gets_too_old_is_given_up_and_made_anew(
     agents = await federation.enrol_all((30, 50, 100, 40))
     a, b, c, d = agents
     d.engine.pauses_at, c.engine.pauses_at = 1, 3
-    run_id = start(federation, kind, rounds=3, more="max_staleness = 1")
-    for agent in agents:
-        agent.start()
+    run_id = await begin(federation, agents, kind, rounds=3, more="max_staleness = 1")
     await begun([d], 2)  # it was told of round 3, whose sum would be two rounds newer
     d.engine.may_finish.set()
     theta = await completed(federation, run_id, agents)
@@ -166,8 +170,8 @@ async def test_the_coordinator_refuses_what_is_too_old_and_asks_again(
 ) -> None:
     a, rogue = await federation.enrol_all((30, 50))
     a.engine.pauses_at = 2
-    run_id = start(federation, "plain", 5, minimum=1, buffer=1, more="max_staleness = 0")
-    a.start()
+    more = "max_staleness = 0"
+    run_id = await begin(federation, [a], "plain", 5, minimum=1, buffer=1, more=more)
     await begun([a], 2)
     async with raw_channel(rogue.identity) as channel:
         control = RawControl(channel)
@@ -197,9 +201,7 @@ async def test_a_training_outlives_processes_and_is_counted_by_its_age(
     engine = d.engine = KeepingEngine(40)
     engine.may_finish.clear()
     c.engine.pauses_at = 3
-    run_id = start(federation, kind, rounds=3)
-    for agent in agents:
-        agent.start()
+    run_id = await begin(federation, agents, kind, rounds=3)
     await until("half of d's training", engine.training.is_set)
     await begun([a, b, c], 3)
     if victim != "coordinator":
@@ -225,13 +227,11 @@ async def test_a_training_outlives_processes_and_is_counted_by_its_age(
 async def test_a_device_that_dies_with_an_update_on_its_way_has_it_counted_once(
     federation: Federation, kind: str
 ) -> None:
-    """In every round, whether or not the sum has it by then."""
+    """Whether or not the sum has it by then."""
     agents = await federation.enrol_all()
     victim = agents[1]
-    run_id = start(federation, kind, rounds=3)
+    run_id = await begin(federation, agents, kind, rounds=5)
     place = victim.home / "runs" / run_id.hex() / "held.place"
-    for agent in agents:
-        agent.start()
     for _ in range(2):
         await until("an update on its way", place.exists)
         await victim.stop()
@@ -239,7 +239,7 @@ async def test_a_device_that_dies_with_an_update_on_its_way_has_it_counted_once(
         await until("the round in the state", lambda: not place.exists())
     theta = await completed(federation, run_id, agents)
     expected: Theta = federation.initial_theta().astype(np.float64)
-    for number in range(3):
+    for number in range(5):
         expected = moved(expected, [(agent, delta(agent, number), 1.0) for agent in agents])
     np.testing.assert_allclose(theta, expected, rtol=0, atol=2 * TOLERANCE[kind])
 
@@ -252,9 +252,7 @@ async def test_a_newcomer_is_given_the_keys_by_an_agent_that_trains(
     agents = await federation.enrol_all((30, 50, 100, 40))
     a, b, c, d = agents
     a.engine.pauses_at, b.engine.pauses_at, c.engine.pauses_at = 1, 2, 3
-    run_id = start(federation, kind, rounds=3)
-    for agent in agents:
-        agent.start()
+    run_id = await begin(federation, agents, kind, rounds=3)
     await begun([b, c, d], 2)
     newcomer = await federation.enrol("newcomer", 60)
     newcomer.start()
@@ -274,9 +272,8 @@ async def test_a_coordinator_is_given_the_sums_while_others_train(federation: Fe
     for agent in agents:
         agent.permitted_release = agent.permitted_release.COORDINATOR
     agents[3].engine.pauses_at = 1
-    run_id = start(federation, "sealed", 3, release='release = "coordinator"')
-    for agent in agents:
-        agent.start()
+    release = 'release = "coordinator"'
+    run_id = await begin(federation, agents, "sealed", 3, release=release)
     theta = await completed(federation, run_id, agents)
     command("run", "export", "--out", federation.folder / "model", "--home", federation.home)
     assert np.array_equal(read_adapter(federation.folder / "model" / ADAPTER_FILE, LAYOUT), theta)
