@@ -76,10 +76,10 @@ def _clear(terms: PrivacyTerms) -> str:
     age = "how many rounds old each update is, " if terms.is_asynchronous else ""
     return (
         f"the coordinator is told who takes part and when, how long training took, {age}each "
-        f"agent's number of samples up to a power of two, {_told_quality(terms.evaluation)}, "
-        "and after each round how many values were clipped, their range for the next one, and the "
-        "model's SHA-256; agents see the names in their cohort and the largest number of samples up to a "
-        "power of two"
+        f"agent's number of samples up to a power of two, {_told_quality(terms.evaluation)}, and "
+        "after each round how many values were clipped, their range for the next one, and the "
+        "model's SHA-256; agents see the names in their cohort and the largest number of samples "
+        "up to a power of two"
     )
 
 
