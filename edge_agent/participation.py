@@ -135,6 +135,9 @@ class Participation:
             staleness = sum(outcome.round > last for outcome in invitation.history)
             if staleness > self._run.terms.training.max_staleness:
                 self._training.overtaken()
+            elif staleness:
+                cause = f"the run is {staleness} rounds on, and takes the update in a later one"
+                self._here.report(Step.TRAINING, self.round, cause)
 
     def drop_update(self) -> None:
         """Hold no update of an asynchronous run: the next one is made from the newest state."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from edge_agent.status import read_status
 from fedloom.adapters import Theta, read_adapter
 from fedloom.errors import Reason, refused_from_details
 from fedloom.plans import ADAPTER_FILE
@@ -86,6 +87,12 @@ def delta(agent: Agent, number: int) -> Theta:
     return distinct(agent)[number][0]
 
 
+def status_of(agent: Agent) -> str:
+    """Return what `fedloom-agent status` says of what a device does and why."""
+    status = read_status(agent.home)
+    return "" if status is None else f"{status.step}: {status.step_cause}"
+
+
 def staleness(federation: Federation) -> tuple[float, float]:
     """Return how many updates were counted, and the sum of their staleness."""
     assert federation.conductor is not None
@@ -108,6 +115,7 @@ async def test_a_slow_agent_holds_nobody_up_and_its_update_counts_by_its_age(
     await begun([a, b, c], 3)
     assert d.engine.begun == 1
     assert completed_rounds(federation, run_id) == 2
+    await until("d's status to say so", lambda: "2 rounds on" in status_of(d))
     d.engine.may_finish.set()
     theta = await completed(federation, run_id, agents)
     expected: Theta = federation.initial_theta().astype(np.float64)
