@@ -84,6 +84,7 @@ class Training:
 
     async def _join(self, run: Undertaking, held: HeldUpdates) -> Trained:
         """Return what this device holds, or trains now, as an asynchronous round's sum takes it."""
+        _require_state(run)
         update = await asyncio.to_thread(self._usable, run, held)
         if update is None:
             update = await self._hold(run, held)
@@ -137,12 +138,7 @@ class Training:
 
     async def _train(self, run: Undertaking) -> Trained:
         terms = run.terms
-        if run.state.last.round != terms.previous_round:
-            raise Refused(
-                Reason.STATE_DIVERGED,
-                f"expected the state after round {terms.previous_round}, "
-                f"found that after {run.state.last.round}",
-            )
+        _require_state(run)
         self.progress = 0.0
         self._here.report(Step.TRAINING, terms.round)
         self._here.log.info("training", round=terms.round)
@@ -261,3 +257,12 @@ class Training:
 
     def _order_seed(self, terms: Terms) -> int:
         return order_seed(terms.training.seed, terms.run_id, terms.round, self._here.agent_id)
+
+
+def _require_state(run: Undertaking) -> None:
+    before, found = run.terms.previous_round, run.state.last.round
+    if found != before:
+        raise Refused(
+            Reason.STATE_DIVERGED,
+            f"expected the state after round {before}, found that after {found}",
+        )

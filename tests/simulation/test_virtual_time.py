@@ -8,8 +8,10 @@ import pytest
 from coordinator.run_state import RunPolicy
 from edge_agent.engine import LocalUpdate
 from fedloom.adapters import Theta
+from fedloom.errors import ConfigError
 from fedloom.plans import TrainableTensor
 from fedloom.terms import LocalTraining, Strategy
+from simulation.settings import Settings
 from simulation.virtual_time import Device, Moment, VirtualRun
 from tests.strategies.samples import terms_of
 
@@ -75,3 +77,9 @@ def test_every_update_is_in_one_sum() -> None:
     expected = np.cumsum([(1 + moment.staleness[0]) ** -0.5 for moment in moments])
     np.testing.assert_allclose([moment.theta[0] for moment in moments], expected, rtol=1e-5)
     assert max(moment.staleness[0] for moment in moments) > 3
+
+
+def test_a_simulation_without_a_clock_refuses_them() -> None:
+    said = Settings(strategy="fed_buff", terms={"asynchronous": {"buffer": 3}})
+    with pytest.raises(ConfigError, match='nobody is late.*"fed_avg" is the nearest'):
+        said.config(clients=5, rounds=2)
