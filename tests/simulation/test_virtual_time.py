@@ -81,5 +81,5 @@ def test_every_update_is_in_one_sum() -> None:
 
 def test_a_simulation_without_a_clock_refuses_them() -> None:
     said = Settings(strategy="fed_buff", terms={"asynchronous": {"buffer": 3}})
-    with pytest.raises(ConfigError, match='nobody is late.*"fed_avg" is the nearest'):
+    with pytest.raises(ConfigError, match=r'nobody is late.*"fed_avg" is the nearest'):
         said.config(clients=5, rounds=2)
