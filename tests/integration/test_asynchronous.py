@@ -1,10 +1,13 @@
 """Asynchronous runs over real sessions: nobody waits for a slow agent, whose update counts once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
+from coordinator.collection import Collection
+from coordinator.store import RoundRecord
 from edge_agent.status import read_status
 from fedloom.adapters import Theta, read_adapter
 from fedloom.errors import Reason, refused_from_details
@@ -285,3 +288,29 @@ async def test_a_coordinator_is_given_the_sums_while_others_train(federation: Fe
     theta = await completed(federation, run_id, agents)
     command("run", "export", "--out", federation.folder / "model", "--home", federation.home)
     assert np.array_equal(read_adapter(federation.folder / "model" / ADAPTER_FILE, LAYOUT), theta)
+
+
+@pytest.mark.parametrize(("kind", "trainings"), [("plain", 1), ("masked", 2), ("sealed", 2)])
+async def test_an_update_that_was_vouched_for_is_never_in_another_sum(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, kind: str, trainings: int
+) -> None:
+    """The first sum cannot be stored; under masks somebody may have opened it all the same."""
+    stored, failed = Collection.stored, []
+
+    async def fails_once(*arguments: Any) -> RoundRecord | None:
+        record = await stored(*arguments)
+        if failed:
+            return record
+        failed.append(True)
+        return None
+
+    monkeypatch.setattr(Collection, "stored", fails_once)
+    agents = await federation.enrol_all()
+    run_id = await begin(federation, agents, kind, rounds=1)
+    theta = await completed(federation, run_id, agents)
+    assert [agent.engine.begun for agent in agents] == [trainings] * 3
+    [record] = federation.store.rounds(run_id)
+    assert record.round == trainings
+    parts = [(agent, delta(agent, 0), 1.0) for agent in agents]  # of the last training
+    expected = moved(federation.initial_theta().astype(np.float64), parts)
+    np.testing.assert_allclose(theta, expected, rtol=0, atol=2 * TOLERANCE[kind])
