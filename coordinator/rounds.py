@@ -101,6 +101,8 @@ def _take_up(state: RunState, event: TakenUp, now: float) -> Step:
         case Phase.TRAINING:
             here = collecting.ready_and_here(collecting.invite_newcomers(here, agents))
             missing = (agents & here.invited) - set(here.ready)
+            if not missing and state.policy.is_asynchronous:
+                return collecting.form_cohort_when_enough(here, now)
             return here, (Invite(missing),) if missing else ()
         case Phase.COLLECTING:
             missing = (agents & set(state.cohort)) - set(state.uploaded)

@@ -50,14 +50,14 @@ def invited_disconnected(state: RunState, event: AgentDisconnected, now: float) 
     gone = replace(state, connected=state.connected - {event.agent})
     if not state.policy.is_asynchronous:
         return gone, ()
-    return _form_cohort_when_enough(ready_and_here(gone), now)
+    return form_cohort_when_enough(ready_and_here(gone), now)
 
 
 def ready_and_here(state: RunState) -> RunState:
-    """Count in an asynchronous round who is here; who comes back is asked, and ready, again."""
+    """Count in an asynchronous round who is here and in; who comes back is asked again."""
     if not state.policy.is_asynchronous:
         return state
-    ready = {agent: found for agent, found in state.ready.items() if agent in state.connected}
+    ready = {agent: found for agent, found in state.ready.items() if agent in state.candidates}
     return replace(state, ready=ready)
 
 
@@ -74,7 +74,7 @@ def ready(state: RunState, event: Ready, now: float) -> Step:
         return _refuse_staleness(state, event)
     readies = {**state.ready, event.agent: event.weight_class}
     counted = replace(state, ready=readies, staleness=staleness)
-    return _form_cohort_when_enough(counted, now)
+    return form_cohort_when_enough(counted, now)
 
 
 def _refuse_staleness(state: RunState, event: Ready) -> Step:
@@ -96,10 +96,12 @@ def training_declined(state: RunState, event: Declined, now: float) -> Step:
         return state, ()
     if event.round != state.round or event.agent not in state.invited:
         return wrong_round(state, event.agent)
-    return _form_cohort_when_enough(exclude(state, event.agent, event.reason), now)
+    without = ready_and_here(exclude(state, event.agent, event.reason))
+    return form_cohort_when_enough(without, now)
 
 
-def _form_cohort_when_enough(state: RunState, now: float) -> Step:
+def form_cohort_when_enough(state: RunState, now: float) -> Step:
+    """Go on with those who are ready, if they are enough or nobody else is waited for."""
     policy = state.policy
     quorum = policy.buffer or policy.quorum
     awaited, found = state.invited - set(state.excluded), set(state.ready) - set(state.excluded)
