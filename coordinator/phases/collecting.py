@@ -67,6 +67,8 @@ def ready(state: RunState, event: Ready, now: float) -> Step:
         return state, ()
     if event.round != state.round or event.agent not in state.invited:
         return wrong_round(state, event.agent)
+    if state.policy.is_asynchronous and event.agent in state.excluded:
+        return state, ()  # it declined: the next round asks it, or its next connection
     staleness = {**state.staleness, event.agent: 0}
     if state.policy.is_asynchronous:
         staleness[event.agent] = state.completed - event.base_rounds
