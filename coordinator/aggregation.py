@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from fedloom.terms import Encoding, LocalTraining, Protection, Strategy
+from fedloom.terms import NEEDS_FACTORS, Encoding, LocalTraining, Protection, Strategy
 
 
 class Rule(IntEnum):
@@ -89,6 +89,12 @@ class Aggregation:
                 f'aggregation.rule: "{name}" leaves updates out, while the server of '
                 f'"{training.strategy.name.lower()}" has to count them all; use '
                 'training.strategy = "fed_avg" or "fed_prox"'
+            )
+        if training.lora in NEEDS_FACTORS:
+            yield (
+                f'aggregation.rule: "{name}" and training.lora = "{training.lora.name.lower()}" '
+                'both say what is made of the updates; use aggregation.rule = "mean", or '
+                'training.lora = "ffa"'
             )
         yield from self._number_problems(minimum)
 

@@ -5,6 +5,7 @@ what of it is built again after a restart.
 """
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,10 +18,13 @@ from coordinator.events import Event, Ready, SumFailed, SumStored
 from coordinator.facilities import Facilities
 from coordinator.journal import MaskMessage
 from coordinator.masking import Masking
+from coordinator.model_state import RunModel
 from coordinator.run_state import Phase, RunState
+from coordinator.strategies.factored_total import FactorRound
 from crypto import cohort
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
+from fedloom.terms import NEEDS_FACTORS
 from fedloom.v1 import control_pb2
 
 
@@ -54,6 +58,7 @@ class Attempts:
         self._facilities = facilities
         self._candidates = Candidates(facilities.authority)
         self._storing: asyncio.Task[None] | None = None
+        self._model = RunModel(facilities.published, run.run_id, run.config, run.plan)
         self.spool: Path = facilities.spool / run.run_id.hex()
         self.open: Collection | None = None
 
@@ -108,12 +113,23 @@ class Attempts:
             self._facilities.metrics,
             self._facilities.crypto_processes,
             run.config.aggregation,
+            self._factors(),
         )
         run.agents.cohort(state.cohort, state, self.open, run.seconds_left())
         if state.policy.is_asynchronous:
             return  # who trains goes on
         late = state.invited - set(state.cohort)
         run.agents.waiting(late, state, control_pb2.WAIT_CAUSE_ROUND_CLOSED)
+
+    def _factors(self) -> FactorRound | None:
+        """Return what the round's sum follows from where it takes every device's factors."""
+        run = self._run
+        if run.config.training.lora not in NEEDS_FACTORS:
+            return None
+        # A journal that is replayed may open an attempt whose sum is stored already.
+        history = tuple(one for one in run.agents.history if one.round < run.state.round)
+        before = partial(self._model.after, history)
+        return FactorRound(run.config.training, run.plan, len(history), before)
 
     def _masking(self) -> Masking | None:
         run, state = self._run, self._run.state

@@ -19,6 +19,7 @@ from coordinator.published import Published
 from coordinator.round_sum import RoundSum, Upload
 from coordinator.run_state import RunState
 from coordinator.store import RoundRecord
+from coordinator.strategies.factored_total import FactorRound
 from crypto.masks import Correction
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
@@ -40,11 +41,14 @@ class Collection:
         metrics: Metrics,
         crypto_processes: int = 1,
         aggregation: Aggregation = MEAN,
+        factors: FactorRound | None = None,
     ) -> None:
         self.context = context
         self._metrics = metrics
         self.masking = masking
-        self.sum = RoundSum(context, protection, members, spool, crypto_processes, aggregation)
+        self.sum = RoundSum(
+            context, protection, members, spool, crypto_processes, aggregation, factors
+        )
         self._members = members
         self._one_by_one = asyncio.Lock()
         self._closed = False
@@ -109,7 +113,7 @@ class Collection:
                 reference = await asyncio.to_thread(self._put, published, correction)
         except StorageFault:
             raise
-        except (OSError, crypto.LocalFault) as error:
+        except (OSError, crypto.LocalFault, crypto.UnusableUpdate) as error:
             _log.error("sum failed", error=type(error).__name__)
             return None
         return RoundRecord(

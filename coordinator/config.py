@@ -20,7 +20,9 @@ learning_rate = 1e-3
 step_schedule = "constant"     # or "cosine", over a round's steps, after warmup_steps
 round_schedule = "constant"    # or "cosine", over the run's rounds, after warmup_rounds
 gradient_clip = 0.0            # largest L2 norm of a gradient; 0: any
-lora = "fedit"                 # or "ffa", "rolora", "fedsa": which factors are trained and sent
+lora = "fedit"                 # or "ffa", "rolora", "fedsa": which factors are trained and sent;
+                               # under "plain" also "flexlora", and with a plan built with
+                               # --residual "flora", "fedex": what is made of the factors
 personal = "none"              # or "fedper", "fedrep" (head_steps), "ditto" (personal_lambda)
 fine_tune_steps = 0            # that each agent makes alone with the finished run's model
 
@@ -80,6 +82,7 @@ from fedloom.schedules import effective_steps
 from fedloom.terms import (
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    NEEDS_FACTORS,
     STRATEGIES_WITH,
     STRATEGY_DEFAULTS,
     Encoding,
@@ -207,6 +210,13 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     aggregation = _aggregation(reader)
     for problem in aggregation.problems(encoding, training, cohort.minimum):
         reader.require(False, problem)
+    lora = training.lora.name.lower()
+    reader.require(
+        training.lora not in NEEDS_FACTORS or encoding.protection is Protection.PLAIN,
+        f'training.lora: "{lora}" needs every device\'s factors, which protection.kind = '
+        f'"{encoding.protection.name.lower()}" hides from the coordinator; use protection.kind = '
+        '"plain", or training.lora = "ffa" or "rolora", whose mean of products is exact as well',
+    )
     reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")

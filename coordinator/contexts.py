@@ -6,7 +6,7 @@ from coordinator.run_state import RunState
 from coordinator.store import RoundRecord
 from fedloom.plans import Plan
 from fedloom.quality import tail_length
-from fedloom.strategies import update_length
+from fedloom.strategies import moved_length, update_length
 from fedloom.terms import clip_of
 
 
@@ -17,6 +17,12 @@ def encoded_length(config: RunConfig, plan: Plan, before: int) -> int:
     """
     rule = update_length(config.training, plan.layout, before)
     return rule + tail_length(config.evaluation, plan.task)
+
+
+def summed_length(config: RunConfig, plan: Plan, before: int) -> int:
+    """Return how many values that round's sum has: more where the server moves a residual."""
+    moved = moved_length(config.training, plan.layout, before)
+    return encoded_length(config, plan, before) + moved
 
 
 def context_of_cohort(
@@ -42,12 +48,12 @@ def context_of_cohort(
 def context_of_round(
     run_id: bytes, config: RunConfig, plan: Plan, record: RoundRecord, before: int
 ) -> crypto.UpdateContext:
-    """Return the context of a round that `before` others precede in the run's history."""
+    """Return the context of a round's sum that `before` others precede in the run's history."""
     return crypto.UpdateContext(
         run_id=run_id,
         round=record.round,
         attempt=record.attempt,
-        parameter_count=encoded_length(config, plan, before),
+        parameter_count=summed_length(config, plan, before),
         capacity=config.encoding.capacity,
         weight_cap=record.weight_cap,
         clip=record.clip,

@@ -9,23 +9,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import takewhile
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import crypto
 from coordinator.config import RunConfig
-from coordinator.contexts import context_of_round
+from coordinator.model_state import RunModel
 from coordinator.published import Published
 from coordinator.store import RoundRecord, RunRecord, Store
-from crypto import masked
-from fedloom.adapters import Theta, adapter_header, read_adapter
+from fedloom.adapters import Theta, adapter_header
 from fedloom.artifacts import SENT_PART_BYTES, ArtifactReference
 from fedloom.errors import ConfigError
 from fedloom.exports import INFERENCE_FILES
 from fedloom.model_cards import CARD_FILE, RunFacts, describe
 from fedloom.plans import ADAPTER_FILE, PLAN_FILE, Plan
-from fedloom.strategies import algorithm
-from fedloom.terms import Protection
 from fedloom.version import software
 
 
@@ -77,17 +71,8 @@ def read_model(
             "this coordinator never could read the adapter; every agent has it in its own `models` "
             "folder, and `fedloom-agent export` writes it in other forms",
         )
-    rule = algorithm(config.training, plan.layout)
     rounds = _readable(store.rounds(run.run_id), config)
-    with TemporaryDirectory(prefix="fedloom-export-") as name:
-        scratch = Path(name) / "artifact"
-        published.fetch(plan.member(ADAPTER_FILE).sha256, scratch)
-        state = rule.init(read_adapter(scratch, plan.layout))
-        for record in rounds:
-            context = context_of_round(run.run_id, config, plan, record, state.rounds)
-            opened = _read_sum(config, context, record, published, scratch)
-            sent = opened.mean[: len(opened.mean) - context.tail_length]
-            state = rule.apply(state, sent, opened.count)
+    state = RunModel(published, run.run_id, config, plan).after(rounds)
     members = {member.name: member for member in plan.members}
     linked = (members[name] for name in INFERENCE_FILES if name in members)
     files = (
@@ -115,21 +100,3 @@ def _readable(rounds: Sequence[RoundRecord], config: RunConfig) -> list[RoundRec
     if not config.returns_sums:
         return list(rounds)
     return list(takewhile(lambda record: record.opened is not None, rounds))
-
-
-def _read_sum(
-    config: RunConfig,
-    context: crypto.UpdateContext,
-    record: RoundRecord,
-    published: Published,
-    scratch: Path,
-) -> crypto.OpenedSum:
-    """Open a sum as only a coordinator that may read it can: nothing proves whose it is."""
-    reference = record.sum if record.opened is None else record.opened
-    scratch.unlink(missing_ok=True)
-    published.fetch(reference.sha256, scratch)
-    with scratch.open("rb") as file:
-        if config.encoding.protection is Protection.MASKED:
-            return masked.read_sum(context, record.slots, file)
-        plain = replace(context, cohort=b"")  # opened sums belong to no cohort's masks
-        return crypto.protection("plain").open_sum(plain, None, record.slots, file)

@@ -12,6 +12,7 @@ import structlog
 
 import crypto
 from coordinator.aggregation import MEAN, Aggregation
+from coordinator.strategies.factored_total import FactoredTotal, FactorRound
 from crypto.masks import Correction
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
@@ -75,6 +76,7 @@ class RoundSum:
         spool: Path,
         processes: int = 1,
         aggregation: Aggregation = MEAN,
+        factors: FactorRound | None = None,
     ) -> None:
         self.context = context
         self.adding: str | None = None  # the agent whose update is on its way into the sum
@@ -82,6 +84,8 @@ class RoundSum:
         self._new_total = partial(crypto.protection(_NAMES[protection]).accumulator, context)
         if not aggregation.is_mean:
             self._new_total = partial(self._robust_total, aggregation)
+        if factors is not None:
+            self._new_total = partial(self._factored_total, factors)
         self._accepted: dict[str, bytes] = {}
         self._accumulator = self._new_total(processes)
         self._announced: dict[int, Path] = {}  # by slot
@@ -94,6 +98,10 @@ class RoundSum:
 
         del processes
         return RobustTotal(self.context, aggregation, self._accepted_path)
+
+    def _factored_total(self, factors: FactorRound, processes: int) -> crypto.Accumulator:
+        del processes
+        return FactoredTotal(self.context, factors, self._accepted_path)
 
     def _accepted_path(self, slot: int) -> Path:
         return self._path(slot, self._accepted[self._members[slot]])

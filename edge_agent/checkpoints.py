@@ -56,7 +56,7 @@ class TrainingState:
 
     subject: bytes  # see `training_subject`
     steps: int  # of the whole training
-    vectors: tuple[NDArray[np.float32], ...]  # each (P,); the trained values, the optimiser's
+    vectors: tuple[NDArray[np.float32], ...]  # each (T,); the trained values, the optimiser's
     step: int = 0  # how many are done
     loss_sum: float = 0.0  # over these
     weight_sum: float = 0.0

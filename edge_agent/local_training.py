@@ -56,7 +56,7 @@ class Step(Protocol):
         ...
 
     def sums(self, theta: Theta, placed: Any) -> Sequence[NDArray[Any]]:
-        """Return loss_sum, weight_sum and grad_sum (P,) float32.
+        """Return loss_sum, weight_sum and grad_sum (T,) float32.
 
         To evaluate: what `edge_agent.metrics.evaluation_outputs` names.
 
@@ -112,23 +112,27 @@ class LocalEngine(ABC):
         """See Engine."""
         samples = self._training_samples
         steps = steps_of(terms, len(samples))
-        local = LocalSteps(theta, terms, steps, linear, parts)
+        count = self._plan.trained_count  # T: residuals, behind it, have no gradient
+        start = theta[:count]
+        added = None if linear is None else linear[:count]
+        local = LocalSteps(start, terms, steps, added, parts)
         state = checkpoint.load(
             TrainingState(
                 training_subject(theta, terms, order_seed, samples.sha256, linear, parts),
                 steps,
-                (theta.astype(np.float32), *local.vectors),  # a copy of theta, moved in place
+                (start.astype(np.float32), *local.vectors),  # a copy of theta, moved in place
             )
         )
         if state.step:
             progress(state.step / steps)
-        with closing(self._steps(state, terms, order_seed, local)) as moves:
+        with closing(self._steps(state, terms, order_seed, local, theta[count:])) as moves:
             for _ in moves:
                 checkpoint.save(state)
                 progress(state.step / steps)
-        delta = np.subtract(state.trained, theta, out=state.trained)
+        delta = np.subtract(state.trained, start, out=state.trained)
         _require_learned(steps, delta)
-        return LocalUpdate(delta, len(samples), state.loss_sum / state.weight_sum)
+        moved = _followed_by(delta, np.zeros(len(theta) - count, np.float32))
+        return LocalUpdate(moved, len(samples), state.loss_sum / state.weight_sum)
 
     def _steps(
         self,
@@ -136,19 +140,23 @@ class LocalEngine(ABC):
         terms: LocalTraining,
         order_seed: int,
         local: LocalSteps,
+        residuals: Theta,
     ) -> Generator[None, None, None]:
         """Move the state by a step each time, up to the training's end."""
         if state.finished:
             return
         samples = self._training_samples
-        trained, *vectors = state.vectors
+        values, *vectors = state.vectors
+        whole = _followed_by(values, residuals)  # (P,)
+        trained = whole[: len(values)]
+        state.vectors = (trained, *vectors)
         local.restore(state.step, tuple(vectors))
         epochs = math.ceil(state.steps / math.ceil(len(samples) / terms.batch_size))
         batches = training_batches(
             samples.lengths, terms.batch_size, epochs, order_seed, state.step
         )
         remaining = itertools.islice(batches, state.steps - state.step)
-        for loss, weight, gradient in self._sums(trained, remaining):
+        for loss, weight, gradient in self._sums(whole, remaining):
             _require_finite(state.step + 1, loss, weight, gradient)
             gradient /= np.float32(weight)
             local.step(trained, gradient)
@@ -165,7 +173,7 @@ class LocalEngine(ABC):
         # and loading again takes 0.15 s. An agent waits for longer than it trains.
         step = self._training_step()
         loss = weight = 0.0
-        gradient = np.zeros(self._plan.parameter_count, np.float32)
+        gradient = np.zeros(self._plan.trained_count, np.float32)
         with closing(_stream(step, self._parts(batches))) as parts:
             for placed, last in parts:
                 part_loss, part_weight, part_gradient = step.sums(theta, placed)
@@ -224,6 +232,11 @@ def _stream(step: Step, parts: Iterator[tuple[Feeds, _T]]) -> Generator[tuple[An
     """Yield the micro-batches placed, with what came with each."""
     placed = ((step.place(feeds), last) for feeds, last in parts)
     return prefetched(placed) if step.ahead else placed
+
+
+def _followed_by(values: Theta, residuals: Theta) -> Theta:
+    """Return both, one after another; the values themselves where there is nothing behind them."""
+    return np.concatenate([values, residuals]) if len(residuals) else values
 
 
 def _require_finite(step: int, loss: float, weight: float, gradient: Gradient) -> None:

@@ -45,7 +45,9 @@ class OnnxEngine(LocalEngine):
         require_runtime(plan.base_storage)
 
     def _training_step(self) -> Step:
-        contract = train_contract(self._plan.task, self._plan.parameter_count)
+        contract = train_contract(
+            self._plan.task, self._plan.parameter_count, self._plan.trained_count
+        )
         return self._step(contract, _SUMS, Reason.TRAINING_FAILED)
 
     def _evaluation_step(self) -> Step:

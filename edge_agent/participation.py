@@ -46,7 +46,7 @@ from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused, refused_from_details
 from fedloom.plans import Plan
 from fedloom.quality import Report, tail_length
-from fedloom.strategies import update_length
+from fedloom.strategies import moved_length, update_length
 from fedloom.strategies.portions import keeps_own_model
 from fedloom.terms import Protection, Release, weight_class
 from fedloom.v1 import control_pb2
@@ -220,6 +220,7 @@ class Participation:
             self._here.agent_id,
             self._device.crypto_processes,
             tail_length(terms.evaluation, plan.task),
+            lambda: moved_length(terms.training, plan.layout, state.server.rounds),
         )
         self._run = Undertaking(
             terms,

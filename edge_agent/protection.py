@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +58,15 @@ class UpdateProtection:
         agent_id: str,
         processes: int = 1,
         tail_length: int = 0,
+        moved_length: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`update_length` gives U, what the strategy sends in the round after the state."""
+        """`update_length` gives U, what the strategy sends in the round after the state.
+
+        `moved_length` gives R, what of theta its sum moves that no device sends.
+        """
         self._terms = terms
         self._update_length = update_length
+        self._moved_length = moved_length
         self._tail_length = tail_length  # M; the context calls both together its parameters
         self._agent_id = agent_id
         self._processes = processes
@@ -74,7 +79,7 @@ class UpdateProtection:
         return stated or derived or clip_of(self._terms.encoding, self._terms.training, weight_cap)
 
     def split(self, mean: Vector) -> tuple[Vector, Vector]:
-        """Return what the strategy is given of an opened mean, (U,), and the tail, (M,)."""
+        """Return what the strategy is given of an opened mean, (U + R,), and the tail, (M,)."""
         length = len(mean) - self._tail_length
         return mean[:length], mean[length:]
 
@@ -114,7 +119,7 @@ class UpdateProtection:
         self, outcome: Outcome, clip: float, run_key: crypto.RunKey | None, path: Path
     ) -> crypto.OpenedSum:
         """Open a round's sum; raises Refused(SUM_NOT_VERIFIED) unless it is of its members."""
-        context = self._context(
+        context = self._sum_context(
             outcome.round, outcome.attempt, outcome.weight_cap, clip, outcome.cohort_digest
         )
         with _refusing(), path.open("rb", buffering=0) as file:
@@ -124,7 +129,7 @@ class UpdateProtection:
         self, outcome: Outcome, clip: float, opened: crypto.OpenedSum, path: Path
     ) -> ArtifactReference:
         """Write an opened sum into a file, as protection `plain` encodes sums."""
-        context = self._context(outcome.round, outcome.attempt, outcome.weight_cap, clip)
+        context = self._sum_context(outcome.round, outcome.attempt, outcome.weight_cap, clip)
         return write_artifact(
             path, plain.encoded_sum(context, opened.count, opened.total_weight, opened.mean)
         )
@@ -150,6 +155,19 @@ class UpdateProtection:
                 update_bits=self._terms.encoding.update_bits,
                 cohort=cohort_digest,
             )
+
+    def _sum_context(
+        self,
+        round_number: int,
+        attempt: int,
+        weight_cap: int,
+        clip: float,
+        cohort_digest: bytes = b"",
+    ) -> crypto.UpdateContext:
+        """A sum may be longer than the updates in it: the server moves more than they do."""
+        context = self._context(round_number, attempt, weight_cap, clip, cohort_digest)
+        with _refusing():
+            return replace(context, parameter_count=context.parameter_count + self._moved_length())
 
 
 @contextmanager

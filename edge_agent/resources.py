@@ -24,6 +24,8 @@ PROCESS_BYTES = (
 # Of P float32: theta, trained, two of AdamW, the gradient and a micro-batch's, the update, a copy
 # on its way to a file.
 _VECTORS = 8
+# Of residuals, which have no gradient: theta, trained, the update, a copy on its way to a file.
+_RESIDUAL_VECTORS = 4
 _DISK_BYTES_PER_PARAMETER = 32  # state, checkpoint with AdamW's vectors, update, exported adapter
 
 
@@ -62,7 +64,9 @@ def least_memory(plan: Plan) -> int | None:
 
 def _standing_bytes(plan: Plan) -> int:
     sizes = {member.name: member.size_bytes for member in plan.members}
-    return PROCESS_BYTES + sizes.get(BASE_FILE, 0) + 4 * _VECTORS * plan.parameter_count
+    residuals = plan.parameter_count - plan.trained_count
+    vectors = _VECTORS * plan.trained_count + _RESIDUAL_VECTORS * residuals
+    return PROCESS_BYTES + sizes.get(BASE_FILE, 0) + 4 * vectors
 
 
 def _longest(task: Task) -> int:

@@ -111,7 +111,7 @@ def _decoding(
 
 def time_training(folder: Path, plan: Plan, theta: Theta, threads: int, seconds: float) -> Any:
     """Time one run of `train.onnx` over a batch of made-up rows."""
-    graph = train_contract(plan.task, plan.parameter_count)
+    graph = train_contract(plan.task, plan.parameter_count, plan.trained_count)
     session = GraphSession(folder, graph, threads, Reason.TRAINING_FAILED)
     feeds = {
         name: made_up(plan, folder, name, port)

@@ -63,7 +63,8 @@ class TorchEngine(LocalEngine):
             torch.backends.cudnn.allow_tf32 = False  # or convolutions have 10 bits of mantissa
 
     def _training_step(self) -> Step:
-        return _TrainingStep(self._graph, self._device, self._bfloat16)
+        count = self._plan.trained_count
+        return _TrainingStep(self._graph, self._device, self._bfloat16, count)
 
     def _evaluation_step(self) -> Step:
         outputs = evaluation_outputs(self._plan.task)
@@ -108,10 +109,21 @@ class _GraphStep:
 
 
 class _TrainingStep(_GraphStep):
+    def __init__(
+        self, graph: TorchGraph, device: torch.device, bfloat16: bool, trained_count: int
+    ) -> None:
+        super().__init__(graph, device, bfloat16)
+        self._trained_count = trained_count
+
     def sums(self, theta: Theta, placed: Placed) -> list[NDArray[np.float32]]:
         """See Step."""
-        values = torch.tensor(theta, device=self._device, requires_grad=True)
-        loss, weight, _ = self._run(SUMS, values, placed, Reason.TRAINING_FAILED)
+        count = self._trained_count
+        values = torch.tensor(theta[:count], device=self._device, requires_grad=True)
+        whole = values
+        if count < len(theta):
+            residuals = torch.tensor(theta[count:], device=self._device)
+            whole = torch.cat([values, residuals])
+        loss, weight, _ = self._run(SUMS, whole, placed, Reason.TRAINING_FAILED)
         gradient = _gradient(loss, values)
         return [value.detach().cpu().numpy() for value in (loss, weight, gradient)]
 

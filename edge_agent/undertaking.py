@@ -96,7 +96,7 @@ class Undertaking:
     @property
     def parts(self) -> Parts | None:
         """The parts of theta in the round that follows the state; None: all of it is sent."""
-        if sends_everything(self.terms.training):
+        if sends_everything(self.terms.training, self.plan.layout):
             return None
         return parts_of(self.terms.training, self.plan.layout, self.state.server.rounds)
 

@@ -29,6 +29,7 @@ ALPHA = 0.5
 SEED = 0
 SENTENCES = 5
 STOP_SECONDS = 10
+KEEPING_SECONDS = 600  # for a device to keep the last round's model
 _RUN_FILE = """\
 name = "demo"
 plan = "{plan}"
@@ -66,7 +67,7 @@ def run(demo: "Demo") -> None:
     except KeyboardInterrupt:
         console.print("\ninterrupted; every process has been ended")
         sys.exit(130)
-    except (FedloomError, subprocess.CalledProcessError) as error:
+    except (FedloomError, subprocess.SubprocessError) as error:
         console.print(f"demo: {error}", style="red", markup=False)
         sys.exit(1)
 
@@ -79,6 +80,7 @@ class Demo:
         self._options = options
         self._out: Path = options.out.resolve()
         self._coordinator = self._out / "coordinator"
+        self._agents: list[subprocess.Popen[bytes]] = []
 
     def run(self, children: contextlib.ExitStack) -> None:
         """Prepare, train, answer; `children` ends every process, whatever happens."""
@@ -99,6 +101,7 @@ class Demo:
             self._start_agent(children, number, part)
         self._title("The run")
         self._command("fedloom-coordinator", "run", "watch", *self._home())
+        self._await_agents()
         self._title("Who could learn what, from the terms of this run")
         self._command("fedloom-coordinator", "run", "privacy", *self._home())
         self._title("A device answers with ONNX Runtime and the adapter that it opened itself")
@@ -154,7 +157,13 @@ class Demo:
             *("--data", files.train, "--held-out", files.held_out, "--threads", "1"),
         )
         token.unlink()
-        self._child(children, name, *agent, "run", "--once")
+        self._agents.append(self._child(children, name, *agent, "run", "--once"))
+
+    def _await_agents(self) -> None:
+        """Wait until every device has measured and kept the model of the last round."""
+        for agent in self._agents:
+            if status := agent.wait(KEEPING_SECONDS):
+                raise subprocess.CalledProcessError(status, "fedloom-agent run --once")
 
     def _agent(self, number: int, home: Path) -> tuple[object, ...]:
         """Return the words that begin every command of an agent."""

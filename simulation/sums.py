@@ -61,6 +61,8 @@ class Federation:
         ):
             if not usable:
                 raise ConfigError(key, "expected the default: a simulation knows no other yet")
+        if not sends_everything(training, self.plan.layout):
+            raise ConfigError("plan", "expected one without --residual: a simulation has none yet")
 
 
 class CohortSum:

@@ -60,6 +60,12 @@ def build(
     freeze_a: Annotated[
         bool | None, typer.Option("--freeze-a", help="Train LoRA's B alone (FFA-LoRA).")
     ] = None,
+    residual: Annotated[
+        bool | None,
+        typer.Option(
+            "--residual", help="With what FLoRA and FedEx-LoRA add to the adapted weights."
+        ),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longer texts are cut.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What a row begins with, such as 'Q: {question} A: '.")
@@ -93,6 +99,7 @@ def build(
         "targets": _names(targets),
         "modules_to_save": _names(modules_to_save),
         "freeze_a": freeze_a,
+        "residual": residual,
         "max_tokens": max_tokens,
         "prompt": prompt,
         "answer": answer,
@@ -108,7 +115,7 @@ def build(
     if as_json:
         say_json({"folder": str(out), **facts_of(plan).to_json()})
     else:
-        say(f"{out}: {plan.parameter_count:,} trainable parameters")
+        say(f"{out}: {plan.trained_count:,} trainable parameters")
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -29,7 +29,10 @@ def build(request: PlanRequest, out: Path, report: Report, cache: Path | None) -
     with _appearing_at(out) as folder:
         report(f"loading {request.model}")
         adapted = load_model(request)
-        report(f"{len(adapted.theta):,} trainable values in {len(adapted.layout)} tensors")
+        count, residuals = adapted.trained_count, len(adapted.theta) - adapted.trained_count
+        report(f"{count:,} trainable values in {adapted.trained_tensors} tensors")
+        if residuals:
+            report(f"{residuals:,} values of residuals, {4 * residuals / 1e6:.1f} MB in every sum")
         graphs = cached_graphs(adapted, cache, report)
         if request.dp:
             graphs |= cached_dp_graph(adapted, cache, report)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from coordinator.plans.families.causal_lm import LanguageModel
-from coordinator.plans.graphs import Step, Trace, cut, example_batch
+from coordinator.plans.graphs import Step, Trace, cut, example_batch, leaves
 from coordinator.plans.model import AdaptedModel, Batch, BoundNetwork, Sums
 from fedloom.errors import ConfigError
 from fedloom.graph_contracts import eval_contract, infer_contract, train_contract
@@ -30,7 +30,7 @@ def chunked_traces(
         Trace(
             chunked_training_step(adapted, family, pieces),
             example,
-            (train_contract(adapted.task, count),),
+            (train_contract(adapted.task, count, adapted.trained_count),),
         ),
         Trace(evaluation_step(adapted), dict(example), others),
     )
@@ -46,8 +46,9 @@ def chunked_training_step(adapted: AdaptedModel, family: LanguageModel, pieces: 
         batch, frozen = dict(zip(names, rest, strict=False)), rest[len(names) :]
         labels, weight = batch.pop("labels"), batch.pop("sample_weight")
         with torch.enable_grad():
-            values = [piece.detach().requires_grad_() for piece in cut(adapted, theta)]
-            hidden = _hidden(family, head, adapted.bound(values, frozen), batch)
+            values, residuals = leaves(adapted, theta)
+            run = adapted.bound([*values, *residuals], frozen)
+            hidden = _hidden(family, head, run, batch)
             sums = chunked_sums(hidden, frozen[place], labels, weight, pieces)
             gradients = torch.autograd.grad(sums.loss, values)
         grad_sum = torch.cat([gradient.reshape(-1) for gradient in gradients])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from coordinator.plans.graphs import Step, Trace, cut, example_batch
+from coordinator.plans.graphs import Step, Trace, example_batch, leaves
 from coordinator.plans.model import AdaptedModel
 from coordinator.plans.request import PlanExportError
 from fedloom.graph_contracts import TRAIN_DP_GRAPH, train_dp_contract
@@ -33,7 +33,7 @@ Layer = Callable[..., torch.Tensor]
 def clipping_trace(adapted: AdaptedModel) -> Trace:
     """Return what to trace for `train_dp.onnx`."""
     example = {"theta": torch.from_numpy(adapted.theta), **example_batch(adapted)}
-    contract = train_dp_contract(adapted.task, len(adapted.theta))
+    contract = train_dp_contract(adapted.task, len(adapted.theta), adapted.trained_count)
     example["clip"] = torch.tensor(1.0)
     return Trace(clipped_training_step(adapted), example, (contract,))
 
@@ -47,9 +47,11 @@ def clipped_training_step(adapted: AdaptedModel) -> Step:
         labels, clip = batch.pop("labels"), batch.pop("clip")
         weight = _weight_of_labels(adapted.task, labels, batch.pop("sample_weight"))
         with torch.enable_grad():
-            pieces = for_each_row(cut(adapted, theta), labels.shape[0])
+            whole, residuals = leaves(adapted, theta)
+            pieces = for_each_row(whole, labels.shape[0])
             with RowParameters(pieces):
-                logits = adapted.family.logits(adapted.bound(pieces, frozen), batch)
+                run = adapted.bound([*pieces, *residuals], frozen)
+                logits = adapted.family.logits(run, batch)
             sums = adapted.family.sums(logits, labels, weight)
             gradients = torch.autograd.grad(sums.loss, pieces)
         found = (sums.loss, sums.weight, sums.correct, *clipped_sum(gradients, clip))

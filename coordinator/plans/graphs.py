@@ -53,11 +53,14 @@ class Trace:
 def training_trace(adapted: AdaptedModel) -> Trace:
     """Return one trace for training, evaluation and inference."""
     count = len(adapted.theta)
-    contracts = (train_contract, eval_contract, infer_contract)
     return Trace(
         training_step(adapted),
         {"theta": torch.from_numpy(adapted.theta), **example_batch(adapted)},
-        tuple(contract(adapted.task, count) for contract in contracts),
+        (
+            train_contract(adapted.task, count, adapted.trained_count),
+            eval_contract(adapted.task, count),
+            infer_contract(adapted.task, count),
+        ),
     )
 
 
@@ -105,8 +108,8 @@ def training_step(adapted: AdaptedModel) -> Step:
         batch, frozen = dict(zip(names, rest, strict=False)), rest[len(names) :]
         labels, weight = batch.pop("labels"), batch.pop("sample_weight")
         with torch.enable_grad():
-            pieces = [piece.detach().requires_grad_() for piece in cut(adapted, theta)]
-            logits = adapted.family.logits(adapted.bound(pieces, frozen), batch)
+            pieces, rest_of_theta = leaves(adapted, theta)
+            logits = adapted.family.logits(adapted.bound([*pieces, *rest_of_theta], frozen), batch)
             sums = adapted.family.sums(logits, labels, weight)
             gradients = torch.autograd.grad(sums.loss, pieces)
         grad_sum = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -147,6 +150,14 @@ def is_free(adapted: AdaptedModel, extent: int) -> bool:
     """Tell whether no part of the model has such an extent."""
     taken = {size for tensor in adapted.network.parameters() for size in tensor.shape}
     return extent not in taken | adapted.family.extents()
+
+
+def leaves(
+    adapted: AdaptedModel, theta: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the tensors of theta (P,) that have a gradient, as its leaves, and the residuals."""
+    pieces, count = cut(adapted, theta), adapted.trained_tensors
+    return [piece.detach().requires_grad_() for piece in pieces[:count]], pieces[count:]
 
 
 def cut(adapted: AdaptedModel, theta: torch.Tensor) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from coordinator.plans.checkpoints import Checkpoint
 from coordinator.plans.model import AdaptedModel, Family, frozen_names
 from coordinator.plans.request import ALL_LINEAR, PlanRequest
+from coordinator.plans.residuals import add_residuals, frozen_name, is_residual, residual_name
 from coordinator.plans.sources import ModelSource
 from coordinator.plans.tokenization import TextTokenizer
 from fedloom.errors import ConfigError
@@ -34,7 +35,8 @@ class Adapted:
     def model(self, family: Family, tokenizer: TextTokenizer) -> AdaptedModel:
         """Return the whole as values, with everything frozen for torch."""
         parameters = dict(self.network.named_parameters())
-        trainable = tuple(name for name, p in parameters.items() if p.requires_grad)
+        trained = (name for name, p in parameters.items() if p.requires_grad)
+        trainable = tuple(sorted(trained, key=is_residual))  # those behind all others
         frozen = frozen_names(self.network, trainable)
         self.network.requires_grad_(False)
         layout = _layout(self.network, trainable, self.head)
@@ -85,6 +87,8 @@ def adapt(
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         ),
     )
+    if request.residual:
+        add_residuals(network)
     if request.freeze_a:
         for name, parameter in network.named_parameters():
             if ".lora_A." in name:
@@ -152,9 +156,9 @@ def _layout(network: Any, trainable: tuple[str, ...], head: str) -> tuple[Traina
     offset = 0
     for name in trainable:
         tensor = parameters[name]
-        saved_name = saved_names[tensor.data_ptr()]
         role = _role(name, head)
-        layout.append(TrainableTensor(saved_name, tuple(tensor.shape), offset, role))
+        known_as = residual_name(name) if is_residual(name) else saved_names[tensor.data_ptr()]
+        layout.append(TrainableTensor(known_as, tuple(tensor.shape), offset, role))
         offset += tensor.numel()
     return tuple(layout)
 
@@ -165,6 +169,8 @@ def _role(name: str, head: str) -> Role:
         return Role.LORA_A
     if ".lora_B." in name:
         return Role.LORA_B
+    if is_residual(name):
+        return Role.RESIDUAL
     return Role.HEAD if f".{head}." in name else Role.WEIGHT
 
 
@@ -172,7 +178,7 @@ def _base_name(name: str) -> str:
     """Return the base model's name of a weight, or PEFT's of a frozen part of the adapter."""
     if ".lora_A." in name:
         return name.replace(".default", "")
-    return name.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
+    return frozen_name(name).removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def _description(config: peft.LoraConfig, base_model: str) -> dict[str, object]:

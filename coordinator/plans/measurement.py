@@ -58,7 +58,9 @@ def random_batch(
     """Make the inputs of `train.onnx` but theta: full rows without padding."""
     random = np.random.default_rng(0)
     feeds: dict[str, NDArray[np.generic]] = {}
-    for name, port in train_contract(plan.task, plan.parameter_count).inputs.items():
+    for name, port in train_contract(
+        plan.task, plan.parameter_count, plan.trained_count
+    ).inputs.items():
         shape = [_extent(axis, rows, tokens) for axis in port.axes]
         match name:
             case "theta":
@@ -94,7 +96,7 @@ def _measured(folder: Path) -> StepFigures:
     import onnxruntime
 
     plan = load_plan(folder)
-    graph = train_contract(plan.task, plan.parameter_count)
+    graph = train_contract(plan.task, plan.parameter_count, plan.trained_count)
     options = onnxruntime.SessionOptions()
     options.enable_mem_pattern = False
     options.log_severity_level = 3

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from coordinator.plans.tokenization import TextTokenizer
 from fedloom.adapters import Theta
-from fedloom.plans import PlanOrigin, TrainableTensor
+from fedloom.plans import PlanOrigin, Role, TrainableTensor
 from fedloom.tasks import Task
 
 Batch = Mapping[str, torch.Tensor]  # inputs, labels and sample_weight by name
@@ -105,6 +105,16 @@ class AdaptedModel:
     def task(self) -> Task:
         """What the plan is trained for."""
         return self.family.task
+
+    @property
+    def trained_tensors(self) -> int:
+        """How many of `layout` have a gradient: all in front of the residuals."""
+        return sum(tensor.role is not Role.RESIDUAL for tensor in self.layout)
+
+    @property
+    def trained_count(self) -> int:
+        """T: how many values have a gradient."""
+        return sum(tensor.size for tensor in self.layout[: self.trained_tensors])
 
     def frozen_tensors(self) -> tuple[torch.Tensor, ...]:
         """Return the frozen weights in the order of `frozen`; each a distinct tensor object."""

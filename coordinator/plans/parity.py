@@ -189,10 +189,10 @@ def torch_clipped_step(
 
 
 def torch_step(adapted: AdaptedModel, theta: Theta, batch: Batch) -> Outputs:
-    """Return loss, weight, correct, gradient (P,) and logits, computed by torch's own means."""
+    """Return loss, weight, correct, gradient (T,) and logits, computed by torch's own means."""
     with trained_values(adapted, theta) as parameters:
         sums, logits = adapted.family.expected(adapted.network, batch)
-        gradients = torch.autograd.grad(sums.loss, parameters)
+        gradients = torch.autograd.grad(sums.loss, parameters[: adapted.trained_tensors])
     gradient = torch.cat([piece.reshape(-1) for piece in gradients])
     found = (sums.loss, sums.weight, sums.correct, gradient, logits)
     return [value.detach().numpy() for value in found]

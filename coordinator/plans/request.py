@@ -22,7 +22,7 @@ CLASSIFICATION = "classification"
 NER = "ner"
 CAUSAL_LM = "causal-lm"
 MODULE = "module"
-_LORA = ("rank", "alpha", "targets", "modules_to_save", "freeze_a")
+_LORA = ("rank", "alpha", "targets", "modules_to_save", "freeze_a", "residual")
 # What each task takes besides a model, a name and a seed.
 _TAKEN = {
     CLASSIFICATION: ("labels", "max_tokens", *_LORA),
@@ -41,7 +41,8 @@ class PlanRequest:
     that returns a TrainableModule. `targets` are the linear layers that get LoRA, by the end of
     their names, or `all-linear`; none are PEFT's choice for the architecture. The adapter's product
     is scaled by `alpha / rank`. `modules_to_save` are trained whole. `freeze_a` keeps LoRA's A at
-    its random start (FFA-LoRA, arXiv:2403.12313). `prompt` and `answer` are the templates of
+    its random start (FFA-LoRA, arXiv:2403.12313). `residual` gives every adapted weight one of its
+    own size, which FLoRA and FedEx-LoRA move. `prompt` and `answer` are the templates of
     CausalLanguageModelling; `loss_pieces` cut its head and loss in training, where logits need most
     of a step's memory. `seed` decides the initial LoRA A and every value that the checkpoint
     does not bring, the classification head first of all. With `dp` the plan has `train_dp.onnx`, an
@@ -58,6 +59,7 @@ class PlanRequest:
     targets: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] = ()
     freeze_a: bool = False
+    residual: bool = False
     max_tokens: int | None = None  # the task's default, or the model's limit where that is lower
     prompt: str = ""
     answer: str = "{text}"
@@ -94,6 +96,12 @@ class PlanRequest:
     def _check_adapter(self) -> None:
         _require(1 <= self.rank <= MAX_RANK, "rank", f"1..{MAX_RANK}", self.rank)
         _require(0 < self.alpha < float("inf"), "alpha", "a positive number", self.alpha)
+        if self.residual and self.freeze_a:
+            raise ConfigError(
+                "residual",
+                "expected none with freeze_a: with an A that never moves the mean of products has "
+                "no residual",
+            )
         targets = self.targets
         named = targets is None or (bool(targets) and all(targets))
         _require(named, "targets", f"names, or {ALL_LINEAR}", targets)

@@ -27,7 +27,7 @@ def verify_plan(folder: Path) -> VerifiedPlan:
     verify_members(plan, folder)
     read_adapter(folder / plan.member(ADAPTER_FILE).name, plan.layout)
     members = {member.name for member in plan.members}
-    contracts = plan_contracts(plan.task, plan.parameter_count)
+    contracts = plan_contracts(plan.task, plan.parameter_count, plan.trained_count)
     graphs = tuple(file for file in contracts if file in members)
     for file in graphs:
         check_session(_loaded(folder / file), contracts[file])

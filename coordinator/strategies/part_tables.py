@@ -9,9 +9,10 @@ from fedloom.plans import Role
 from fedloom.strategies import personal
 from fedloom.strategies.parts import Fate
 from fedloom.strategies.portions import FACTOR_RULES
-from fedloom.terms import Encoding, LocalTraining, LoraRule, Personal, Protection
+from fedloom.terms import NEEDS_FACTORS, Encoding, LocalTraining, LoraRule, Personal, Protection
 
 _FACTORS = {Role.LORA_A: "A", Role.LORA_B: "B"}
+_RESIDUAL = {Role.RESIDUAL: "residual (`plan build --residual`)"}
 
 
 def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -25,7 +26,8 @@ def factor_table() -> str:
     """Return the table of LoRA rules."""
     columns = ("`lora`", "name", "paper", "odd rounds send", "even rounds send", "stays on devices")
     mean = "mean of products B A"
-    return markdown((*columns, "rests", mean, "goes with `personal`"), map(_factors, FACTOR_RULES))
+    more = ("rests", mean, "goes with `personal`", "needs a plan with", "protections")
+    return markdown((*columns, *more), map(_factors, FACTOR_RULES))
 
 
 def _factors(lora: LoraRule) -> Iterator[str]:
@@ -41,6 +43,8 @@ def _factors(lora: LoraRule) -> Iterator[str]:
     yield resting[0] if resting[0] == resting[1] else " then ".join(resting)
     yield rule.mean
     yield ", ".join(f"`{one.name.lower()}`" for one in Personal if _goes_with(lora, one))
+    yield ", ".join(name for role, name in (_FACTORS | _RESIDUAL).items() if role in rule.needs)
+    yield "any" if lora not in NEEDS_FACTORS else "plain"
 
 
 def _named(fates: dict[Role, Fate], fate: Fate) -> str:

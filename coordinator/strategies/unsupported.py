@@ -7,12 +7,6 @@ devices and in all rounds, and every device makes the server's step itself on on
 LORA_RULES = {
     "fed_sb": "Fed-SB (arXiv:2502.15436) trains an r x r matrix between B and A, which plans "
     "do not have; the nearest that is exact as well is 'ffa'",
-    "flora": "FLoRA (arXiv:2409.05976) stacks the devices' adapters, which grow with every round, "
-    "while a plan fixes theta's length; the nearest that is exact as well is 'ffa' or 'rolora'",
-    "flexlora": "FlexLoRA (arXiv:2402.11505) decomposes the sum of the devices' products B A, "
-    "which no update holds; the nearest that averages products exactly is 'ffa' or 'rolora'",
-    "fedex": "FedEx-LoRA (arXiv:2410.09432) adds a residual to the base in every round, while a "
-    "plan's base is fixed by its hash; the nearest that leaves no residual is 'ffa' or 'rolora'",
     "hetlora": "HetLoRA (arXiv:2401.06432) has a rank for each device, while a plan has one; the "
     "nearest is 'fedit' at a rank that the smallest device can train",
 }

@@ -22,6 +22,7 @@ from pathlib import Path
 from fedloom.adapters import Theta, write_adapter
 from fedloom.artifacts import link_or_copy
 from fedloom.errors import ConfigError
+from fedloom.export_factors import write_factored
 from fedloom.exports import LABELS_FILE, TRAINED_FILE, export_model, require_replaceable, swap_in
 from fedloom.graph_contracts import INFER_GRAPH
 from fedloom.model_cards import CARD_FILE, table
@@ -67,6 +68,11 @@ class TrainedModel:
     plan: Plan
     theta: Theta
     description: str  # the card's first part
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether a server has added anything to the frozen weights."""
+        return bool(self.theta[self.plan.trained_count :].any())
 
 
 @dataclass(frozen=True)
@@ -193,11 +199,18 @@ def _write_labels(plan: Plan, folder: Path) -> None:
 
 
 def _write_peft(model: TrainedModel, folder: Path) -> None:
-    """Write PEFT's adapter whole: also the A that was frozen and lies in the plan's base."""
+    """Write PEFT's adapter whole: also the A that was frozen and lies in the plan's base.
+
+    PEFT knows no residual: a model that has one is written at the rank that has room for it.
+    """
+    if model.has_residual:
+        write_factored(model.folder, model.plan, model.theta, folder)
+        return
     link_or_copy(model.folder / ADAPTER_CONFIG_FILE, folder / ADAPTER_CONFIG_FILE)
     tensors: dict[str, Array] = {
         tensor.name: model.theta[tensor.offset : tensor.offset + tensor.size].reshape(tensor.shape)
         for tensor in model.plan.layout
+        if tensor.role is not Role.RESIDUAL
     }
     needed = {
         tensor.name.replace(".lora_B.", ".lora_A.")
@@ -227,6 +240,17 @@ def _card(model: TrainedModel, forms: tuple[Form, ...], found: dict[str, str], o
             parts.append(
                 f"Trained on weights stored as {model.plan.base_storage.name.lower()}: on the base "
                 "model's own it answers a little otherwise. The form `merged` does not."
+            )
+        if form is Form.ONNX and model.has_residual:
+            parts.append(
+                "PEFT leaves the residuals out of this adapter, with which it is another model: "
+                "for PEFT there is the form `peft`."
+            )
+        if form is Form.PEFT and model.has_residual:
+            parts.append(
+                "The server has added to the adapted weights (LoRA rules flora, fedex). What it "
+                "added is factored into this adapter, whose rank is therefore higher than the one "
+                "that was trained."
             )
         parts.append(f"```python\n{snippet(model.plan, form.value)}\n```")
     parts += ["## Files", table(("file", "bytes", "SHA-256"), list(_file_rows(out)))]

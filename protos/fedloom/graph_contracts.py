@@ -48,16 +48,16 @@ class GraphContract:
     outputs: Mapping[str, Port]
 
 
-def train_contract(task: Task, parameter_count: int) -> GraphContract:
-    """`train.onnx`: sums over the batch, and the gradient's, (P,)."""
-    gradient = {"grad_sum": Port(_F32, (parameter_count,))}
+def train_contract(task: Task, parameter_count: int, trained_count: int = 0) -> GraphContract:
+    """`train.onnx`: sums over the batch, and the gradient's, (T,); T is P where it is not given."""
+    gradient = {"grad_sum": Port(_F32, (trained_count or parameter_count,))}
     return GraphContract(TRAIN_GRAPH, _batch(task, parameter_count), _SUMS | gradient)
 
 
-def train_dp_contract(task: Task, parameter_count: int) -> GraphContract:
+def train_dp_contract(task: Task, parameter_count: int, trained_count: int = 0) -> GraphContract:
     """`train_dp.onnx`: each row's gradient clipped to a norm of at most `clip`, then summed."""
     clipped = {
-        "clipped_grad_sum": Port(_F32, (parameter_count,)),
+        "clipped_grad_sum": Port(_F32, (trained_count or parameter_count,)),
         "grad_norm": Port(_F32, (BATCH,)),
     }
     inputs = _batch(task, parameter_count) | {"clip": Port(_F32, ())}
@@ -88,11 +88,15 @@ def gen_contract(task: CausalLanguageModelling, parameter_count: int) -> GraphCo
     )
 
 
-def plan_contracts(task: Task, parameter_count: int) -> dict[str, GraphContract]:
+def plan_contracts(
+    task: Task, parameter_count: int, trained_count: int = 0
+) -> dict[str, GraphContract]:
     """Return the contract of every graph that a plan for `task` may have, by file."""
     contracts = [
-        contract(task, parameter_count)
-        for contract in (train_contract, train_dp_contract, eval_contract, infer_contract)
+        train_contract(task, parameter_count, trained_count),
+        train_dp_contract(task, parameter_count, trained_count),
+        eval_contract(task, parameter_count),
+        infer_contract(task, parameter_count),
     ]
     if isinstance(task, CausalLanguageModelling):
         contracts.append(gen_contract(task, parameter_count))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from hashlib import sha256
 
-from fedloom.plans import Plan
+from fedloom.plans import Plan, Role
 from fedloom.privacy import PrivacyTerms, privacy_statement
 from fedloom.tasks import ArrayLearning, CausalLanguageModelling, Task, task_name
 from fedloom.terms import Encoding, LocalTraining
@@ -90,13 +90,17 @@ def _front_matter(plan: Plan) -> str:
 
 def _plan_lines(plan: Plan) -> Iterator[str]:
     origin = plan.origin
+    trained = [tensor for tensor in plan.layout if tensor.role is not Role.RESIDUAL]
     rows: list[tuple[str, object]] = [
         ("base model", origin.base_model),
         ("task", task_name(plan.task).replace("_", " ")),
         *_task_rows(plan.task),
         ("frozen weights", plan.base_storage.name.lower()),
-        ("trained values", f"{plan.parameter_count:,} in {len(plan.layout)} tensors"),
+        ("trained values", f"{plan.trained_count:,} in {len(trained)} tensors"),
     ]
+    if len(trained) < len(plan.layout):
+        added = f"{plan.parameter_count - plan.trained_count:,} values"
+        rows.append(("added to frozen weights by the server", added))
     if origin.lora_rank:
         frozen = ", A frozen" if origin.lora_a_frozen else ""
         rows += [

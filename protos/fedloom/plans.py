@@ -49,6 +49,7 @@ class Role(IntEnum):
     LORA_A = 1
     LORA_B = 2
     HEAD = 3
+    RESIDUAL = 4
 
     @classmethod
     def _missing_(cls, value: object) -> "Role":
@@ -87,6 +88,11 @@ class PlanOrigin:
     lora_alpha: float = 0.0
     lora_targets: tuple[str, ...] = ()
     lora_a_frozen: bool = False
+
+    @property
+    def lora_scale(self) -> float:
+        """s of W + s B A; 0 when there is no LoRA."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,11 @@ class Plan:
         """P: length of theta."""
         last = self.layout[-1]
         return last.offset + last.size
+
+    @property
+    def trained_count(self) -> int:
+        """T: how many values of theta have a gradient; behind them are the residuals."""
+        return sum(tensor.size for tensor in self.layout if tensor.role is not Role.RESIDUAL)
 
     def member(self, name: str) -> PlanMember:
         """Return the member of that name, or refuse the plan."""
@@ -280,6 +291,10 @@ def _check_layout(layout: tuple[TrainableTensor, ...]) -> None:
         _require(tensor.offset == offset, f"{tensor.name[:80]} at offset {offset}", tensor.offset)
         offset += tensor.size
         _require(offset <= MAX_PARAMETERS, f"at most {MAX_PARAMETERS} parameters", offset)
+    roles = [tensor.role for tensor in layout]
+    trained = sum(role is not Role.RESIDUAL for role in roles)
+    last = Role.RESIDUAL not in roles[:trained] and trained > 0
+    _require(last, "residuals behind all that is trained", [role.name for role in roles][:8])
     names = {tensor.name for tensor in layout}
     # safetensors keeps this name for itself: the adapter would be a file that nobody can load.
     _require("__metadata__" not in names, "a tensor's own name", "__metadata__")

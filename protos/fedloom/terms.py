@@ -91,6 +91,9 @@ class LoraRule(IntEnum):
     FFA = 2
     ROLORA = 3
     FEDSA = 4
+    FLORA = 5
+    FLEXLORA = 6
+    FEDEX = 7
 
 
 class Personal(IntEnum):
@@ -160,6 +163,9 @@ STRATEGY_DEFAULTS: dict[Strategy, dict[str, float]] = {
 _NEEDED = ("server_adaptivity", "dynamic_alpha", "population", "auxiliary_scale", "mixing")
 _COUNTS_STEPS = (Strategy.FED_NOVA, Strategy.SCAFFOLD)
 _COUNTS_DEVICES = (Strategy.SCAFFOLD, Strategy.FED_DYN)
+# Whose server needs every device's factors, and gives new ones in the place of their mean.
+NEEDS_FACTORS = (LoraRule.FLORA, LoraRule.FLEXLORA, LoraRule.FEDEX)
+_TAKES_MODELS = (Strategy.FED_AVG, Strategy.FED_PROX)
 _ENUMS: dict[str, type[IntEnum]] = {
     "strategy": Strategy,
     "optimizer": Optimizer,
@@ -228,6 +234,7 @@ class LocalTraining:
         self._check_ranges()
         self._check_strategy()
         self._check_personal()
+        self._check_factors()
         self._check_asynchronous()
 
     @property
@@ -341,6 +348,24 @@ class LocalTraining:
             "older state must hold the same parts, and what is a device's own must belong to that "
             "state (FED_AVG goes with them)",
             (self.personal.name, self.lora.name),
+        )
+
+    def _check_factors(self) -> None:
+        if self.lora not in NEEDS_FACTORS:
+            return
+        name = self.lora.name
+        _require(
+            self.strategy in _TAKES_MODELS and self.server_learning_rate == 1,
+            f"strategy FED_AVG or FED_PROX and server_learning_rate 1 with lora {name}, whose "
+            "server gives new factors, no movement to be scaled or remembered (every strategy goes "
+            "with lora FFA, whose mean of products is exact as well)",
+            f"{self.strategy.name} and {self.server_learning_rate:g}",
+        )
+        _require(
+            self.personal is not Personal.DITTO,
+            f"personal NONE, FEDPER or FEDREP with lora {name}, whose factors a round replaces: "
+            "no model of one's own is near them (lora FFA goes with DITTO)",
+            self.personal.name,
         )
 
     @classmethod

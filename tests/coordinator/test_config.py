@@ -282,9 +282,6 @@ def test_sgd_needs_a_clip_only_where_updates_are_encoded() -> None:
     ("name", "nearest"),
     [
         ("fed_sb", "'ffa'"),
-        ("flora", "'rolora'"),
-        ("flexlora", "'rolora'"),
-        ("fedex", "'rolora'"),
         ("hetlora", "'fedit'"),
     ],
 )
@@ -292,9 +289,24 @@ def test_a_lora_rule_that_has_no_place_here_is_refused_with_the_nearest(
     name: str, nearest: str
 ) -> None:
     found = problems(training={"lora": name})
-    assert "training.lora: expected one of ['fedit', 'fedsa', 'ffa', 'rolora']" in found
+    assert "training.lora: expected one of [" in found
+    assert "'fedit', 'fedsa', 'ffa'" in found
     assert "arXiv:" in found
     assert nearest in found
+
+
+@pytest.mark.parametrize("kind", ["masked", "encrypted", "sealed"])
+@pytest.mark.parametrize("name", ["flora", "flexlora", "fedex"])
+def test_a_rule_that_needs_every_devices_factors_goes_with_plain_updates_alone(
+    name: str, kind: str
+) -> None:
+    found = problems(training={"lora": name}, protection={"kind": kind})
+    assert f'protection.kind = "{kind}" hides from the coordinator' in found
+    assert 'training.lora = "ffa" or "rolora"' in found
+    plain = {"training": {"lora": name}, "protection": {"kind": "plain"}}
+    assert parse_run_config(LEAST | plain, PATH).training.lora.name.lower() == name
+    momentum = {"lora": name, "strategy": "fed_avg_m"}
+    assert "lora FFA" in problems(training=momentum, protection={"kind": "plain"})
 
 
 def test_what_travels_and_what_stays_is_read_from_the_file() -> None:

@@ -40,6 +40,7 @@ LAYOUT = (
     TrainableTensor("classifier.bias", (200,), 4800),
 )
 PARAMETERS = 5000
+ORIGIN = PlanOrigin("none")
 PATIENCE_SECONDS = 60.0  # a bound for what must happen on a busy machine, never a measurement
 _T = TypeVar("_T")
 
@@ -90,7 +91,7 @@ def write_plan(folder: Path) -> Plan:
         ),
         LAYOUT,
         TextClassification(("no", "yes"), 16, 0),
-        PlanOrigin("none"),
+        ORIGIN,
     )
     (folder / PLAN_FILE).write_bytes(plan.encode())
     return plan

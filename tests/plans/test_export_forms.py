@@ -22,7 +22,7 @@ from tests.plans.decoders import save_decoder
 
 # peft still reads attributes that transformers has renamed.
 RENAMED = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-KINDS = ("encoder", "frozen A", "4 bits", "decoder", "arrays")
+KINDS = ("encoder", "frozen A", "4 bits", "decoder", "arrays", "residual", "decoder, residual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,14 @@ def build(kind: str, small: Built, graph_cache, factory) -> Built:
         request = dataclasses.replace(encoder, freeze_a=True)
     elif kind == "4 bits":
         request = dataclasses.replace(encoder, base=BaseStorage.INT4)
-    elif kind == "decoder":  # its weights lie transposed, and its head is tied to its embeddings
+    elif kind == "residual":
+        request = dataclasses.replace(encoder, base=BaseStorage.INT4, residual=True)
+    elif kind.startswith(
+        "decoder"
+    ):  # its weights lie transposed, and its head is tied to its embeddings
         model = save_decoder("gpt2", factory.mktemp("models") / "tiny-gpt2")
-        request = PlanRequest(model=str(model), task="causal-lm", rank=3)
+        residual = "residual" in kind
+        request = PlanRequest(model=str(model), task="causal-lm", rank=3, residual=residual)
     else:
         request = PlanRequest(model="tests.plans.networks:mlp", task="module")
     return Built(folder, build_plan(request, folder, lambda line: None, graph_cache), model)
@@ -223,7 +228,11 @@ def test_peft_gets_every_pair_whole_and_nothing_else(case):
         return
     names = set(load_file(case.out / "peft" / ADAPTER_FILE))
     pairs = {n.replace(".lora_B.", ".lora_A.") for n in names if ".lora_B." in n}
-    assert names == {tensor.name for tensor in case.built.plan.layout} | pairs
+    layout = case.built.plan.layout
+    assert names == {t.name for t in layout if t.role is not Role.RESIDUAL} | pairs
+    card = (case.out / "README.md").read_text()
+    for said in ("factored into this adapter", "PEFT leaves the residuals out"):
+        assert (said in card) is any(tensor.role is Role.RESIDUAL for tensor in layout)
 
 
 def test_plain_tensors_are_theta(case):

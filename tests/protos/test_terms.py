@@ -20,6 +20,7 @@ from fedloom.terms import (
     MAX_EPOCHS,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    NEEDS_FACTORS,
     STRATEGIES_WITH,
     UPDATE_BITS,
     Encoding,
@@ -46,7 +47,8 @@ _steps = st.integers(0, MAX_STEPS)
 _amounts = st.fixed_dictionaries(
     {"epochs": st.integers(1, MAX_EPOCHS), "max_steps": _steps}
 ) | st.fixed_dictionaries({"local_steps": _steps})
-_any_lora = st.sampled_from(LoraRule)
+_RULES = [rule for rule in LoraRule if rule not in NEEDS_FACTORS]  # which take any strategy
+_any_lora = st.sampled_from(_RULES)
 _what_travels = (
     st.fixed_dictionaries(
         {"lora": _any_lora, "personal": st.sampled_from([Personal.NONE, Personal.FEDPER])},
@@ -61,7 +63,7 @@ _what_travels = (
     )
     | st.fixed_dictionaries(
         {
-            "lora": st.sampled_from([rule for rule in LoraRule if rule is not LoraRule.FEDSA]),
+            "lora": st.sampled_from([rule for rule in _RULES if rule is not LoraRule.FEDSA]),
             "personal": st.just(Personal.DITTO),
             "personal_lambda": st.floats(0, 1e6, exclude_min=True),
         },

@@ -61,6 +61,7 @@ def merge_graph(model: onnx.ModelProto, constants: Mapping[str, Array], shared: 
     graph = _Graph(model, dict(constants), shared)
     graph.fold_constants()
     graph.fold_theta()
+    graph.fold_residuals()
     graph.merge_adapters()
     graph.finish()
 
@@ -111,6 +112,29 @@ class _Graph:
             else:
                 kept.append(node)
         self._nodes = kept
+
+    def fold_residuals(self) -> None:
+        """Add what the server has moved of a frozen weight to it: W + R is a constant."""
+        residuals = {t.offset for t in self._shared.plan.layout if t.role is Role.RESIDUAL}
+        renamed: dict[str, str] = {}
+        kept = []
+        for node in self._nodes:
+            node.input[:] = [renamed.get(name, name) for name in node.input]
+            own = [name for name in node.input if self._starts(name) in residuals]
+            weight = [name for name in node.input if name in self._constants]
+            if node.op_type == "Add" and len(own) == len(weight) == 1:
+                moved = f"{weight[0]}.moved"
+                added = self._shared.theta[self._trained[own[0]]]
+                self._constants[moved] = self._constants[weight[0]] + added
+                renamed[node.output[0]] = moved
+            else:
+                kept.append(node)
+        self._nodes = kept
+
+    def _starts(self, value: str) -> int | None:
+        """Return where in theta a part of it begins; None for the whole, and for what is none."""
+        indices = self._trained.get(value)
+        return None if indices is None or value == "theta" else int(indices.flat[0])
 
     def merge_adapters(self) -> None:
         """Take every low-rank product out of the graph, into the weight that it stands beside."""

@@ -34,6 +34,7 @@ __all__ = [
     "ServerState",
     "algorithm",
     "federated_averaging",
+    "moved_length",
     "proximal_gradient",
     "update_length",
 ]
@@ -60,7 +61,7 @@ def algorithm(terms: LocalTraining, layout: Layout = ()) -> Algorithm:
     Raises Refused(PLAN_UNSUPPORTED) where the layout does not fit what the terms send.
     """
     whole = RULES[terms.strategy].algorithm(terms)
-    if sends_everything(terms):
+    if sends_everything(terms, layout):
         return whole
     parts_of(terms, layout, 0)  # or refuse
     return travelling(whole, lambda rounds: parts_of(terms, layout, rounds))
@@ -73,3 +74,12 @@ def update_length(terms: LocalTraining, layout: Layout, rounds: int = 0) -> int:
     """
     parts = parts_of(terms, layout, rounds)
     return length(RULES[terms.strategy].sends, parts.shared_length)
+
+
+def moved_length(terms: LocalTraining, layout: Layout, rounds: int = 0) -> int:
+    """Return R, how many values a sum has behind those of an update: the server alone moves them.
+
+    Raises as `algorithm`.
+    """
+    parts = parts_of(terms, layout, rounds)
+    return parts.applied_length - parts.shared_length

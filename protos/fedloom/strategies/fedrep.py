@@ -12,4 +12,4 @@ from fedloom.strategies.parts import Parts
 
 def resting(parts: Parts, head_steps: int, step: int) -> tuple[slice, ...]:
     """Return the parts that do not move in a step, from 0, of a round."""
-    return parts.frozen + (parts.shared if step < head_steps else parts.private)
+    return parts.resting + (parts.shared if step < head_steps else parts.private)

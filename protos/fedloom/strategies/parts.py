@@ -25,6 +25,8 @@ class Fate(Enum):
     SHARED = "trained and sent"
     PRIVATE = "trained, and kept on the device"
     FROZEN = "not trained"
+    MOVED = "no gradient, and moved by the server"
+    FIXED = "no gradient, and moved by nobody"
 
 
 FateOf = Callable[[Role, int], Fate]  # (role, number of rounds applied before)
@@ -37,6 +39,33 @@ class Parts:
     shared: tuple[slice, ...]
     private: tuple[slice, ...] = ()
     frozen: tuple[slice, ...] = ()
+    moved: tuple[slice, ...] = ()  # by the server alone; like `fixed` behind all others
+    fixed: tuple[slice, ...] = ()
+
+    @property
+    def resting(self) -> tuple[slice, ...]:
+        """What no training moves."""
+        return self.frozen + self.moved + self.fixed
+
+    @property
+    def applied(self) -> tuple[slice, ...]:
+        """What a round's sum moves."""
+        return self.shared + self.moved
+
+    @property
+    def applied_length(self) -> int:
+        """Number of values of a movement in a sum."""
+        return sum(part.stop - part.start for part in self.applied)
+
+    def place_of(self, tensor: TrainableTensor) -> slice:
+        """Return where a tensor stands in a movement that moves it, an update's or a sum's."""
+        place = 0
+        for part in self.applied:
+            if part.start <= tensor.offset < part.stop:
+                place += tensor.offset - part.start
+                return slice(place, place + tensor.size)
+            place += part.stop - part.start
+        raise ValueError(f"expected a tensor that is sent or moved, found {tensor.name}")
 
     @property
     def shared_length(self) -> int:
@@ -77,35 +106,35 @@ def travelling(inner: Algorithm, parts_after: Callable[[int], Parts]) -> Algorit
     Its `linear` is 0 in the others, and `sent` takes and gives memory of P values.
     """
 
-    def inside(state: ServerState) -> ServerState:
-        shared = parts_after(state.rounds).shared
-        vectors = tuple(gathered(vector, shared) for vector in state.vectors)
-        return ServerState(gathered(state.theta, shared), state.rounds, vectors)
+    def inside(state: ServerState, seen: tuple[slice, ...]) -> ServerState:
+        vectors = tuple(gathered(vector, seen) for vector in state.vectors)
+        return ServerState(gathered(state.theta, seen), state.rounds, vectors)
 
     def linear(state: ServerState, memory: Memory) -> Vector | None:
         shared = parts_after(state.rounds).shared
-        found = inner.linear(inside(state), tuple(gathered(one, shared) for one in memory))
+        found = inner.linear(inside(state, shared), tuple(gathered(one, shared) for one in memory))
         zeros = np.zeros(len(state.theta), np.float32)
         return None if found is None else scattered(zeros, shared, found)
 
     def sent(state: ServerState, memory: Memory, delta: Theta, steps: float) -> Sent:
         shared = parts_after(state.rounds).shared
         before = tuple(gathered(one, shared) for one in memory)
-        found = inner.sent(inside(state), before, gathered(delta, shared), steps)
+        found = inner.sent(inside(state, shared), before, gathered(delta, shared), steps)
         after = zip(memory, found.memory, strict=True)
         return Sent(found.values, tuple(scattered(old, shared, new) for old, new in after))
 
     def apply(state: ServerState, mean_update: Vector, count: int) -> ServerState:
-        shared = parts_after(state.rounds).shared
-        moved = inner.apply(inside(state), mean_update, count)
+        applied = parts_after(state.rounds).applied
+        moved = inner.apply(inside(state, applied), mean_update, count)
         vectors = zip(state.vectors, moved.vectors, strict=True)
         return ServerState(
-            scattered(state.theta, shared, moved.theta),
+            scattered(state.theta, applied, moved.theta),
             moved.rounds,
-            tuple(scattered(old, shared, new) for old, new in vectors),
+            tuple(scattered(old, applied, new) for old, new in vectors),
         )
 
     def joined(state: ServerState, held: Vector, staleness: int) -> Vector:
-        return inner.joined(inside(state), held, staleness)
+        shared = parts_after(state.rounds).shared
+        return inner.joined(inside(state, shared), held, staleness)
 
     return Algorithm(apply, inner.init, linear, sent, joined)

@@ -3,23 +3,43 @@
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Role
-from fedloom.strategies import fedit, fedrep, fedsa_lora, ffa_lora, rolora
+from fedloom.strategies import (
+    fedex_lora,
+    fedit,
+    fedrep,
+    fedsa_lora,
+    ffa_lora,
+    flexlora,
+    flora,
+    rolora,
+)
 from fedloom.strategies.factors import FactorRule
 from fedloom.strategies.fedper import with_own_head
 from fedloom.strategies.parts import Fate, FateOf, Layout, Parts, divide, gathered, scattered
 from fedloom.strategies.rule import Memory
+from fedloom.strategies.targets import targets_of
 from fedloom.terms import LocalTraining, LoraRule, Personal
 
 FACTOR_RULES: dict[LoraRule, FactorRule] = {
-    rule.lora: rule for rule in (fedit.RULE, ffa_lora.RULE, rolora.RULE, fedsa_lora.RULE)
+    rule.lora: rule
+    for rule in (
+        fedit.RULE,
+        ffa_lora.RULE,
+        rolora.RULE,
+        fedsa_lora.RULE,
+        flora.RULE,
+        flexlora.RULE,
+        fedex_lora.RULE,
+    )
 }
 _FACTORS = (Role.LORA_A, Role.LORA_B)
 _OWN_HEAD = (Personal.FEDPER, Personal.FEDREP)
 
 
-def sends_everything(terms: LocalTraining) -> bool:
-    """Tell whether every update holds all of theta, whatever the layout."""
-    return terms.lora is LoraRule.FEDIT and terms.personal not in _OWN_HEAD
+def sends_everything(terms: LocalTraining, layout: Layout = ()) -> bool:
+    """Tell whether every update holds all of theta; without a layout, of one without residuals."""
+    residual = any(tensor.role is Role.RESIDUAL for tensor in layout)
+    return terms.lora is LoraRule.FEDIT and terms.personal not in _OWN_HEAD and not residual
 
 
 def keeps_own_model(terms: LocalTraining) -> bool:
@@ -37,6 +57,8 @@ def parts_of(terms: LocalTraining, layout: Layout, rounds: int) -> Parts:
     Raises Refused(PLAN_UNSUPPORTED) for a layout without what the terms train or keep.
     """
     _check_roles(terms, {tensor.role for tensor in layout})
+    if FACTOR_RULES[terms.lora].new_pair is not None:
+        targets_of(layout)  # or refuse
     parts = divide(layout, _fate_of(terms), rounds)
     if not parts.shared:
         raise _unsupported("a plan with more than the parts that stay on devices", "no other")
@@ -47,6 +69,8 @@ def _fate_of(terms: LocalTraining) -> FateOf:
     rule = FACTOR_RULES[terms.lora]
 
     def fate_of(role: Role, rounds: int) -> Fate:
+        if role is Role.RESIDUAL:
+            return Fate.MOVED if rule.has_residual else Fate.FIXED
         return rule.fate_of(role, rounds) if role in _FACTORS else Fate.SHARED
 
     return with_own_head(fate_of) if terms.personal in _OWN_HEAD else fate_of
@@ -56,10 +80,13 @@ def _check_roles(terms: LocalTraining, roles: set[Role]) -> None:
     rule = FACTOR_RULES[terms.lora]
     if missing := rule.needs - roles:
         nearest = "ffa" if Role.LORA_B in roles else "fedit"
+        plan = "a plan whose A is not frozen"
+        if missing == {Role.RESIDUAL}:
+            nearest, plan = "flexlora", "a plan built with --residual"
         names = " and ".join(sorted(role.name for role in missing))
         raise _unsupported(
-            f"{names} in the plan's layout with lora = {terms.lora.name.lower()!r} (a plan whose A "
-            f"is not frozen); this plan goes with lora = {nearest!r}",
+            f"{names} in the plan's layout with lora = {terms.lora.name.lower()!r} ({plan}); "
+            f"this plan goes with lora = {nearest!r}",
             "none",
         )
     if terms.personal in _OWN_HEAD and Role.HEAD not in roles:
@@ -95,4 +122,4 @@ def resting(terms: LocalTraining, parts: Parts, step: int) -> tuple[slice, ...]:
     """Return the parts that do not move in a step, from 0, of a round."""
     if terms.personal is Personal.FEDREP:
         return fedrep.resting(parts, terms.head_steps, step)
-    return parts.frozen
+    return parts.resting
