@@ -15,7 +15,7 @@ help: ## Say what can be made
 	@echo "make demo DATA=PATH       the same on your data: a folder with train.* and test.*, or one file"
 	@echo "                          (CSV, JSONL or Parquet; columns by TEXT=... and LABEL=...)"
 	@echo "make headline             federated beside centralised and local-only training, on public data, where they are:"
-	@echo "                          DATA_ROOT=PATH (README.md of examples/headline); CASES=\"banking77 mnist\"; ROWS=400; QUICK=1"
+	@echo "                          DATA_ROOT=PATH (README.md of examples/headline); CASES=\"banking77 mnist\"; ROWS=400; CHOOSE=1; QUICK=1"
 	@echo "make test                 all tests"
 	@echo "make check                what CI runs: ruff, mypy, buf, import-linter, tests"
 	@echo "make protos LANG=cpp      stubs for another language in gen/ (LANG=list names them)"
@@ -37,7 +37,7 @@ demo: $(STAMP)
 	@$(BIN)/python -m examples.demo $(if $(DATA),--data $(DATA)) $(if $(TEXT),--text $(TEXT)) $(if $(LABEL),--label $(LABEL))
 
 headline: $(STAMP)
-	@$(BIN)/python -m examples.headline $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(CASES),--cases $(CASES)) $(if $(ROWS),--rows $(ROWS)) $(if $(QUICK),--quick)
+	@$(BIN)/python -m examples.headline $(if $(DATA_ROOT),--data-root $(DATA_ROOT)) $(if $(CASES),--cases $(CASES)) $(if $(ROWS),--rows $(ROWS)) $(if $(CHOOSE),--choose) $(if $(QUICK),--quick)
 
 arm64: $(STAMP)
 	deploy/arm64/prove.sh

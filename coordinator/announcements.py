@@ -116,10 +116,22 @@ def return_sum(run_id: bytes, round_number: int) -> Message:
 
 
 def waiting(
-    cause: control_pb2.WaitCause.ValueType, run_id: bytes = b"", round_number: int = 0
+    cause: control_pb2.WaitCause.ValueType,
+    run_id: bytes = b"",
+    round_number: int = 0,
+    come_back_seconds: int = 0,
+    spread_seconds: int = 0,
 ) -> Message:
-    """Tell why nothing is asked of an agent."""
-    return Message(waiting=control_pb2.Waiting(run_id=run_id, round=round_number, cause=cause))
+    """Tell why nothing is asked of an agent, and when to come back."""
+    return Message(
+        waiting=control_pb2.Waiting(
+            run_id=run_id,
+            round=round_number,
+            cause=cause,
+            come_back_seconds=come_back_seconds,
+            spread_seconds=spread_seconds,
+        )
+    )
 
 
 def finished(

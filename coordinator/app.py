@@ -18,7 +18,7 @@ from coordinator.commands.output import safe
 from coordinator.commands.plans import plan_app
 from coordinator.commands.runs import run_app
 from fedloom.errors import ConfigError, FedloomError
-from simulation.command import simulate
+from simulation.command import simulate, tune
 
 app = typer.Typer(
     help="Run federated training that this machine cannot read.",
@@ -33,6 +33,7 @@ app.add_typer(operator_app, name="operator")
 app.add_typer(ca_app, name="ca")
 app.command()(invite)
 app.command()(simulate)
+app.command()(tune)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ table goes to the agents as it is (`LocalTraining`), because each of them weighs
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from coordinator.selection import UNIFORM, Selection
 from fedloom.terms import ASYNCHRONOUS, STRATEGY_DEFAULTS, StalenessWeighting, Strategy
 
 # Keys of [asynchronous] that are fields of LocalTraining, and what its defaults are there.
@@ -58,3 +59,19 @@ def problems(
             "cohort.quorum: expected 0 with [asynchronous], whose buffer closes a cohort, found "
             f"{quorum}"
         )
+
+
+def selection_problems(buffer: int, selection: Selection) -> Iterator[str]:
+    """Say what of `[selection]` chooses among agents, where each of them is wanted."""
+    if not buffer:
+        return
+    for name, found, only in (
+        ("rule", f'"{selection.rule.value}"', f'"{UNIFORM.rule.value}"'),
+        ("over_selection", f"{selection.over_selection:g}", f"{UNIFORM.over_selection:g}"),
+        ("most_rounds", str(selection.most_rounds), str(UNIFORM.most_rounds)),
+    ):
+        if found != only:
+            yield (
+                f"selection.{name}: expected {only} with [asynchronous], which invites everybody "
+                f"who is here and suits, and goes on with who is ready first; found {found}"
+            )

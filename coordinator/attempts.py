@@ -24,6 +24,7 @@ from coordinator.strategies.factored_total import FactorRound
 from crypto import cohort
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
+from fedloom.strategies.fedma import matched_layers
 from fedloom.terms import NEEDS_FACTORS
 from fedloom.v1 import control_pb2
 
@@ -113,6 +114,7 @@ class Attempts:
             self._facilities.metrics,
             self._facilities.crypto_processes,
             run.config.aggregation,
+            matched_layers(run.config.training, run.plan.layout, state.completed),
             self._factors(),
         )
         run.agents.cohort(state.cohort, state, self.open, run.seconds_left())
@@ -142,6 +144,7 @@ class Attempts:
             lambda agent, message: run.agents.mask_step(agent, state.round, message),
             lambda agent, message: run.remember(MaskMessage(agent, message)),
             self._facilities.metrics,
+            run.config.aggregation.groups,
         )
 
     def repeat(self, agent: str) -> None:

@@ -5,7 +5,7 @@ sum is stored, and the masks follow from the members' messages.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -23,6 +23,7 @@ from coordinator.strategies.factored_total import FactorRound
 from crypto.masks import Correction
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
+from fedloom.strategies.fedma import Layer
 from fedloom.terms import Protection
 
 _log = structlog.get_logger()
@@ -41,13 +42,14 @@ class Collection:
         metrics: Metrics,
         crypto_processes: int = 1,
         aggregation: Aggregation = MEAN,
+        layers: Sequence[Layer] = (),
         factors: FactorRound | None = None,
     ) -> None:
         self.context = context
         self._metrics = metrics
         self.masking = masking
         self.sum = RoundSum(
-            context, protection, members, spool, crypto_processes, aggregation, factors
+            context, protection, members, spool, crypto_processes, aggregation, layers, factors
         )
         self._members = members
         self._one_by_one = asyncio.Lock()

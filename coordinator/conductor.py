@@ -83,7 +83,7 @@ class Conductor:
         protection = execution.config.encoding.protection
         for agent in self._banned_holders(execution.state):
             execution.post(AgentRemoved(agent))
-        execution.take_up({s.agent_id for s in self._sessions if s.can(protection)})
+        execution.take_up({s.agent_id: s.traits for s in self._sessions if s.can(protection)})
         while not execution.finished.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(execution.finished.wait(), TICK_SECONDS)
@@ -112,9 +112,16 @@ class Conductor:
         self._tell_what_ended(session)
         run = self._open
         if run is not None and session.can(run.config.encoding.protection):
-            run.post(AgentConnected(session.agent_id))
+            run.post(AgentConnected(session.agent_id, session.traits))
         else:
-            session.send(announcements.waiting(control_pb2.WAIT_CAUSE_NO_RUN))
+            self._wait_for_a_run(session)
+
+    def _wait_for_a_run(self, session: Session) -> None:
+        steering = self._facilities.steering
+        away = steering.without_run(session.agent_id, sum(1 for _ in self._sessions))
+        spread = steering.fleet.spread_seconds
+        cause = control_pb2.WAIT_CAUSE_NO_RUN
+        session.send(announcements.waiting(cause, come_back_seconds=away, spread_seconds=spread))
 
     def _tell_what_ended(self, session: Session) -> None:
         """An agent that was away when its run ended hears of it now."""

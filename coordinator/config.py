@@ -10,6 +10,21 @@ size = 100
 quorum = 0                     # agents that suffice once they are ready; 0: all who were invited
 population = 0                 # agents that may ever take part; "scaffold" and "fed_dyn" need it
 
+[selection]                    # who is invited; coordinator/selection.py has the rules' papers
+rule = "uniform"               # "available": whose hours leave time for a round; "capability": of
+                               # these, slower ones more rarely
+over_selection = 1.0           # invitations for each place; above 1 the first `size` that are ready
+                               # make the cohort
+most_rounds = 0                # that an agent is invited to in `window` finished rounds in a row;
+window = 0                     # 0: any
+round_seconds = 0.0            # that an agent should need; 0: deadlines.training
+least_memory_mb = 0            # that an agent must have told, 10^6 bytes
+least_samples_per_second = 0.0 # in its last training
+engine = ""                    # or "onnx", "torch": that it must have
+pacing = "steered"             # surplus agents are told to leave and when to come back; or "none";
+                               # nobody is surplus in an asynchronous run
+reserve = 1.0                  # agents that stay for the next round, for each that a round invites
+
 [training]                     # on every agent; control.proto says what each key is
 strategy = "fed_avg"           # one of those in coordinator/strategies/README.md
 weighting = "samples"          # or "uniform", "compute": what an update counts for
@@ -56,6 +71,14 @@ mixing = 0.0                   # alpha of "fed_async"; 0.6
 
 [aggregation]                  # what is made of a round's updates
 rule = "mean"                  # "plain" alone: one of those in coordinator/strategies/README.md
+groups = 1                     # 3 or more: a sum for each of so many random groups, under any
+                               # protection; rule: "median", "trimmed_mean", "geometric_median"
+
+[compression]                  # what of an update travels
+kind = "random_mask"           # or "none", the default; under "plain" also "top_k", "quantised"
+share = 0.1                    # of the values, that "random_mask" and "top_k" send
+error_feedback = false         # what is not sent waits on the agent; true unless said with "top_k"
+unbiased = true                # "random_mask": what is sent counts for what is not
 
 [deadlines]                    # seconds
 training = 3600
@@ -64,6 +87,7 @@ training = 3600
 import math
 import tomllib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from pathlib import Path
@@ -72,16 +96,22 @@ from typing import Any
 from coordinator import asynchronous
 from coordinator.aggregation import DEFAULTS, MEAN, Aggregation
 from coordinator.aggregation import Rule as AggregationRule
+from coordinator.compression import DEFAULT_SHARE, compression_problems
 from coordinator.plateau import NO_PLATEAU, PlateauRule
 from coordinator.run_state import RunPolicy
+from coordinator.selection import UNIFORM, Bounds, Pacing, Selection, SelectionRule
+from coordinator.selection import problems as selection_problems
 from coordinator.strategies.unsupported import LORA_RULES
+from fedloom.compression import Compression
 from fedloom.errors import ConfigError, Refused
 from fedloom.gates import OPEN_GATE, ActivationGate
 from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms, Metric, Report
 from fedloom.schedules import effective_steps
 from fedloom.terms import (
+    MAX_CAPACITY,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    MOVEMENTS,
     NEEDS_FACTORS,
     STRATEGIES_WITH,
     STRATEGY_DEFAULTS,
@@ -139,11 +169,17 @@ class RunConfig:
     plateau: PlateauRule = NO_PLATEAU
     aggregation: Aggregation = MEAN
     buffer: int = 0  # ready agents that make a cohort of an asynchronous run; 0: it is none
+    selection: Selection = UNIFORM
 
     @property
     def returns_sums(self) -> bool:
         """Whether agents hand over sums that the coordinator cannot open."""
         return self.release is Release.COORDINATOR and self.encoding.protection.needs_tenseal
+
+    @property
+    def bounds(self) -> Bounds:
+        """What of the run its selection must agree with."""
+        return _bounds(self.cohort, self.deadlines)
 
     @property
     def policy(self) -> RunPolicy:
@@ -164,6 +200,7 @@ class RunConfig:
             plateau=self.plateau,
             buffer=self.buffer,
             max_staleness=self.training.max_staleness,
+            selection=self.selection.within(self.deadlines.training),
         )
 
 
@@ -180,7 +217,18 @@ def load_run_config(path: Path) -> RunConfig:
 
 def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     """Check the parsed file; relative paths are relative to the file's folder."""
-    reader = _Reader(table)
+    return _run_config(_Reader(table), path)
+
+
+def known_keys() -> dict[str, type]:
+    """Return every key of a run file, dotted, with the kind of its value."""
+    reader = _Reader({})
+    with suppress(ConfigError):  # an empty file names no plan
+        _run_config(reader, Path("run.toml"))
+    return reader.kinds
+
+
+def _run_config(reader: "_Reader", path: Path) -> RunConfig:
     name = reader.value("name", str, path.stem)
     plan = reader.value("plan", str, "")
     rounds = reader.value("rounds", int, 0)
@@ -200,14 +248,17 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
     encoding = reader.checked(
         lambda: _encoding(reader, cohort, buffer), Encoding(Protection.ENCRYPTED)
     )
-    training = reader.checked(lambda: _training(reader, cohort, encoding, buffer), LocalTraining())
+    aggregation = _aggregation(reader)
+    training = reader.checked(
+        lambda: _training(reader, cohort, encoding, aggregation, buffer), LocalTraining()
+    )
     release = reader.member("protection.release", Release, Release.AGENTS)
     gate = reader.checked(lambda: _gate(reader), OPEN_GATE)
     plateau = _plateau(reader)
     evaluation = reader.checked(
         lambda: _evaluation(reader, encoding.protection, plateau), DEFAULT_EVALUATION
     )
-    aggregation = _aggregation(reader)
+    selection = _selection(reader, cohort, deadlines)
     for problem in aggregation.problems(encoding, training, cohort.minimum):
         reader.require(False, problem)
     lora = training.lora.name.lower()
@@ -217,6 +268,10 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         f'"{encoding.protection.name.lower()}" hides from the coordinator; use protection.kind = '
         '"plain", or training.lora = "ffa" or "rolora", whose mean of products is exact as well',
     )
+    for problem in asynchronous.selection_problems(buffer, selection):
+        reader.require(False, problem)
+    for problem in compression_problems(training.compression, encoding, aggregation):
+        reader.require(False, problem)
     reader.require("\0" not in name, "name: expected a text without NUL")
     reader.require(bool(plan) and "\0" not in plan, "plan: expected the folder of a plan")
     reader.require(1 <= rounds <= 100_000, f"rounds: expected 1..100000, found {rounds}")
@@ -268,6 +323,7 @@ def parse_run_config(table: Mapping[str, Any], path: Path) -> RunConfig:
         plateau,
         aggregation,
         buffer,
+        selection,
     )
 
 
@@ -312,12 +368,37 @@ def _aggregation(reader: "_Reader") -> Aggregation:
     return Aggregation(rule, **values)
 
 
+def _bounds(cohort: CohortTerms, deadlines: Deadlines) -> Bounds:
+    places = max(1, cohort.size)
+    return Bounds(cohort.minimum, places, cohort.population, MAX_CAPACITY, deadlines.training)
+
+
+def _selection(reader: "_Reader", cohort: CohortTerms, deadlines: Deadlines) -> Selection:
+    values: dict[str, Any] = {
+        "rule": reader.member("selection.rule", SelectionRule, UNIFORM.rule),
+        "pacing": reader.member("selection.pacing", Pacing, UNIFORM.pacing),
+    }
+    for field in fields(Selection):
+        if field.name not in values:
+            key, default = f"selection.{field.name}", field.default
+            values[field.name] = reader.value(key, type(default), default)
+    selection = Selection(**values)
+    for problem in selection_problems(selection, _bounds(cohort, deadlines)):
+        reader.require(False, problem)
+    return selection
+
+
 def _training(
-    reader: "_Reader", cohort: CohortTerms, encoding: Encoding, buffer: int
+    reader: "_Reader",
+    cohort: CohortTerms,
+    encoding: Encoding,
+    aggregation: Aggregation,
+    buffer: int,
 ) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
     values: dict[str, Any] = {"strategy": strategy, "population": cohort.population}
     values |= _staleness(reader, strategy)
+    values |= _compression(reader) | aggregation.group_terms
     for field in fields(LocalTraining):
         if field.name in values:
             continue
@@ -327,6 +408,8 @@ def _training(
         else:
             default = STRATEGY_DEFAULTS.get(strategy, {}).get(field.name, default)
             values[field.name] = reader.value(key, type(default), default)
+    if strategy not in MOVEMENTS or values["lora"] in NEEDS_FACTORS:
+        values["groups"], values["group_trim"] = 0, 0.0  # `problems` says that they do not go so
     _check_population(reader, strategy, cohort)
     for problem in asynchronous.problems(
         buffer, strategy, cohort.quorum, cohort.minimum, cohort.size
@@ -348,6 +431,19 @@ def _staleness(reader: "_Reader", strategy: Strategy) -> dict[str, Any]:
             value = told.get(name, getattr(LocalTraining, name))
             values[name] = reader.value(f"asynchronous.{name}", type(value), value)
     return values
+
+
+def _compression(reader: "_Reader") -> dict[str, Any]:
+    kind = reader.member("compression.kind", Compression, Compression.NONE)
+    share = DEFAULT_SHARE if kind.chooses else 0.0
+    waits = reader.value("compression.error_feedback", bool, kind is Compression.TOP_K)
+    is_scaled = kind is Compression.RANDOM_MASK and not waits
+    return {
+        "compression": kind,
+        "compression_share": reader.value("compression.share", float, share),
+        "error_feedback": waits,
+        "unbiased": reader.value("compression.unbiased", bool, is_scaled),
+    }
 
 
 def _gate(reader: "_Reader") -> ActivationGate:
@@ -446,11 +542,11 @@ class _Reader:
 
     def __init__(self, table: Mapping[str, Any]) -> None:
         self._values = dict(_flatten(table))
-        self._asked: set[str] = set()
+        self.kinds: dict[str, type] = {}  # of every key that was asked for
         self._problems: list[str] = []
 
     def value(self, key: str, kind: type, default: Any) -> Any:
-        self._asked.add(key)
+        self.kinds[key] = kind
         found = self._values.get(key, default)
         if kind is float and type(found) is int and abs(found) < 1 << 63:  # TOML's integers
             found = float(found)
@@ -461,7 +557,7 @@ class _Reader:
 
     def optional(self, key: str) -> float | None:
         """Return a number, or None where there is none."""
-        self._asked.add(key)
+        self.kinds[key] = float
         return self.value(key, float, 0.0) if key in self._values else None
 
     def member(
@@ -489,14 +585,14 @@ class _Reader:
 
     def finish(self, path: Path) -> None:
         unknown = sorted(key for key in self._values if not self._is_known(key))
-        known = ", ".join(sorted(self._asked))
+        known = ", ".join(sorted(self.kinds))
         self._problems += [f"{key}: unknown key; known are {known}" for key in unknown]
         if self._problems:
             raise ConfigError(str(path), "; ".join(self._problems))
 
     def _is_known(self, key: str) -> bool:
-        a_table = self._values[key] == {} and any(k.startswith(f"{key}.") for k in self._asked)
-        return key in self._asked or a_table
+        a_table = self._values[key] == {} and any(k.startswith(f"{key}.") for k in self.kinds)
+        return key in self.kinds or a_table
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -1,14 +1,14 @@
 """What the agents of one run are told, and what of it follows from what they were told before."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 from coordinator import announcements
 from coordinator.collection import Collection
 from coordinator.config import RunConfig
+from coordinator.facilities import Facilities
 from coordinator.run_keys import Grant
 from coordinator.run_state import Phase, RunState
-from coordinator.sessions import Sessions
-from coordinator.store import RoundRecord, RunRecord, Store
+from coordinator.store import RoundRecord, RunRecord
 from fedloom.errors import Refused
 from fedloom.v1 import control_pb2
 
@@ -16,15 +16,15 @@ from fedloom.v1 import control_pb2
 class Correspondence:
     """Writes to the agents of one run; those who are away are told when they connect again."""
 
-    def __init__(
-        self, record: RunRecord, config: RunConfig, store: Store, sessions: Sessions
-    ) -> None:
+    def __init__(self, record: RunRecord, config: RunConfig, facilities: Facilities) -> None:
+        store = facilities.store
         self.history: tuple[RoundRecord, ...] = store.rounds(record.run_id)
         self.muted = False  # while a journal is replayed: it was said before
         self._record = record
         self._config = config
         self._store = store
-        self._sessions = sessions
+        self._sessions = facilities.sessions
+        self._steering = facilities.steering
         self._envelopes = store.envelopes(record.run_id)  # run keys, wrapped, by number and agent
         self._known_rounds: dict[str, int] = {}  # agent -> rounds that its state surely includes
 
@@ -103,10 +103,24 @@ class Correspondence:
         self, agents: Iterable[str], state: RunState, cause: control_pb2.WaitCause.ValueType
     ) -> None:
         """Tell agents why nothing is asked of them."""
-        self._tell(agents, announcements.waiting(cause, self._record.run_id, state.round))
+        for agent in agents:
+            self._wait(agent, state, cause, 0)
 
-    def nothing_to_do(self, agent: str, state: RunState) -> None:
-        """Tell an agent that came why nothing is asked of it."""
+    def dismiss(self, agents: Set[str], state: RunState, now: float) -> None:
+        """Tell agents that a round has not invited, and send away whom the next needs neither."""
+        away = {} if self.muted else self._steering.dismissed(agents, state, now)
+        for agent, seconds in away.items():
+            self._wait(agent, state, control_pb2.WAIT_CAUSE_NOT_SELECTED, seconds)
+
+    def _wait(
+        self, agent: str, state: RunState, cause: control_pb2.WaitCause.ValueType, away: int
+    ) -> None:
+        spread = 0 if self.muted else self._steering.fleet.spread_seconds
+        run_id = self._record.run_id
+        self._tell([agent], announcements.waiting(cause, run_id, state.round, away, spread))
+
+    def nothing_to_do(self, agent: str, state: RunState, now: float) -> None:
+        """Tell an agent that came why nothing is asked of it, and whether to come back later."""
         cause = control_pb2.WAIT_CAUSE_NOT_SELECTED
         if state.phase is Phase.GATHERING:
             cause = control_pb2.WAIT_CAUSE_GATHERING
@@ -116,7 +130,8 @@ class Correspondence:
             pass  # what it trains is wanted in a later round
         elif agent in state.invited and agent not in state.ready:
             cause = control_pb2.WAIT_CAUSE_ROUND_CLOSED
-        self.waiting([agent], state, cause)
+        away = 0 if self.muted else self._steering.arrival(agent, state, now)
+        self._wait(agent, state, cause, away)
 
     def finished(self, state: RunState) -> None:
         """Tell everybody how the run ended."""

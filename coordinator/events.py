@@ -1,10 +1,11 @@
 """What can happen to a run, and what the run wants done: the alphabet of `coordinator.rounds`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coordinator.run_keys import Grant
 from coordinator.run_state import Wish
+from coordinator.selection import UNKNOWN, Traits
 from fedloom.errors import Reason
 from fedloom.quality import Quality
 
@@ -26,6 +27,7 @@ class TakenUp:
     """The coordinator opened the run, anew or after a restart, with the agents here. Ours."""
 
     agents: frozenset[str]
+    traits: Mapping[str, Traits] = field(default_factory=dict)  # of those who told
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class AgentConnected:
     """An agent that can take part opened its stream."""
 
     agent: str
+    traits: Traits = UNKNOWN
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ What changed the state is in the journal first: a coordinator that is killed rep
 """
 
 import asyncio
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import replace
 
 import structlog
@@ -51,12 +51,12 @@ from coordinator.round_sum import load_protection
 from coordinator.rounds import handle
 from coordinator.run_keys import Grant
 from coordinator.run_state import Phase, RunState, Wish
+from coordinator.selection import UNKNOWN, Traits
 from coordinator.store import RunRecord
 from coordinator.uploads import Uploads
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
 from fedloom.quality import Quality, named
-from fedloom.v1 import control_pb2
 
 _log = structlog.get_logger()
 
@@ -73,7 +73,7 @@ class Execution:
         self.finished = asyncio.Event()
         self._store = facilities.store
         self._clock = Clock()
-        self.agents = Correspondence(record, config, facilities.store, facilities.sessions)
+        self.agents = Correspondence(record, config, facilities)
         self._audit = AuditLog(facilities.store.engine)
         self._meter = RunMeter(facilities.metrics, self._clock.now())
         self._journal = Journal(facilities.store, record.run_id)
@@ -104,12 +104,13 @@ class Execution:
             self._journal.restart(self._clock.now(), self.state)
         await self._attempts.restore()
 
-    def take_up(self, connected: Set[str]) -> None:
+    def take_up(self, connected: Mapping[str, Traits]) -> None:
         """Go on with those who are here.
 
         They come as one: else a round would begin with the first `minimum` of them.
         """
-        self.post(TakenUp(frozenset(connected)))
+        told = {agent: said for agent, said in connected.items() if said != UNKNOWN}
+        self.post(TakenUp(frozenset(connected), told))
 
     async def _replay(self) -> bool:
         """Repeat what the journal says, without telling anyone; False when it is empty."""
@@ -210,7 +211,7 @@ class Execution:
         if state.phase is Phase.SUMMING and self._attempts.masking:
             self._attempts.repeat_masks(agent)  # the list that it vouches for
         elif not effects and not state.phase.over:
-            self.agents.nothing_to_do(agent, state)
+            self.agents.nothing_to_do(agent, state, self._clock.now())
 
     def _is_adding(self, event: Event) -> bool:
         """While an update is on its way into the sum, nothing may close the sum without it."""
@@ -331,8 +332,7 @@ class Execution:
             self._round_started = now
             self._reports.open_round()
             self._log.info("round started", round=state.round, invited=len(agents))
-            others = state.connected - agents
-            self.agents.waiting(others, state, control_pb2.WAIT_CAUSE_NOT_SELECTED)
+            self.agents.dismiss(state.connected - agents, state, now)
         masked = self.config.encoding.protection.has_masks
         if masked and state.phase is Phase.COLLECTING:
             return  # an invitation is for the next attempt: joining it gives this one up

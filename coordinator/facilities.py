@@ -8,6 +8,7 @@ from cryptography import x509
 from coordinator.metrics import Metrics
 from coordinator.published import Published
 from coordinator.sessions import Sessions
+from coordinator.steering import Steering
 from coordinator.store import Store
 
 
@@ -21,4 +22,5 @@ class Facilities:
     spool: Path  # of updates on their way into sums, a folder for each run
     authority: x509.Certificate
     metrics: Metrics
+    steering: Steering
     crypto_processes: int = 1

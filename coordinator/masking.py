@@ -51,13 +51,14 @@ class Masking:
         send: Send,
         remember: Remember,
         metrics: Metrics,
+        groups: int = 1,
     ) -> None:
         self._metrics = metrics
         self._candidates = candidates
         self._send = send
         self._remember = remember
         advertised = [candidate.advertisement for candidate in candidates.values()]
-        self._state = cohort.new_attempt(attempt, minimum, advertised)
+        self._state = cohort.new_attempt(attempt, minimum, advertised, groups)
         self.cohort = self._state.cohort
         self.encoded_cohort = self.cohort.encode()
         self._settled: asyncio.Future[Correction | None] = _future()

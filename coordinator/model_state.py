@@ -5,6 +5,7 @@ The same operations as on every agent, on the same bytes. Nothing is kept on dis
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,11 +14,12 @@ from coordinator.config import RunConfig
 from coordinator.contexts import context_of_round
 from coordinator.published import Published
 from coordinator.store import RoundRecord
-from crypto import masked
+from crypto import groups, masked
 from fedloom.adapters import read_adapter
 from fedloom.plans import ADAPTER_FILE, Plan
 from fedloom.strategies import ServerState as ModelState
 from fedloom.strategies import algorithm
+from fedloom.strategies.grouped import combined
 from fedloom.terms import Protection
 
 __all__ = ["ModelState", "RunModel"]
@@ -62,8 +64,16 @@ class RunModel:
         reference = record.sum if record.opened is None else record.opened
         scratch.unlink(missing_ok=True)
         self.published.fetch(reference.sha256, scratch)
-        with scratch.open("rb") as file:
+
+        def open_one(members: Sequence[int], source: crypto.Source) -> crypto.OpenedSum:
             if self.config.encoding.protection is Protection.MASKED:
-                return masked.read_sum(context, record.slots, file)
+                return masked.read_sum(context, members, source)
             plain = replace(context, cohort=b"")  # opened sums belong to no cohort's masks
-            return crypto.protection("plain").open_sum(plain, None, record.slots, file)
+            return crypto.protection("plain").open_sum(plain, None, members, source)
+
+        training = self.config.training
+        with scratch.open("rb") as file:
+            if not training.groups or record.opened is not None:  # agents return what they made
+                return open_one(record.slots, file)
+            rule, tail = partial(combined, training), context.tail_length
+            return groups.open_sums(record.slots, training.groups, file, open_one, rule, tail)

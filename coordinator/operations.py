@@ -156,6 +156,8 @@ class Operations:
             config.cohort.minimum,
             self._authority_is_offline,
             config.evaluation,
+            config.training.groups,
+            config.training.sends_labels,
             is_asynchronous=config.training.is_asynchronous,
         )
 

@@ -205,6 +205,12 @@ class Roster:
             rows = db.execute(sa.select(agents).order_by(agents.c.agent_id))
             return [record_of(row) for row in rows]
 
+    def count(self) -> int:
+        """Return how many agents are enrolled and not banned."""
+        query = sa.select(sa.func.count()).where(agents.c.banned_at.is_(None))
+        with self._engine.connect() as db:
+            return int(db.execute(query.select_from(agents)).scalar_one())
+
     def agent(self, agent_id: str) -> AgentRecord:
         """Return one agent; raises Refused(NOT_FOUND)."""
         with self._engine.connect() as db:

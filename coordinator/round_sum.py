@@ -1,8 +1,9 @@
 """The sum of one attempt: updates go in as they arrive, each whole or not at all."""
 
 import asyncio
+import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -13,9 +14,11 @@ import structlog
 import crypto
 from coordinator.aggregation import MEAN, Aggregation
 from coordinator.strategies.factored_total import FactoredTotal, FactorRound
+from crypto import groups
 from crypto.masks import Correction
 from fedloom.artifacts import ArtifactReference
 from fedloom.errors import Reason, Refused
+from fedloom.strategies.fedma import Layer
 from fedloom.terms import Protection
 
 _log = structlog.get_logger()
@@ -76,13 +79,20 @@ class RoundSum:
         spool: Path,
         processes: int = 1,
         aggregation: Aggregation = MEAN,
+        layers: Sequence[Layer] = (),
         factors: FactorRound | None = None,
     ) -> None:
+        """`layers` are those whose neurons are matched (`fedloom.strategies.fedma`), if any."""
         self.context = context
         self.adding: str | None = None  # the agent whose update is on its way into the sum
         self._members = members
-        self._new_total = partial(crypto.protection(_NAMES[protection]).accumulator, context)
-        if not aggregation.is_mean:
+        self._new_sum = partial(crypto.protection(_NAMES[protection]).accumulator, context)
+        self._new_total: Callable[[int], crypto.Accumulator] = self._new_sum
+        if layers:
+            self._new_total = partial(self._matched_total, layers)
+        elif aggregation.groups > 1:
+            self._new_total = partial(self._grouped_total, aggregation.groups)
+        elif not aggregation.is_mean:
             self._new_total = partial(self._robust_total, aggregation)
         if factors is not None:
             self._new_total = partial(self._factored_total, factors)
@@ -92,12 +102,34 @@ class RoundSum:
         self._spool = spool
         spool.mkdir(parents=True, exist_ok=True)
 
+    def _grouped_total(self, count: int, processes: int) -> crypto.Accumulator:
+        """Return a total for each group; an update is added to one of them, in this process.
+
+        Who masks with whom the members must know, so that their cohort draws the groups; elsewhere
+        the coordinator does, from who takes part: no agent knows that before it is in the cohort.
+        """
+        del processes
+        drawn = groups.draw(self.context.cohort or self._seed(), len(self._members), count)
+        return groups.GroupedTotal(drawn, partial(self._new_sum, 1))
+
+    def _seed(self) -> bytes:
+        c = self.context
+        told = [c.run_id.hex(), str(c.round), str(c.attempt), *self._members]
+        return hashlib.sha256("\0".join(told).encode()).digest()
+
     def _robust_total(self, aggregation: Aggregation, processes: int) -> crypto.Accumulator:
         """Return a total that reads the spool at the end; it makes no use of processes."""
         from coordinator.strategies.robust.total import RobustTotal
 
         del processes
         return RobustTotal(self.context, aggregation, self._accepted_path)
+
+    def _matched_total(self, layers: Sequence[Layer], processes: int) -> crypto.Accumulator:
+        """Return a total that matches what is in the spool at the end; no use of processes."""
+        from coordinator.strategies.matching import MatchedTotal
+
+        del processes
+        return MatchedTotal(self.context, layers, self._accepted_path)
 
     def _factored_total(self, factors: FactorRound, processes: int) -> crypto.Accumulator:
         del processes

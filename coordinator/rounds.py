@@ -58,11 +58,11 @@ def handle(state: RunState, event: Event, now: float) -> Step:
 
 
 def _connected(state: RunState, event: AgentConnected, now: float) -> Step:
-    return gathering.admit(state, event.agent), ()
+    return gathering.admit(state, event.agent, event.traits), ()
 
 
 def _disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
-    return replace(state, connected=state.connected - {event.agent}), ()
+    return gathering.leave(state, event.agent), ()
 
 
 def _refuse(state: RunState, event: Ready | Declined | Applied, now: float) -> Step:
@@ -92,14 +92,19 @@ def _take_up(state: RunState, event: TakenUp, now: float) -> Step:
         Phase.TRAINING: policy.training_seconds,
         Phase.APPLYING: policy.applying_seconds,
     }.get(state.phase, policy.upload_seconds)
-    here = replace(state, deadline=now + seconds, connected=frozenset(), grant=None)
-    for agent in agents:
-        here = gathering.admit(here, agent)
+    here = replace(
+        state,
+        deadline=now + seconds,
+        connected=agents,
+        excluded={name: why for name, why in state.excluded.items() if name not in agents},
+        traits=event.traits,
+        grant=None,
+    )
     match state.phase:
         case Phase.GATHERING:
             return gathering.gather(here, now)
         case Phase.TRAINING:
-            here = collecting.ready_and_here(collecting.invite_newcomers(here, agents))
+            here = collecting.ready_and_here(collecting.invite_newcomers(here, agents, now))
             missing = (agents & here.invited) - set(here.ready)
             if not missing and state.policy.is_asynchronous:
                 return collecting.form_cohort_when_enough(here, now)
@@ -125,9 +130,8 @@ def _remove(state: RunState, event: AgentRemoved, now: float) -> Step:
     had_key = any(agent in holders for holders in state.keys.holders.values())
     offered = state.grant is not None and agent in state.grant.recipients
     left = replace(
-        state,
+        gathering.leave(state, agent),
         keys=replace(state.keys, stale=state.keys.stale or had_key),
-        connected=state.connected - {agent},
         grant=None if offered else state.grant,  # an answer to it is not taken any more
     )
     removed = gathering.exclude(left, agent, Reason.BANNED)

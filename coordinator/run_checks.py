@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.config import RunConfig, parse_run_config, unencodable
+from coordinator.selection import fewest_agents
 from fedloom.errors import ConfigError, FedloomError, Refused
 from fedloom.plans import Plan, load_plan, verify_members
 from fedloom.quality import metrics_of
 from fedloom.tasks import ArrayLearning
-from fedloom.terms import LoraRule, Personal
+from fedloom.terms import LoraRule, Personal, Strategy
 
 MAX_FILE_BYTES = 1 << 20
 # No protection sends more per value, and none more than this beyond it (headers, counters).
@@ -131,6 +132,14 @@ def _warnings(config: RunConfig, around: Surroundings) -> Iterator[str]:
             f"{around.enrolled_agents} are enrolled: each round goes on without more once all who "
             "are here are ready"
         )
+    if fewest_agents(config.selection, config.bounds) > max(
+        around.enrolled_agents, config.cohort.minimum
+    ):
+        yield (
+            f"selection.most_rounds: {fewest_agents(config.selection, config.bounds)} agents are "
+            f"needed so that each round finds cohort.minimum under this cap, "
+            f"{around.enrolled_agents} are enrolled: a round may wait in vain"
+        )
     if config.training.population > around.enrolled_agents:
         yield (
             f"cohort.population: {config.training.population} agents are stated, "
@@ -162,6 +171,8 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
     except Refused as refused:
         found.problems.append(f"training: {refused.subject}")
         return
+    if config.training.strategy is Strategy.FED_MA:
+        _check_matching(plan, found)
     if problem := unencodable(config.encoding, config.training, length):
         found.problems.append(f"this plan cannot be encoded for such a cohort: {problem}")
     if config.gate.bounds_accuracy and isinstance(plan.task, ArrayLearning) and plan.task.values:
@@ -178,6 +189,22 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
         found.problems.append(f"the disk of the spool is too full: up to {told}")
     elif around.free_bytes < most:
         found.warnings.append(f"the disk of the spool may become full: up to {told}")
+
+
+def _check_matching(plan: Plan, found: CheckedRun) -> None:
+    from coordinator.plans.permutations import check_permutable  # and ONNX Runtime with it
+
+    try:
+        looked = found.plan_folder is not None and check_permutable(plan, found.plan_folder)
+    except Refused as refused:
+        found.problems.append(f"training.strategy: {refused.subject}")
+        return
+    if not looked:
+        found.warnings.append(
+            "training.strategy: the plan's graph could not be run here (which takes its folder, "
+            "with infer.onnx, and onnxruntime): that its layers follow one another, with nothing "
+            "added or multiplied between them, is taken from names and shapes"
+        )
 
 
 def _unmeasured(config: RunConfig, plan: Plan) -> str:

@@ -6,6 +6,7 @@ from enum import Enum
 
 from coordinator.plateau import BEGINNING, NO_PLATEAU, Plateau, PlateauRule
 from coordinator.run_keys import Grant, RunKeys
+from coordinator.selection import UNIFORM, Selection, Traits
 from fedloom.errors import Reason
 from fedloom.quality import Quality
 
@@ -42,7 +43,7 @@ class RunPolicy:
 
     rounds: int
     minimum_agents: int
-    cohort_size: int  # most agents invited to one round
+    cohort_size: int  # most agents in one round's cohort
     needs_key: bool
     gathering_seconds: float
     training_seconds: float
@@ -55,11 +56,18 @@ class RunPolicy:
     plateau: PlateauRule = NO_PLATEAU
     buffer: int = 0  # asynchronous: ready agents that make a cohort; 0: rounds are synchronous
     max_staleness: int = 0  # most rounds by which an update may be older than its sum's state
+    selection: Selection = UNIFORM
 
     @property
     def is_asynchronous(self) -> bool:
         """Whether a round is for whoever is ready first, and for no one else."""
         return self.buffer > 0
+
+    @property
+    def enough(self) -> int:
+        """Ready agents that suffice for a cohort; 0: all who were invited are waited for."""
+        cut_off = self.cohort_size if self.selection.has_cut_off else 0
+        return self.buffer or self.quorum or cut_off
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,10 @@ class RunState:
     returning: str = ""  # the agent that was asked for the opened sum
     returners: tuple[str, ...] = ()  # who may be asked next
     reason: Reason | None = None  # why the run failed
+    traits: Mapping[str, Traits] = field(default_factory=dict)  # of those connected, if they told
+    recent: tuple[frozenset[str], ...] = ()  # whom the last finished rounds invited
+    began: float = 0.0  # when the open round, or the last one, invited
+    round_seconds: float = 0.0  # from the last round's invitations to its end; 0: there was none
 
     @property
     def weight_cap(self) -> int:

@@ -38,6 +38,7 @@ from coordinator.services.limits import Admission, allow_files, connection_optio
 from coordinator.services.metering import Metering
 from coordinator.sessions import Sessions
 from coordinator.status_page import operator_pages
+from coordinator.steering import Steering
 from coordinator.supervision import Supervisor, Unfinished, first_signal
 from fedloom.channels import ENROLMENT_SERVER_OPTIONS, SERVER_OPTIONS, ChannelOptions
 from fedloom.errors import ConfigError, Reason, Refused
@@ -58,10 +59,15 @@ async def serving(home: Path) -> AsyncIterator[Conductor]:
     metrics, health, unfinished = Metrics(), HealthService(), Unfinished()
     limits = load_limits(home / CONFIG_FILE)
     allow_files(limits)
+    steering = Steering(store.roster.count, limits.streams)
     admission = Admission(limits)
+    admission.retry_seconds = steering.refused
     spool, certificate = home / "spool", authority.certificate
     conductor = Conductor(
-        Facilities(store, sessions, published, spool, certificate, metrics, config.crypto_processes)
+        Facilities(
+            *(store, sessions, published, spool, certificate, metrics, steering),
+            config.crypto_processes,
+        )
     )
     metrics.watch_sessions(sessions)
     metrics.watch_store(store.engine)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from coordinator.selection import UNKNOWN, Traits
 from fedloom.errors import Reason, Refused
 from fedloom.terms import Protection
 from fedloom.v1 import control_pb2
@@ -19,6 +20,7 @@ class Session:
     protections: frozenset[Protection]
     exchange_key: control_pb2.ExchangeKey | None  # carried from agent to agent, never used here
     unfinished_run_ids: tuple[bytes, ...] = ()  # runs that the agent has not heard the end of
+    traits: Traits = UNKNOWN  # what it says of itself
     outbox: asyncio.Queue[control_pb2.ConnectResponse | Refused] = field(
         default_factory=lambda: asyncio.Queue(MAX_QUEUED_MESSAGES)
     )

@@ -59,6 +59,12 @@ class Correction:
     """Coordinator half: the masks that are left in a sum."""
 
     masks: tuple[Mask, ...]
+    groups: tuple[int, ...] = ()  # in whose sum each is left (`groups`); empty: there is one sum
+
+    def of(self, group: int) -> "Correction":
+        """Return what is left in one group's sum."""
+        pairs = zip(self.masks, self.groups, strict=True)
+        return Correction(tuple(mask for mask, found in pairs if found == group))
 
     def words(self, chunk: int, count: int, plain_bits: int) -> Words:
         """Return what added to the sum modulo 2^T removes them: (count,) u64 below 2^T."""

@@ -84,6 +84,9 @@ class UpdateContext:
     # How many of the last values are no parameters and fill the clip: the histogram of exponents, a
     # member's own statement, leaves them out. Not bound: it changes nothing in how a sum is read.
     tail_length: int = 0
+    # Protection `plain`, how an update is written; its sum has all values (`plain_forms`):
+    listed: int = 0  # how many values before the tail it lists; 0: all, one after another
+    quantised: bool = False  # values before the tail as 8-bit levels
 
     def __post_init__(self) -> None:
         if len(self.run_id) != 16:
@@ -105,6 +108,11 @@ class UpdateContext:
             raise InvalidContext(
                 "tail_length", f"0 .. {self.parameter_count - 1}", self.tail_length
             )
+        most = self.parameter_count - self.tail_length
+        if not 0 <= self.listed <= most or (self.listed and self.quantised):
+            raise InvalidContext(
+                "listed values", f"0 .. {most}, 0 where values are quantised", self.listed
+            )
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,11 @@ class PlainParameters:
         """Name everything that both sides must agree on (16 bytes)."""
         c = self.context
         numbers = struct.pack("<QHI", c.parameter_count, c.capacity, c.weight_cap)
-        return hashlib.sha256(b"fedloom v1 plain parameters\0" + numbers).digest()[:16]
+        label = b"fedloom v1 plain parameters\0"
+        if c.listed or c.quantised:
+            label = b"fedloom v1 plain compressed parameters\0"
+            numbers += struct.pack("<QQB", c.tail_length, c.listed, c.quantised)
+        return hashlib.sha256(label + numbers).digest()[:16]
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,8 @@ class BfvParameters:
         overflow 2^T, masks without a cohort or a cohort without masks.
         """
         _check_cohort(context, protection)
+        if context.listed or context.quantised:
+            raise InvalidContext(f"form of values under {protection}", "all values", "another")
         clip = float(np.float32(min(max(context.clip, 0.0), 3e38)))
         if not (math.isfinite(context.clip) and 1e-20 <= clip <= 1e20):
             raise InvalidContext("clip", "a number in 1e-20 .. 1e20", context.clip)

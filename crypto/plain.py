@@ -1,6 +1,6 @@
 """Protection `plain`: float32 values as they are; the coordinator reads every update.
 
-    update   header(52)  weight u64        P x float32     one member's values
+    update   header(52)  weight u64        values          one member's, as `plain_forms` says
     sum      header(52)  total weight u64  P x float32     the weighted mean
 
 The mean is that of FedAvg (McMahan et al., arXiv 1602.05629v4, algorithm 1). All numbers are
@@ -23,12 +23,12 @@ from .errors import MalformedChunk, MissingKey, NotFinite
 from .masks import Correction, Mask
 from .members import SummedMembers, check_members, refuse_masks
 from .parameters import PlainParameters, UpdateContext
+from .plain_forms import BODY, Form, form_of
 from .protection import OpenedSum
 from .run_key import RunKey
 from .wire import HEADER_SIZE, Binding, Kind, Source, check_size, fill
 
 _WEIGHT = struct.Struct("<Q")
-_BODY = HEADER_SIZE + _WEIGHT.size  # offset of the first value
 _BLOCK = 1 << 15  # values: 128 KiB of float32 and 256 KiB of float64 stay in the cache
 
 
@@ -40,11 +40,11 @@ def encoder(
     masks: Sequence[Mask] | None = None,
     processes: int = 1,
 ) -> "PlainEncoder":
-    """Make the encoder of one member. It takes no key and no masks, and never uses `rng`."""
-    del rng, processes
+    """Make the encoder of one member. It takes no key and no masks; `rng` rounds to levels."""
+    del processes
     refuse_masks(masks)
     _refuse_key(run_key)
-    return PlainEncoder(context, member)
+    return PlainEncoder(context, member, rng)
 
 
 def accumulator(context: UpdateContext, processes: int = 1) -> "PlainAccumulator":
@@ -93,22 +93,24 @@ def encoded_sum(
 class PlainEncoder:
     """See `protection.Encoder`."""
 
-    def __init__(self, context: UpdateContext, member: int) -> None:
+    def __init__(self, context: UpdateContext, member: int, rng: np.random.Generator) -> None:
         self._context = context
+        self._form = form_of(context)
+        self._rng = rng
         self._binding = Binding.of(context, Kind.PLAIN_UPDATE, member, PlainParameters(context).id)
 
     @property
     def encoded_size(self) -> int:
-        return encoded_size(self._context)
+        return BODY + self._form.size
 
     def encode(self, update: NDArray[np.float32], weight: int) -> Iterator[bytes]:
         check_update(update, weight, self._context)
+        self._form.check(update)
         return self._chunks(update, weight)
 
     def _chunks(self, update: NDArray[np.float32], weight: int) -> Iterator[bytes]:
         yield self._binding.header(0, 0) + _WEIGHT.pack(weight)
-        for start in range(0, len(update), _BLOCK):
-            yield update[start : start + _BLOCK].astype("<f4", copy=False).tobytes()
+        yield from self._form.written(update, self._rng)
 
 
 class Roll:
@@ -116,6 +118,7 @@ class Roll:
 
     def __init__(self, context: UpdateContext) -> None:
         self._context = context
+        self._form = form_of(context)
         self._parameters_id = PlainParameters(context).id
         self._members = SummedMembers(context)
         self.weights: dict[int, int] = {}  # by slot
@@ -128,7 +131,7 @@ class Roll:
     def add(self, member: int, source: Source) -> None:
         """Check a member's whole update and note its weight, or raise and change nothing."""
         self._members.check_admissible(member)
-        weight = _checked_weight(self._context, self._parameters_id, member, source)
+        weight = _checked_weight(self._context, self._form, self._parameters_id, member, source)
         with self._members.adding(member):
             self.weights[member] = weight
 
@@ -138,8 +141,8 @@ class Roll:
 
 
 def read_values(source: Source, start: int, values: NDArray[np.float32]) -> None:
-    """Fill (n,) float32 from the place `start` on of an update that was checked before."""
-    source.seek(_BODY + 4 * start)
+    """Fill (n,) float32 from the place `start` on of a checked update that has all its values."""
+    source.seek(BODY + 4 * start)
     fill(source, values.data.cast("B"))
     if sys.byteorder == "big":
         values.byteswap(inplace=True)
@@ -150,6 +153,7 @@ class PlainAccumulator:
 
     def __init__(self, context: UpdateContext) -> None:
         self._context = context
+        self._form = form_of(context)
         self._parameters_id = PlainParameters(context).id
         self._total = np.zeros(context.parameter_count, np.float64)  # (P,), Σ w·x
         self._total_weight = 0
@@ -161,7 +165,7 @@ class PlainAccumulator:
 
     @property
     def encoded_update_size(self) -> int:
-        return encoded_size(self._context)
+        return BODY + self._form.size
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -169,9 +173,8 @@ class PlainAccumulator:
 
     def add(self, member: int, source: Source) -> None:
         self._members.check_admissible(member)
-        weight = _checked_weight(self._context, self._parameters_id, member, source)
+        weight = _checked_weight(self._context, self._form, self._parameters_id, member, source)
         with self._members.adding(member):
-            source.seek(_BODY)
             self._add_values(source, weight)
             self._total_weight += weight
 
@@ -190,27 +193,27 @@ class PlainAccumulator:
 
     def _add_values(self, source: Source, weight: int) -> None:
         weighted = np.empty(min(_BLOCK, len(self._total)), np.float64)
-        for start, block in _blocks(source, self._context):
+        for places, block in self._form.read(source):
             out = weighted[: len(block)]
             np.multiply(block, np.float64(weight), out=out, dtype=np.float64)
-            self._total[start : start + len(block)] += out
+            self._total[places] += out  # no place twice: they ascend
 
 
 def encoded_size(context: UpdateContext) -> int:
-    """Return the bytes of an update, and of a sum."""
-    return _BODY + 4 * context.parameter_count
+    """Return the bytes of a sum, and of an update that has all its values."""
+    return BODY + 4 * context.parameter_count
 
 
 def _checked_weight(
-    context: UpdateContext, parameters_id: bytes, member: int, source: Source
+    context: UpdateContext, form: Form, parameters_id: bytes, member: int, source: Source
 ) -> int:
     """Check a whole update of this member; return its weight."""
     binding = Binding.of(context, Kind.PLAIN_UPDATE, member, parameters_id)
-    check_size(source, encoded_size(context))
+    check_size(source, BODY + form.size)
     weight = _read_prefix(source, binding)
     check_weight(weight, context)
-    for start, block in _blocks(source, context):
-        check_finite(block, start)
+    for _ in form.read(source):
+        pass  # each pass checks what it reads
     return weight
 
 
@@ -222,7 +225,7 @@ def sum_prefix(context: UpdateContext, count: int, total_weight: int) -> bytes:
 
 def _read_prefix(source: Source, binding: Binding) -> int:
     """Check the header and return the weight after it."""
-    prefix = memoryview(bytearray(_BODY))
+    prefix = memoryview(bytearray(BODY))
     fill(source, prefix)
     binding.check(prefix[:HEADER_SIZE], 0, 0)
     (weight,) = _WEIGHT.unpack(prefix[HEADER_SIZE:])

@@ -118,6 +118,9 @@ def _run(options: argparse.Namespace) -> int:
         config.crypto_processes,
         Resources(config.memory_mb * MEGABYTE),
         config.permitted_report,
+        config.availability,
+        config.engine_name,
+        config.tells_capability,
     )
     session = Session(device, _available_protections(config.minimum_protection))
     return asyncio.run(_run_session(session, options.once))

@@ -26,6 +26,11 @@ names_model = "ner"          # folder of an exported model that tags names of pe
 minimum_protection = "sealed"      # runs with less are declined
 release = "agents"                 # or "coordinator": who may get the opened sums
 evaluation = "mean"                # or "each": whether a run may ask for this device's own quality
+capability = "told"                # or "withheld": memory, speed, processors, engine, rounded
+
+[availability]               # optional: when this device takes part; else it is there at any time
+windows = ["22:00-06:00", "sat,sun 00:00-24:00", "mon-fri 12:00-13:30"]   # local times
+power = "any"                # or "mains": never on battery, where the system tells (Linux)
 
 [engine]
 kind = "onnx"                # or "torch", of fedloom[torch]
@@ -48,6 +53,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crypto import MAX_PROCESSES
+from edge_agent.availability import ALWAYS, Availability, parse_window
 from edge_agent.data import DataSource
 from edge_agent.data_config import (
     DATA_KEYS,
@@ -68,7 +74,8 @@ _MAX_MEMORY_MB = 2**24
 _E = TypeVar("_E", bound=Enum)
 _KEYS = {
     **DATA_KEYS,
-    "policy": {"minimum_protection", "release", "evaluation"},
+    "policy": {"minimum_protection", "release", "evaluation", "capability"},
+    "availability": {"windows", "power"},
     "engine": {
         *("kind", "provider", "device", "precision"),
         *("threads", "crypto_processes", "memory_mb"),
@@ -77,6 +84,13 @@ _KEYS = {
 }
 _KEYS_OF_KIND = {"onnx": {"provider"}, "torch": {"device", "precision"}}
 _PRECISIONS = ("float32", "bfloat16")
+
+
+class _Capability(Enum):
+    """Whether the coordinator is told what the device can do."""
+
+    TOLD = "told"
+    WITHHELD = "withheld"
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,13 @@ class AgentConfig:
     engine: OnnxSettings | TorchSettings = OnnxSettings()
     kept_models: int = DEFAULT_KEPT
     permitted_report: Report = Report.MEAN
+    availability: Availability = ALWAYS
+    tells_capability: bool = True
+
+    @property
+    def engine_name(self) -> str:
+        """The engine's name as the coordinator is told."""
+        return "torch" if isinstance(self.engine, TorchSettings) else "onnx"
 
 
 def load_agent_config(home: Path) -> AgentConfig:
@@ -143,6 +164,8 @@ def load_agent_config(home: Path) -> AgentConfig:
         engine=_engine(path, table.get("engine", {})),
         kept_models=_kept_models(path, table),
         permitted_report=_report(path, policy),
+        availability=_availability(path, table.get("availability", {})),
+        tells_capability=_named(path, policy, "capability", _Capability.TOLD) is _Capability.TOLD,
     )
 
 
@@ -229,6 +252,19 @@ def _report(path: Path, policy: Mapping[str, Any]) -> Report:
     if found is Report.NONE:  # no run learns more of a device than its part in a mean anyway
         raise ConfigError(str(path), "policy.evaluation: expected each or mean, found 'none'")
     return found
+
+
+def _availability(path: Path, said: Mapping[str, Any]) -> Availability:
+    texts, power = said.get("windows", []), said.get("power", "any")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(str(path), f"availability.windows: expected texts, found {texts!r}")
+    if power not in ("any", "mains"):
+        raise ConfigError(str(path), f"availability.power: expected any or mains, found {power!r}")
+    try:
+        windows = tuple(parse_window(text) for text in texts)
+    except ValueError as error:
+        raise ConfigError(str(path), f"availability.windows: {error}") from error
+    return Availability(windows, power == "mains")
 
 
 def _count(path: Path, table: Mapping[str, Any], key: str, default: int, most: int) -> int:

@@ -46,8 +46,16 @@ class Backoff:
 
     def __init__(self, first_seconds: float, last_seconds: float) -> None:
         self._first, self._last = first_seconds, last_seconds
+        self._shortest, self._longest = first_seconds, last_seconds
         self._next = first_seconds
         self._started = time.monotonic()
+
+    def spread(self, first_seconds: float, last_seconds: float) -> None:
+        """Let pauses be this long, as a large fleet needs, where they would be shorter."""
+        if self._next == self._first:
+            self._next = max(self._shortest, first_seconds)
+        self._first = max(self._shortest, first_seconds)
+        self._last = max(self._longest, first_seconds, last_seconds)
 
     def attempt(self) -> None:
         """Say that an attempt begins now."""
@@ -57,8 +65,8 @@ class Backoff:
         """Return the seconds to wait after an attempt that ended with this cause."""
         if time.monotonic() - self._started > self._next:
             self._next = self._first
-        # Jitter, so that agents that were cut together do not come back together.
-        wait = self._next * random.uniform(0.5, 1.0)  # noqa: S311
+        # Full jitter: agents that were cut together come back evenly over the whole pause.
+        wait = self._next * random.random()  # noqa: S311
         self._next = min(2 * self._next, self._last)
         if isinstance(cause, Refused) and cause.retry_after is not None:
             wait = max(wait, cause.retry_after * random.uniform(1.0, 1.5))  # noqa: S311

@@ -15,6 +15,7 @@ from edge_agent.status import Step
 from edge_agent.undertaking import Surroundings, Undertaking
 from fedloom.artifacts import ArtifactReference, reference_of
 from fedloom.errors import Reason, Refused
+from fedloom.terms import MINIMUM_SUM
 from fedloom.v1 import artifact_pb2, control_pb2
 
 _UPDATE_FILE = "update.bin"
@@ -55,6 +56,12 @@ class Contribution:
             )
         if run.masking is None and cohort.members.count(self._here.agent_id) != 1:
             raise Refused(Reason.NOT_IN_COHORT, "expected this agent once among the members")
+        least, found = MINIMUM_SUM * run.terms.training.groups, len(cohort.members)
+        if found < least and run.masking is None:
+            raise Refused(
+                Reason.COHORT_REFUSED,
+                f"expected {least} members, {MINIMUM_SUM} in each group, found {found}",
+            )
         clip = run.clip(cohort.weight_cap)
         if cohort.clip != clip:
             raise Refused(Reason.MALFORMED, f"expected clip {clip!r}, found {cohort.clip!r}")
@@ -99,9 +106,7 @@ class Contribution:
                 raise Refused(Reason.WRONG_ROUND, "expected this device's update trained")
             # First: once the bytes are there they may come into a sum, whatever becomes of us.
             proposed = SumPlace(cohort.round, cohort.attempt, place.slot)
-            await asyncio.to_thread(run.memory.propose, proposed, update.memory)
-            if run.held is not None:
-                await asyncio.to_thread(run.held.propose, proposed)
+            await asyncio.to_thread(self._propose, run, proposed, update, cohort.clip)
             reference = await asyncio.to_thread(
                 run.protection.write_update,
                 update,
@@ -112,6 +117,11 @@ class Contribution:
             )
             self._encoded = (cohort.round, cohort.attempt, reference)
         return self._encoded[2]
+
+    def _propose(self, run: Undertaking, place: SumPlace, update: Outgoing, clip: float) -> None:
+        run.memory.propose(place, update.remembered(run.protection.limit(clip)))
+        if run.held is not None:
+            run.held.propose(place)
 
     async def _upload(self, cohort: Cohort, update: ArtifactReference) -> None:
         self._here.report(Step.UPLOADING, cohort.round)

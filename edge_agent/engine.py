@@ -22,6 +22,7 @@ class LocalUpdate:
     delta: Theta
     samples: int
     mean_loss: float  # over the round, nats per sample
+    label_counts: tuple[int, ...] = ()  # samples of each label; only where the strategy sends them
 
 
 class Engine(Protocol):

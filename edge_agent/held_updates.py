@@ -15,7 +15,7 @@ masks is spent, whatever became of the round (`crypto.cohort`). Little-endian:
     8 bytes   magic, with the format's version
     16 bytes  run
     u64 u64   number of rounds applied to the state that it was made from; round it was trained in
-    u32       weight
+    u32 u64   weight; samples that it was made from
     2 f64     mean loss, seconds trained
     u64 u32   U, values; M, shares of the tail
     f32       values, shares
@@ -37,7 +37,7 @@ from fedloom.strategies.arithmetic import Vector
 
 _FILE, _PLACE = "held.update", "held.place"
 _MAGIC = b"FDLHELD\1"
-_HEADER = struct.Struct("<8s16sQQIddQI")
+_HEADER = struct.Struct("<8s16sQQIQddQI")
 _DIGEST_BYTES = 32
 _log = structlog.get_logger()
 
@@ -53,6 +53,7 @@ class HeldUpdate:
     weight: int
     mean_loss: float
     seconds: float
+    samples: int = 0  # that it was made from
 
 
 class HeldUpdates:
@@ -72,6 +73,7 @@ class HeldUpdates:
             update.base_rounds,
             update.round,
             update.weight,
+            update.samples,
             update.mean_loss,
             update.seconds,
             len(update.values),
@@ -93,10 +95,11 @@ class HeldUpdates:
             _log.warning("held update lost", run=self._run_id.hex()[:8])
             self.drop()
             return None
-        _, _, base, trained_in, weight, loss, seconds, length, tail = _HEADER.unpack_from(body)
+        _, _, base, trained_in, weight, samples, *rest = _HEADER.unpack_from(body)
+        loss, seconds, length, tail = rest
         vectors = np.frombuffer(body, "<f4", length + tail, _HEADER.size).astype(np.float32)
         values, shares = vectors[:length], vectors[length:]
-        return HeldUpdate(base, trained_in, values, shares, weight, loss, seconds)
+        return HeldUpdate(base, trained_in, values, shares, weight, loss, seconds, samples)
 
     def propose(self, place: SumPlace) -> None:
         """Remember where the update goes, before anything of it does."""

@@ -17,6 +17,7 @@ from fedloom.terms import (
     MAX_WEIGHT_CLASS,
     Encoding,
     LocalTraining,
+    Protection,
     Release,
 )
 from fedloom.v1 import control_pb2
@@ -53,6 +54,8 @@ class Terms:
             self.release,
             self.minimum,
             evaluation=self.evaluation,
+            groups=self.training.groups,
+            sends_labels=self.training.sends_labels,
             is_asynchronous=self.training.is_asynchronous,
         )
 
@@ -96,12 +99,16 @@ def read_terms(message: control_pb2.Invitation) -> Terms:
     _require(message.rounds >= 1, "at least one round")
     plan = ArtifactReference(message.plan.sha256, message.plan.size_bytes)
     _require(plan.size_bytes <= MAX_PLAN_BYTES, f"a plan of at most {MAX_PLAN_BYTES} bytes")
+    training = LocalTraining.from_message(message.training)
+    encoding = Encoding.from_message(message.encoding)
+    kind, plain = training.compression, encoding.protection is Protection.PLAIN
+    _require(plain or not kind.needs_plain, f"protection PLAIN with compression {kind.name}")
     return Terms(
         read_run_id(message.run_id),
         message.round,
         plan,
-        LocalTraining.from_message(message.training),
-        Encoding.from_message(message.encoding),
+        training,
+        encoding,
         Release.from_message(message.release),
         message.minimum,
         message.previous_round,

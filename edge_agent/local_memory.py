@@ -1,4 +1,4 @@
-"""What this device remembers from round to round: SCAFFOLD's c_i, FedDyn's g_k, its own model.
+"""What this device remembers from round to round: c_i, g_k, what waits to be sent, its own model.
 
 It must move exactly with the sums: a change that is in a stored sum and not here, or here and in no
 sum, would bend the run's objective for good. So it is proposed before the update leaves the device,

@@ -33,8 +33,11 @@ from fedloom.strategies import (
     proximal_gradient,
 )
 from fedloom.strategies.arithmetic import blocks
+from fedloom.strategies.error_feedback import return_cut
+from fedloom.strategies.fedma import label_shares
 from fedloom.strategies.parts import Parts
 from fedloom.strategies.portions import keeps_own_model, resting
+from fedloom.strategies.rule import Places
 from fedloom.terms import LocalTraining, steps_of, weight_of
 
 
@@ -44,19 +47,28 @@ class Outgoing:
 
     `values` (U + M,) float32 is the update vector (`fedloom.strategies.update_length`) and room for
     the tail, whose shares (M,) in 0..1 are scaled into it by each cohort's clip; `weight` what it
-    counts for, `memory` what the device remembers once the update is in a stored sum.
+    counts for, `memory` what the device remembers once the update is in a stored sum. `waiting` is
+    one of its vectors, from which the values at `places` go as far as they are sent.
     """
 
     values: Vector
     weight: int
     memory: Memory = ()
     shares: Vector = field(default_factory=lambda: np.zeros(0, np.float32))
+    waiting: Vector | None = None
+    places: Places | None = None
 
     def scaled(self, clip: float) -> Vector:
         """Return `values`, the array itself, with the tail for a cohort of this clip."""
         tail = self.values[len(self.values) - len(self.shares) :]
         np.multiply(self.shares, np.float32(clip), out=tail)
         return self.values
+
+    def remembered(self, clip: float) -> Memory:
+        """Return `memory` as it is once the update is in a sum in which values end at `clip`."""
+        if self.waiting is not None and self.places is not None:
+            return_cut(self.waiting, self.places, self.values[: len(self.places)], clip)
+        return self.memory
 
 
 def outgoing(
@@ -76,9 +88,13 @@ def outgoing(
     steps = effective_steps(terms, steps_of(terms, update.samples))
     sent = algorithm(terms, layout).sent(state, strategys(terms, memory), update.delta, steps)
     kept = sent.memory if own is None else (*sent.memory, own)
-    tail = np.array(shares, np.float32)
-    values = np.concatenate([sent.values, tail]) if shares else sent.values
-    return Outgoing(values, weight_of(terms, update.samples), kept, tail)
+    tail, parts = np.array(shares, np.float32), [sent.values]
+    if terms.sends_labels:
+        parts.append(label_shares(layout, update.label_counts))
+    values = np.concatenate([*parts, tail]) if shares or len(parts) > 1 else sent.values
+    waiting = sent.memory[-1] if sent.places is not None else None
+    weight = weight_of(terms, update.samples)
+    return Outgoing(values, weight, kept, tail, waiting, sent.places)
 
 
 def joined(terms: LocalTraining, state: ServerState, layout: Layout, held: HeldUpdate) -> Outgoing:
@@ -90,13 +106,20 @@ def joined(terms: LocalTraining, state: ServerState, layout: Layout, held: HeldU
 
 
 def strategys(terms: LocalTraining, memory: Memory) -> Memory:
-    """Return what the strategy has the device remember, without the device's own model."""
-    return memory[: len(RULES[terms.strategy].remembers)]
+    """Return what the strategy, or what is sent of it, has the device remember.
+
+    It is all that the device remembers but its own model.
+    """
+    return memory[: remembered(terms) - keeps_own_model(terms)]
 
 
 def remembered(terms: LocalTraining) -> int:
-    """Return how many vectors (P,) a device remembers: the strategy's, then its own model."""
-    return len(RULES[terms.strategy].remembers) + keeps_own_model(terms)
+    """Return how many vectors (P,) a device remembers.
+
+    They are the strategy's, then what waits to be sent, then its own model.
+    """
+    strategy = len(RULES[terms.strategy].remembers)
+    return strategy + terms.error_feedback + keeps_own_model(terms)
 
 
 class LocalSteps:

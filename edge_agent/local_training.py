@@ -38,6 +38,7 @@ from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
 from fedloom.strategies.parts import Parts
+from fedloom.tasks import ArrayLearning, Task
 from fedloom.terms import LocalTraining, steps_of
 
 _T = TypeVar("_T")
@@ -131,8 +132,9 @@ class LocalEngine(ABC):
                 progress(state.step / steps)
         delta = np.subtract(state.trained, start, out=state.trained)
         _require_learned(steps, delta)
+        counts = label_counts(self._plan.task, samples) if terms.sends_labels else ()
         moved = _followed_by(delta, np.zeros(len(theta) - count, np.float32))
-        return LocalUpdate(moved, len(samples), state.loss_sum / state.weight_sum)
+        return LocalUpdate(moved, len(samples), state.loss_sum / state.weight_sum, counts)
 
     def _steps(
         self,
@@ -248,6 +250,14 @@ def _require_finite(step: int, loss: float, weight: float, gradient: Gradient) -
         f"expected a finite loss and gradient at step {step}, found loss {loss} over weight "
         f"{weight} and {bad} of {len(gradient)} gradient values not finite",
     )
+
+
+def label_counts(task: Task, samples: Examples) -> tuple[int, ...]:
+    """Return how many rows are of each label; nothing for a task without labels for its rows."""
+    if not isinstance(task, ArrayLearning) or not task.labels:
+        return ()
+    labels = samples.labels(np.arange(len(samples)))
+    return tuple(np.bincount(labels, minlength=len(task.labels)).tolist())
 
 
 def _require_learned(steps: int, delta: Theta) -> None:

@@ -43,12 +43,17 @@ class Masking:
     One step at a time. To make one may take as long as a step: each member's key is verified.
     """
 
-    def __init__(self, folder: Path, identity: Identity, run_id: bytes, minimum: int) -> None:
-        """`minimum`: fewest updates in a sum, as the run states it to this device's owner."""
+    def __init__(
+        self, folder: Path, identity: Identity, run_id: bytes, minimum: int, groups: int = 1
+    ) -> None:
+        """`minimum`: fewest updates in a round, as the run states it to this device's owner.
+
+        They are in so many `groups`, each with `MINIMUM_SUM` at least (`crypto.groups`).
+        """
         self._folder = folder
         self._identity = identity
         self._sign = cohort.ed25519_signer(identity.identity_key)
-        self._policy = cohort.MemberPolicy(max(MINIMUM_SUM, minimum))
+        self._policy = cohort.MemberPolicy(max(MINIMUM_SUM, minimum), groups)
         self._keys: Mapping[str, bytes] = {}  # agent -> Ed25519 public key, of the open cohort
         path = folder / _STATE_FILE
         if path.exists():

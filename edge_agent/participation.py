@@ -15,6 +15,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from edge_agent.activation import keep_state
 from edge_agent.applied_rounds import apply_round, forget_opened, return_sum
+from edge_agent.availability import ALWAYS, Availability
+from edge_agent.capability import keep_pace, pace_of
 from edge_agent.checkpoints import has_checkpoint
 from edge_agent.contribution import Contribution
 from edge_agent.engine import Engine, Evaluation
@@ -68,6 +70,9 @@ class Device:
     crypto_processes: int = 1  # to encode and open in; 0: one for each core
     resources: Resources = field(default_factory=Resources)
     permitted_report: Report = Report.MEAN
+    availability: Availability = ALWAYS
+    engine_name: str = "onnx"
+    tells_capability: bool = True
 
 
 class Participation:
@@ -167,6 +172,9 @@ class Participation:
         run.key_to_encode()  # or decline before anything is trained
         keep_invitation(self._folder, message)
         trained = await self._training.done(run)
+        if trained.seconds:
+            pace = pace_of(run.round_terms, trained.samples, trained.seconds)
+            keep_pace(self._device.home, pace)
         ready = control_pb2.Ready(
             run_id=terms.run_id,
             round=terms.round,
@@ -209,7 +217,12 @@ class Participation:
             await self._keys.take(message.envelopes)
         if terms.encoding.protection.has_masks and self._masking is None:
             self._masking = await asyncio.to_thread(
-                Masking, self._folder, self._device.identity, terms.run_id, terms.minimum
+                Masking,
+                self._folder,
+                self._device.identity,
+                terms.run_id,
+                terms.minimum,
+                terms.training.groups or 1,
             )
         plan, engine, state = await self._take_up_plan(terms)
         # In a thread: the first one imports TenSEAL, for which the event loop has no time.

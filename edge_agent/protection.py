@@ -1,22 +1,27 @@
 """The device's side of a run's protection: updates out as files, sums in from files."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import structlog
 
 import crypto
-from crypto import plain
+from crypto import groups, plain
 from crypto.masks import Mask
 from edge_agent.invitations import Cohort, Outcome, Terms
 from edge_agent.local_rules import Outgoing
 from edge_agent.optimisers import Vector
 from edge_agent.seeds import rounding
 from fedloom.artifacts import ArtifactReference, write_artifact
+from fedloom.compression import Compression
 from fedloom.errors import Reason, Refused
+from fedloom.strategies.compressed import listed_values
+from fedloom.strategies.grouped import combined
 from fedloom.terms import Protection, clip_of
 
 _log = structlog.get_logger()
@@ -78,6 +83,10 @@ class UpdateProtection:
         stated = self._terms.encoding.clip
         return stated or derived or clip_of(self._terms.encoding, self._terms.training, weight_cap)
 
+    def limit(self, clip: float) -> float:
+        """Return beyond which a value is cut, in a cohort of this clip."""
+        return math.inf if self._terms.encoding.protection is Protection.PLAIN else clip
+
     def split(self, mean: Vector) -> tuple[Vector, Vector]:
         """Return what the strategy is given of an opened mean, (U + R,), and the tail, (M,)."""
         length = len(mean) - self._tail_length
@@ -118,12 +127,23 @@ class UpdateProtection:
     def open_sum(
         self, outcome: Outcome, clip: float, run_key: crypto.RunKey | None, path: Path
     ) -> crypto.OpenedSum:
-        """Open a round's sum; raises Refused(SUM_NOT_VERIFIED) unless it is of its members."""
+        """Open a round's sum, or its groups' sums and what the terms' rule makes of them.
+
+        Raises Refused(SUM_NOT_VERIFIED) unless it is of its members.
+        """
         context = self._sum_context(
             outcome.round, outcome.attempt, outcome.weight_cap, clip, outcome.cohort_digest
         )
+
+        def open_one(members: Sequence[int], source: crypto.Source) -> crypto.OpenedSum:
+            return self._protection.open_sum(context, run_key, members, source, self._processes)
+
+        training = self._terms.training
         with _refusing(), path.open("rb", buffering=0) as file:
-            return self._protection.open_sum(context, run_key, outcome.slots, file, self._processes)
+            if not training.groups:
+                return open_one(outcome.slots, file)
+            rule, tail = partial(combined, training), self._tail_length
+            return groups.open_sums(outcome.slots, training.groups, file, open_one, rule, tail)
 
     def write_opened(
         self, outcome: Outcome, clip: float, opened: crypto.OpenedSum, path: Path
@@ -142,18 +162,21 @@ class UpdateProtection:
         clip: float,
         cohort_digest: bytes = b"",
     ) -> crypto.UpdateContext:
+        length, training = self._update_length(), self._terms.training
         with _refusing():
             return crypto.UpdateContext(
                 run_id=self._terms.run_id,
                 round=round_number,
                 attempt=attempt,
-                parameter_count=self._update_length() + self._tail_length,
+                parameter_count=length + self._tail_length,
                 tail_length=self._tail_length,
                 capacity=self._terms.encoding.capacity,
                 weight_cap=weight_cap,
                 clip=clip,
                 update_bits=self._terms.encoding.update_bits,
                 cohort=cohort_digest,
+                listed=listed_values(training, length),
+                quantised=training.compression is Compression.QUANTISED,
             )
 
     def _sum_context(

@@ -9,6 +9,9 @@ from functools import partial
 import grpc
 import structlog
 
+from edge_agent.absence import Absence
+from edge_agent.availability import local_now
+from edge_agent.capability import told_capability
 from edge_agent.connection import Backoff, Closings, Unreachable, open_channel
 from edge_agent.enrolment import until_renewed
 from edge_agent.identity import Identity
@@ -33,6 +36,7 @@ from fedloom.version import PROTOCOL_VERSION, software
 
 FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 30.0
+GOODBYE_SECONDS = 5.0  # for the coordinator to end a stream that we end
 PROGRESS_SECONDS = 1.0  # how often progress is looked at while training
 _Steps = asyncio.Queue[control_pb2.ConnectResponse]
 _Follow = Callable[[control_pb2.ConnectResponse], Awaitable[None]]
@@ -55,6 +59,8 @@ class Session:
         self._key_requests: _Steps = asyncio.Queue()
         self._at_work = asyncio.Lock()  # held during a step
         self._heartbeat_seconds = 15.0
+        self._absence = Absence(device.availability, self._status)
+        self._departing = False
         self.finished: asyncio.Queue[control_pb2.Finished] = asyncio.Queue()
 
     async def run(self) -> None:
@@ -66,21 +72,65 @@ class Session:
             raise
 
     async def _stay(self) -> None:
-        """Stay connected, with a newer certificate as soon as there is one."""
+        """Stay connected while this device takes part, with the newest certificate."""
         while True:
+            await self._absence.until_available()
+            self._departing = False
+            self._absence.needed()
             connected = asyncio.create_task(self._stay_connected())
             renewed = asyncio.create_task(self._renewed())
+            departing = asyncio.create_task(self._departure())
+            tasks, away_seconds = {connected, renewed, departing}, 0.0
             try:
-                await asyncio.wait({connected, renewed}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if connected.done():
                     return connected.result()
-                # The old connection ends before the new key is used: with that the old one is out.
-                self._device = replace(self._device, identity=renewed.result())
+                if renewed.done():
+                    # The old connection ends before the new key is used: then the old one is out.
+                    self._device = replace(self._device, identity=renewed.result())
+                else:
+                    away_seconds = departing.result()
+                    await self._say_goodbye(connected)
             finally:
-                connected.cancel()
-                renewed.cancel()
-                await asyncio.wait({connected, renewed})
-            self._run = None  # it knew the old identity; the next one reads the disk
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+            self._run = None  # it knew the old connection; the next one reads the disk
+            await self._absence.pass_by(away_seconds)
+
+    async def _departure(self) -> float:
+        """Return for how many seconds to be away, when that is due and no step is being done."""
+        while True:
+            if why := self._absence.why_not_now():
+                self._stop_taking_part(why)
+                async with self._at_work:
+                    return 0.0
+            if self._absence.seconds:
+                async with self._at_work:
+                    if self._absence.seconds and self._steps.empty():
+                        return self._absence.seconds
+            await self._absence.look_again()
+
+    def _stop_taking_part(self, why: str) -> None:
+        """Decline the round in hand, so that nobody waits for it, and stop its training."""
+        _log.info("leaving", cause=why)
+        run = self._run
+        if run is not None and run.round:
+            run.interrupt()
+            refusal = control_pb2.StepRefusal(
+                run_id=run.run_id,
+                round=run.round,
+                details=refusal_details(Refused(Reason.BUSY, why)),
+            )
+            self._send(control_pb2.ConnectRequest(refusal=refusal))
+
+    async def _say_goodbye(self, connected: asyncio.Task[None]) -> None:
+        """End the stream after what was said on it; raises what the coordinator ends it with."""
+        self._departing = True
+        self._outbox.put_nowait(None)
+        await asyncio.wait({connected}, timeout=GOODBYE_SECONDS)
+        if connected.done():
+            connected.result()
 
     async def _renewed(self) -> Identity:
         """Return a newer identity when there is one and no step is being done."""
@@ -109,7 +159,10 @@ class Session:
                     except grpc.aio.AioRpcError as error:
                         cause = closings.explained(error, address)
                     _raise_if_hopeless(cause)
+                    if self._departing:
+                        return
                     self._status.link(Link.RECONNECTING, str(cause))
+                    backoff.spread(self._absence.spread_seconds, self._absence.longest_pause)
                     seconds = backoff.pause(cause)
                     _log.info("reconnecting", cause=str(cause), seconds=round(seconds, 1))
                     await asyncio.sleep(seconds)
@@ -123,6 +176,7 @@ class Session:
     async def _converse(self, channel: grpc.aio.Channel, workers: set[asyncio.Task[None]]) -> None:
         """Hold one control stream until it ends; a dead worker ends it with its error."""
         self._outbox = asyncio.Queue()
+        self._absence.needed()
         self._outbox.put_nowait(self._hello())
         call = control_pb2_grpc.ControlServiceStub(channel).Connect(self._requests())
         heart = asyncio.create_task(self._beat())
@@ -147,6 +201,14 @@ class Session:
         )
         if self._protections != {Protection.PLAIN}:
             hello.exchange_key.CopyFrom(self._device.identity.advertised_exchange_key())
+        device = self._device
+        if device.tells_capability:
+            budget = device.resources.budget_bytes
+            told = told_capability(device.home, device.engine_name, budget)
+            hello.capability.CopyFrom(told)
+        left = device.availability.seconds_left(local_now())
+        if left is not None:
+            hello.availability.seconds_left = -int(-left // 60) * 60
         hello.unfinished_run_ids.extend(unfinished_runs(self._device.home / "runs"))
         return control_pb2.ConnectRequest(hello=hello)
 
@@ -198,9 +260,11 @@ class Session:
                 case "wrap_key":
                     self._key_requests.put_nowait(message)
                 case "invitation" | "result" | "finished":
+                    self._absence.needed()
                     self._interrupt_if_past(message)
                     self._steps.put_nowait(message)
                 case _:
+                    self._absence.needed()
                     self._steps.put_nowait(message)
 
     def _react(self, refused: Refused) -> None:
@@ -226,6 +290,7 @@ class Session:
                 run.round_closed(waiting.round)
         if run is None or not run.trains_on:
             self._status.step(Step.WAITING, waiting.run_id, waiting.round, cause)
+        self._absence.told(waiting.come_back_seconds, waiting.spread_seconds)
 
     def _interrupt_if_past(self, message: control_pb2.ConnectResponse) -> None:
         """The run went on: training for a round that is closed is of no use."""

@@ -38,6 +38,7 @@ class Link(StrEnum):
     CONNECTING = "connecting"
     CONNECTED = "connected"
     RECONNECTING = "reconnecting"
+    AWAY = "away"
     ENDED = "ended"
 
 

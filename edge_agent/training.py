@@ -34,6 +34,7 @@ class Trained:
     update: Outgoing
     mean_loss: float
     seconds: float
+    samples: int
     base_rounds: int = 0  # asynchronous: applied to the state that it was made from
 
 
@@ -90,7 +91,8 @@ class Training:
             update = await self._hold(run, held)
         terms, layout = run.terms.training, run.plan.layout
         sent = await asyncio.to_thread(joined, terms, run.state.server, layout, update)
-        return Trained(run.terms.round, sent, update.mean_loss, update.seconds, update.base_rounds)
+        loss, seconds, samples = update.mean_loss, update.seconds, update.samples
+        return Trained(run.terms.round, sent, loss, seconds, samples, update.base_rounds)
 
     def _usable(self, run: Undertaking, held: HeldUpdates) -> HeldUpdate | None:
         """Return what is held, unless it is too old, or may be in a sum that we cannot open."""
@@ -117,6 +119,7 @@ class Training:
             sent.weight,
             trained.mean_loss,
             trained.seconds,
+            trained.samples,
         )
         await asyncio.to_thread(held.keep, update)
         discard_checkpoint(self._here.folder)
@@ -176,7 +179,8 @@ class Training:
         )
         shares = tail_shares(run.terms.evaluation, run.plan.task, update.mean_loss, evaluation)
         sent = outgoing(terms, state, memory, update, layout, own, shares)
-        return Trained(run.terms.round, sent, update.mean_loss, checkpoint.seconds)
+        seconds = checkpoint.seconds
+        return Trained(run.terms.round, sent, update.mean_loss, seconds, update.samples)
 
     def _own_after(
         self, run: Undertaking, memory: Memory, start: Theta, update: LocalUpdate

@@ -135,18 +135,44 @@ def _bar(title: str, silent: bool) -> Iterator[Watch]:
         yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
+@dataclass(frozen=True)
+class Held:
+    """What there is to learn from, as examples of a plan's task."""
+
+    whole: Examples  # the clients', together
+    held_out: Examples | None
+
+
 def prepare(request: Request) -> Prepared:
     """Read and check everything; raises ConfigError or Refused that names what is wrong."""
-    workers = request.workers or len(os.sched_getaffinity(0))
-    staff = Staff(workers, request.engine, request.address)
-    partition = read_partition(request.partition)
+    staff = Staff(request.workers or cores(), request.engine, request.address)
     try:
         text = request.file.read_text()
     except (OSError, ValueError) as error:
         raise ConfigError(str(request.file), f"expected a TOML file: {error}") from error
-    config, model = _checked(request, text)
+    config, model = checked(request, text)
+    return prepared(request, staff, text, (config, model), held_data(model, request))
+
+
+def cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def held_data(model: PlanModel, request: Request) -> Held:
+    """Read what was typed, as the plan's examples."""
     whole = _examples(model, request, request.data)
     held_out = None if request.held_out is None else _examples(model, request, request.held_out)
+    return Held(whole, held_out)
+
+
+def prepared(
+    request: Request, staff: Staff, text: str, run: tuple[RunConfig, PlanModel], data: Held
+) -> Prepared:
+    """Return the run of this file's `text`, with clients that hold the data."""
+    config, model = run
+    partition = read_partition(request.partition)
+    whole = data.whole
     clients = partitioned(whole, _parts(partition, request, whole, config.training.seed))
     config = _fitting(config, len(clients))
     out = request.out or request.file.with_name(f"{config.name}.simulation")
@@ -164,21 +190,21 @@ def prepare(request: Request) -> Prepared:
         model.plan,
         {name: len(held) for name, held in clients.items()},
     )
-    work = model.work(clients, held_out)
+    work = model.work(clients, data.held_out)
     simulation = Simulation(
         federation, model.theta, Records(out, identity), out, work.make().evaluate
     )
     return Prepared(simulation, work, staff, model, out)
 
 
-def _checked(request: Request, text: str) -> tuple[RunConfig, PlanModel]:
+def checked(request: Request, text: str, silent: bool = False) -> tuple[RunConfig, PlanModel]:
     """Check the file as a coordinator does that has these agents."""
     file = RunFile(text, request.file.name, request.file.absolute().parent)
     around = Surroundings(request.agents, 1 << 62, {}, lambda prefix: None)
     found = check(file, around)
     if found.problems or found.config is None or found.plan_folder is None:
         raise ConfigError(str(request.file), "; ".join(found.problems))
-    if request.agents:
+    if request.agents and not silent:
         warn(found.warnings)
     return found.config, PlanModel(found.plan_folder)
 

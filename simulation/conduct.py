@@ -18,29 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import crypto
-from coordinator.events import (
-    AbandonRound,
-    Applied,
-    AskForSum,
-    CloseCohort,
-    CloseRound,
-    Declined,
-    Effect,
-    Event,
-    FinishRun,
-    Invite,
-    KeyShared,
-    OpenCohort,
-    PublishResult,
-    Ready,
-    Reject,
-    RepeatCohort,
-    ShareKey,
-    SumFailed,
-    SumReturned,
-    SumStored,
-    Uploaded,
-)
+from coordinator import events
 from coordinator.phases.gathering import start_gathering
 from coordinator.rounds import handle
 from coordinator.run_state import RunState
@@ -112,7 +90,7 @@ class _Round:
             connected=frozenset(federation.samples),
         )
         self._state, effects = start_gathering(begun, _NOW)
-        self._todo: deque[Effect] = deque(effects)
+        self._todo: deque[events.Effect] = deque(effects)
 
     def conduct(self) -> tuple[Progress, RoundReport]:
         """Do what the state machine wants until the round is history."""
@@ -129,32 +107,32 @@ class _Round:
     def _closed(self) -> bool:
         return self._state.previous_round > self._before.last.round
 
-    def _post(self, event: Event) -> None:
+    def _post(self, event: events.Event) -> None:
         self._state, effects = handle(self._state, event, _NOW)
         self._todo.extend(effects)
 
-    def _obey(self, effect: Effect) -> None:  # noqa: C901 - one arm per effect
+    def _obey(self, effect: events.Effect) -> None:  # noqa: C901 - one arm per effect
         match effect:
-            case ShareKey(grant):
+            case events.ShareKey(grant):
                 # The key itself stays in this process: there is nobody to wrap it for.
                 envelopes = dict.fromkeys(grant.recipients, b"")
-                self._post(KeyShared(grant.holder, grant.key_id, envelopes))
-            case Invite(agents):
+                self._post(events.KeyShared(grant.holder, grant.key_id, envelopes))
+            case events.Invite(agents):
                 self._answer(agents)
-            case OpenCohort():
+            case events.OpenCohort():
                 self._collect()
-            case CloseCohort():
+            case events.CloseCohort():
                 self._store()
-            case PublishResult(agents):
+            case events.PublishResult(agents):
                 self._apply(agents)
-            case AskForSum(agent):
-                self._post(SumReturned(agent))
-            case FinishRun():
+            case events.AskForSum(agent):
+                self._post(events.SumReturned(agent))
+            case events.FinishRun():
                 if self._state.reason is not None:
                     raise Refused(self._state.reason, f"in round {self._state.round}")
-            case AbandonRound():
+            case events.AbandonRound():
                 self._abandon()
-            case CloseRound() | RepeatCohort() | Reject():
+            case events.CloseRound() | events.RepeatCohort() | events.Reject():
                 pass
 
     def _answer(self, invited: Collection[str]) -> None:
@@ -164,11 +142,11 @@ class _Round:
         for name in order:
             if name in self._state.invited:
                 weight = weight_of(self._config.training, self._federation.samples[name])
-                self._post(Ready(name, self._state.round, weight_class(weight)))
+                self._post(events.Ready(name, self._state.round, weight_class(weight)))
 
     def _collect(self) -> None:
         config, state = self._config, self._state
-        self._sum = CohortSum(self._federation, state, self._run_key)
+        self._sum = CohortSum(self._federation, state, self._run_key, self._before.server)
         terms = round_terms(config.training, self._before.server.rounds, config.rounds)
         self._crew.begin(self._before.server, terms)
         members, done = state.cohort, 0
@@ -178,11 +156,11 @@ class _Round:
                 name = members[done]
                 done += 1
                 if isinstance(outcome, Refused):
-                    self._post(Declined(name, state.round, outcome.reason))
+                    self._post(events.Declined(name, state.round, outcome.reason))
                 else:
                     sha256 = self._sum.add(done - 1, outcome)
-                    self._memories.propose(name, state.round, outcome.memory)
-                    self._post(Uploaded(name, sha256))
+                    self._memories.propose(name, state.round, self._sum.remembered(outcome))
+                    self._post(events.Uploaded(name, sha256))
                 self._watch(done, len(members))
 
     def _groups(self, members: Sequence[str]) -> Iterator[list[Task]]:
@@ -193,14 +171,14 @@ class _Round:
                 Task(
                     name,
                     order_seed(seed, run.run_id, number, name),
-                    self._memories.read(name, self._before.last.round),
+                    self._memories.read(name, self._before.last.round, self._before.server.theta),
                 )
                 for name in members[start : start + size]
             ]
 
     def _store(self) -> None:
         stored = self._sum is not None and self._sum.close()
-        self._post(SumStored() if stored else SumFailed())
+        self._post(events.SumStored() if stored else events.SumFailed())
 
     def _abandon(self) -> None:
         if self._sum is not None:
@@ -218,10 +196,10 @@ class _Round:
             opened.saturated,
             0.0 if stated else crypto.next_clip(context.clip, opened.exponents),
         )
-        rule = algorithm(self._config.training)
+        rule = algorithm(self._config.training, self._federation.plan.layout)
         server = rule.apply(self._before.server, opened.mean, opened.count)
         self._after = Progress(server, last)
         self._report = replace(report, saturated=opened.saturated)
         digest = hashlib.sha256(server.theta.data).digest()
         for agent in sorted(agents):
-            self._post(Applied(agent, number, digest, next_clip=last.next_clip))
+            self._post(events.Applied(agent, number, digest, next_clip=last.next_clip))

@@ -20,7 +20,7 @@ from fedloom.adapters import Theta
 from fedloom.errors import ConfigError
 from simulation.clients import names
 from simulation.conduct import Progress, Watch
-from simulation.models import Model, ModuleModel, PlanModel, Work
+from simulation.models import Model, ModuleModel, PlanModel, Work, module_quality
 from simulation.movers import Alone, Crew
 from simulation.processes import Processes
 from simulation.records import Records
@@ -46,7 +46,8 @@ class FederatedLearning:
     the model is tried on after every round. `cohort_size` clients take part in a round, drawn by
     the seed; 0: all. `workers` processes train, or with `engine="ray"` actors, of the cluster at
     `address` or of this machine; results do not depend on who trains. `vectorise` trains small
-    modules several clients at a time; None decides by the model. `out` keeps the run: the same
+    modules several clients at a time; None decides by the model. `head` names the part of a module
+    that clients keep with `personal` = "fedper" or "fedrep". `out` keeps the run: the same
     calls after a crash go on from its last finished round.
     """
 
@@ -66,10 +67,11 @@ class FederatedLearning:
         engine: str = "local",
         address: str = "",
         vectorise: bool | None = None,
+        head: str = "",
         out: Path | None = None,
     ) -> None:
         self._staff = Staff(workers, engine, address)
-        self._model = as_model(model, loss_fn, vectorise)
+        self._model = as_model(model, loss_fn, vectorise, head)
         self._settings = Settings(
             training_of(optimizer), strategy, protection, cohort_size, seed, terms or {}
         )
@@ -127,6 +129,7 @@ class FederatedLearning:
             Records(self._out, identity),
             self._out,
             mover.evaluate,
+            quality=None if isinstance(self._model, PlanModel) else module_quality,
         )
         return self._simulation
 
@@ -150,10 +153,15 @@ class FederatedLearning:
 
 
 def as_model(
-    model: Any, loss_fn: Callable[[Any, Any], Any] | None, vectorise: bool | None
+    model: Any,
+    loss_fn: Callable[[Any, Any], Any] | None,
+    vectorise: bool | None,
+    head: str = "",
 ) -> Model:
     """Return what is trained; raises ConfigError for anything else."""
     if isinstance(model, str | Path):
+        if head:
+            raise ConfigError("head", "expected none with a plan, whose layout names it")
         if loss_fn is not None:
             raise ConfigError("loss_fn", "expected none with a plan, whose graphs have theirs")
         return PlanModel(Path(model))
@@ -162,7 +170,7 @@ def as_model(
         raise ConfigError("model", f"expected a torch module or a plan's folder, found {found}")
     if loss_fn is None:
         raise ConfigError("loss_fn", "expected loss_fn(logits, labels) with a torch module")
-    return ModuleModel(model, loss_fn, vectorise)
+    return ModuleModel(model, loss_fn, vectorise, head)
 
 
 @contextmanager
@@ -178,7 +186,7 @@ def crew_of(work: Work, staff: Staff, simulation: Simulation) -> Iterator[Crew]:
         crew = Alone(work.make())
     else:
         terms, count = config.training, plan.parameter_count
-        crew = Processes(work.make, work.group, staff.workers, terms, count)
+        crew = Processes(work.make, work.group, staff.workers, terms, count, plan.layout)
     try:
         yield crew
     finally:

@@ -9,24 +9,33 @@ from pathlib import Path
 
 import numpy as np
 
+from fedloom.adapters import Theta
 from fedloom.strategies import Memory
 
 
 class Memories:
-    """`count` vectors (P,) of each client, in a folder; with a count of 0 nothing is kept."""
+    """`count` vectors (P,) of each client, in a folder; with a count of 0 nothing is kept.
 
-    def __init__(self, folder: Path, count: int, size: int) -> None:
+    `own`: the last of them is the client's own model.
+    """
+
+    def __init__(self, folder: Path, count: int, size: int, own: bool = False) -> None:
         self._folder = folder
         self._count = count
         self._size = size
+        self._own = own
 
-    def read(self, client: str, after_round: int) -> Memory:
-        """Return what the client remembers after that round: zeros before its first one."""
+    def read(self, client: str, after_round: int, theta: Theta) -> Memory:
+        """Return what the client remembers after that round.
+
+        Before its first one: zeros, and as its own model the `theta` (P,) that it meets.
+        """
         if not self._count:
             return ()
         known = [number for number in self._rounds(client) if number <= after_round]
         if not known:
-            return tuple(np.zeros(self._size, np.float32) for _ in range(self._count))
+            zeros = tuple(np.zeros(self._size, np.float32) for _ in range(self._count - self._own))
+            return (*zeros, theta) if self._own else zeros
         return tuple(np.fromfile(self._path(client, max(known)), "<f4").reshape(self._count, -1))
 
     def propose(self, client: str, in_round: int, memory: Memory) -> None:
@@ -47,6 +56,10 @@ class Memories:
         if self._count:
             for client in clients:
                 self._path(client, round_number).unlink(missing_ok=True)
+
+    def clients(self) -> list[str]:
+        """Return who remembers something, in ascending order."""
+        return sorted(path.name for path in self._folder.iterdir()) if self._count else []
 
     def _rounds(self, client: str) -> list[int]:
         return [int(path.stem) for path in (self._folder / client).glob("*.f32")]

@@ -10,11 +10,13 @@ import numpy as np
 
 from edge_agent.batches import Examples, LabelledArrays
 from edge_agent.data import DataSource
+from edge_agent.engine import Evaluation
 from edge_agent.examples import read_examples
 from fedloom.adapters import Theta, read_adapter
 from fedloom.errors import ConfigError
 from fedloom.exports import export_model
 from fedloom.plans import ADAPTER_FILE, Plan, PlanOrigin, load_plan, verify_members
+from fedloom.quality import Quality
 from fedloom.tasks import ArrayInput, ArrayLearning
 from simulation.clients import INPUT, Clients, as_examples
 from simulation.movers import Mover
@@ -69,6 +71,7 @@ class ModuleModel:
         module: "torch.nn.Module",
         loss: Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"],
         vectorise: bool | None,
+        head: str = "",
     ) -> None:
         from simulation.torch_mover import layout_of, require_stateless, theta_of
 
@@ -76,9 +79,10 @@ class ModuleModel:
         self._module = module
         self._loss = loss
         self._vectorise = vectorise
+        self._head = head
         # The task is not looked at: what a row is, the clients' own arrays say.
         task = ArrayLearning((ArrayInput(INPUT, ()),), values=1)
-        self.plan = Plan("module", (), layout_of(module), task, PlanOrigin("module"))
+        self.plan = Plan("module", (), layout_of(module, head), task, PlanOrigin("module"))
         self.theta = theta_of(module)
 
     def examples(self, data: object) -> Examples:
@@ -90,13 +94,14 @@ class ModuleModel:
         from simulation.torch_mover import TorchMover
         from simulation.vectorised import VectorisedMover
 
-        module, loss = self._module, self._loss
+        module, loss, head = self._module, self._loss, self._head
         if self._vectorised(clients):
             group = max(2, min(_MOST_CLIENTS, _GROUPED // len(self.theta)))
             return Work(
-                lambda: VectorisedMover(module, loss, clients, held_out, group=group), group
+                lambda: VectorisedMover(module, loss, clients, held_out, group=group, head=head),
+                group,
             )
-        return Work(lambda: TorchMover(module, loss, clients, held_out), 1)
+        return Work(lambda: TorchMover(module, loss, clients, held_out, head=head), 1)
 
     def _vectorised(self, clients: Clients) -> bool:
         """Decide by the model alone, or by what was asked for: never by who computes."""
@@ -116,6 +121,12 @@ class ModuleModel:
         module = copy.deepcopy(self._module).float()
         point_to([p for p in module.parameters() if p.requires_grad], theta.copy())
         return module
+
+
+def module_quality(evaluation: Evaluation) -> Quality:
+    """Return what is known of a torch module: its rows' classes are right, or not."""
+    accuracy = evaluation.correct / evaluation.count
+    return Quality(1.0, None, evaluation.mean_loss, accuracy)
 
 
 class PlanModel:

@@ -1,7 +1,8 @@
 """What trains virtual clients, several in turn or at once, and what comes of it.
 
 A mover moves models; around it every client's round is what an agent's is: the strategy's linear
-term before, the strategy's update vector after (`edge_agent.local_rules`).
+term and the parts that are its own before, the strategy's update vector and what it keeps after
+(`edge_agent.local_rules`).
 """
 
 import math
@@ -12,12 +13,20 @@ from typing import Protocol
 import numpy as np
 
 from edge_agent.engine import Evaluation, LocalUpdate
-from edge_agent.local_rules import outgoing
+from edge_agent.local_rules import outgoing, strategys
 from edge_agent.optimisers import Vector
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
-from fedloom.strategies import Memory, ServerState, algorithm
-from fedloom.terms import LocalTraining
+from fedloom.strategies import Layout, Memory, ServerState, algorithm
+from fedloom.strategies.ditto import personal_terms, pull
+from fedloom.strategies.parts import Parts
+from fedloom.strategies.portions import (
+    keeps_own_model,
+    parts_of,
+    sends_everything,
+    start_of,
+)
+from fedloom.terms import LocalTraining, Personal
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,16 @@ class Task:
     client: str
     order_seed: int
     memory: Memory = ()
+
+
+@dataclass(frozen=True)
+class Journey:
+    """A client's training from `start` (P,), which is not written to; `linear` as for an Engine."""
+
+    client: str
+    order_seed: int
+    start: Theta
+    linear: Vector | None = None
 
 
 @dataclass(frozen=True)
@@ -46,8 +65,13 @@ Outcome = Trained | Refused
 class Mover(Protocol):
     """Trains clients from a model, one after another or several at once.
 
-    A client's movement depends on the tasks of its call and on nothing that was called before.
+    A client's movement depends on the journeys of its call and on nothing that was called before.
     """
+
+    @property
+    def layout(self) -> Layout:
+        """Where the model's tensors lie in theta, and what they are."""
+        ...
 
     @property
     def group(self) -> int:
@@ -55,13 +79,9 @@ class Mover(Protocol):
         ...
 
     def move(
-        self,
-        tasks: Sequence[Task],
-        theta: Theta,
-        terms: LocalTraining,
-        linear: Sequence[Vector | None],
+        self, journeys: Sequence[Journey], terms: LocalTraining, parts: Parts | None
     ) -> list[LocalUpdate | Refused]:
-        """Return each client's movement from `theta` (unchanged); `linear` as for an Engine."""
+        """Return each client's movement; without `parts` all of theta is trained and sent."""
         ...
 
     def evaluate(self, theta: Theta) -> Evaluation | None:
@@ -73,18 +93,68 @@ def train(
     mover: Mover, tasks: Sequence[Task], state: ServerState, terms: LocalTraining
 ) -> list[Outcome]:
     """Train these clients from the server's state, under the round's terms."""
-    rule = algorithm(terms)
-    linear = [rule.linear(state, task.memory) for task in tasks]
-    moved = mover.move(tasks, state.theta, terms, linear)
-    return [_sent(*pair, state, terms) for pair in zip(tasks, moved, strict=True)]
+    layout = mover.layout
+    rule, whole = algorithm(terms, layout), sends_everything(terms, layout)
+    parts = None if whole else parts_of(terms, layout, state.rounds)
+    journeys = [
+        Journey(
+            task.client,
+            task.order_seed,
+            state.theta if whole else start_of(terms, layout, state.theta, task.memory),
+            rule.linear(state, strategys(terms, task.memory)),
+        )
+        for task in tasks
+    ]
+    moved = mover.move(journeys, terms, parts)
+    own: Sequence[Theta | Refused | None] = [None] * len(tasks)
+    if keeps_own_model(terms):
+        if terms.personal is Personal.DITTO:
+            own = _beside(mover, tasks, state.theta, terms, parts)
+        else:
+            own = [_after(*pair) for pair in zip(journeys, moved, strict=True)]
+    return [
+        _sent(task, update, kept, state, terms, layout)
+        for task, update, kept in zip(tasks, moved, own, strict=True)
+    ]
+
+
+def _after(journey: Journey, moved: LocalUpdate | Refused) -> Theta | Refused:
+    if isinstance(moved, Refused):
+        return moved
+    own: Theta = journey.start + moved.delta
+    return own
+
+
+def _beside(
+    mover: Mover,
+    tasks: Sequence[Task],
+    theta: Theta,
+    terms: LocalTraining,
+    parts: Parts | None,
+) -> list[Theta | Refused]:
+    """Return each client's own model after its training, which is beside that of the update."""
+    journeys = []
+    for task in tasks:
+        own = task.memory[-1]
+        drawn = pull(own, theta, terms.personal_lambda)
+        journeys.append(Journey(task.client, task.order_seed, own, drawn))
+    moved = mover.move(journeys, personal_terms(terms), parts)
+    return [_after(*pair) for pair in zip(journeys, moved, strict=True)]
 
 
 def _sent(
-    task: Task, update: LocalUpdate | Refused, state: ServerState, terms: LocalTraining
+    task: Task,
+    update: LocalUpdate | Refused,
+    own: Theta | Refused | None,
+    state: ServerState,
+    terms: LocalTraining,
+    layout: Layout,
 ) -> Outcome:
     if isinstance(update, Refused):
         return update
-    sent = outgoing(terms, state, task.memory, update)
+    if isinstance(own, Refused):
+        return own
+    sent = outgoing(terms, state, task.memory, update, layout, own)
     return Trained(sent.values, sent.weight, sent.memory, update.samples, update.mean_loss)
 
 

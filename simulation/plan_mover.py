@@ -1,31 +1,23 @@
-"""Virtual clients of a plan: one graph session serves them all, and moves each as an agent would.
-
-The steps are those of `edge_agent.onnx_engine`; a test holds the two equal to the last bit.
-"""
+"""Virtual clients of a plan: an agent's engine moves them all, over one session of the graph."""
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from edge_agent.batches import Examples, feeds, micro_batches, training_batches
+from edge_agent.batches import Examples
+from edge_agent.checkpoints import Checkpoint, TrainingState
+from edge_agent.data import DataSource
 from edge_agent.engine import Evaluation, LocalUpdate
-from edge_agent.graphs import GraphSession
-from edge_agent.local_rules import LocalSteps
-from edge_agent.optimisers import Vector
+from edge_agent.local_training import Step
+from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
-from fedloom.graph_contracts import eval_contract, train_contract
 from fedloom.plans import Plan
-from fedloom.terms import LocalTraining, steps_of
+from fedloom.strategies.parts import Parts
+from fedloom.terms import LocalTraining
 from simulation.clients import Clients
-from simulation.movers import Task, checked
-
-_MICRO_BATCH, _MICRO_BATCH_TOKENS = 16, 256  # an agent's defaults: other cuts round differently
-_EVALUATION_ROWS, _EVALUATION_TOKENS = 64, 512
+from simulation.movers import Journey
 
 
 class PlanMover:
@@ -41,69 +33,67 @@ class PlanMover:
         held_out: Examples | None = None,
         threads: int = 1,
     ) -> None:
-        self._folder = folder
-        self._plan = plan
+        self.layout = plan.layout
         self._clients = clients
-        self._held_out = held_out
-        self._threads = threads
-
-    @functools.cached_property
-    def _session(self) -> GraphSession:
-        graph = train_contract(self._plan.task, self._plan.parameter_count)
-        return GraphSession(self._folder, graph, self._threads, Reason.TRAINING_FAILED)
+        self._engine = _VirtualEngine(folder, plan, held_out, threads)
 
     def move(
-        self,
-        tasks: Sequence[Task],
-        theta: Theta,
-        terms: LocalTraining,
-        linear: Sequence[Vector | None],
+        self, journeys: Sequence[Journey], terms: LocalTraining, parts: Parts | None
     ) -> list[LocalUpdate | Refused]:
         """See Mover."""
-        pairs = zip(tasks, linear, strict=True)
-        return [self._moved(task, theta, terms, own) for task, own in pairs]
+        return [self._moved(journey, terms, parts) for journey in journeys]
 
-    @np.errstate(over="ignore", invalid="ignore")  # divergence is found and refused
     def _moved(
-        self, task: Task, theta: Theta, terms: LocalTraining, linear: Vector | None
+        self, journey: Journey, terms: LocalTraining, parts: Parts | None
     ) -> LocalUpdate | Refused:
-        held = self._clients[task.client]
-        lengths, steps = held.lengths, steps_of(terms, len(held))
-        local, trained = LocalSteps(theta, terms, steps, linear), theta.copy()
-        epochs = math.ceil(steps / math.ceil(len(held) / terms.batch_size))
-        batches = training_batches(lengths, terms.batch_size, epochs, task.order_seed, 0)
-        loss_sum = weight_sum = 0.0
-        for rows in itertools.islice(batches, steps):
-            loss = weight = 0.0
-            gradient = np.zeros(len(theta), np.float32)
-            for part in micro_batches(rows, lengths, _MICRO_BATCH, _MICRO_BATCH_TOKENS):
-                sums = self._session.run(
-                    ("loss_sum", "weight_sum", "grad_sum"),
-                    {"theta": trained, **feeds(held, part)},
-                )
-                loss += float(sums[0])
-                weight += float(sums[1])
-                gradient += sums[2]
-            if not (math.isfinite(loss) and weight > 0):
-                return checked(trained, len(held), math.nan)
-            gradient /= np.float32(weight)
-            local.step(trained, gradient)
-            loss_sum += loss
-            weight_sum += weight
-        return checked(np.subtract(trained, theta, out=trained), len(held), loss_sum / weight_sum)
+        self._engine.hold(self._clients[journey.client])
+        seed, checkpoint = journey.order_seed, _Unkept()
+        try:
+            update = self._engine.train(
+                journey.start, terms, seed, lambda share: None, checkpoint, journey.linear, parts
+            )
+        except Refused as refused:
+            if refused.reason is not Reason.TRAINING_FAILED:
+                raise
+            return refused
+        if not math.isfinite(update.mean_loss):
+            found = f"expected a finite loss, found {update.mean_loss}"
+            return Refused(Reason.TRAINING_FAILED, found)
+        return update
 
     def evaluate(self, theta: Theta) -> Evaluation | None:
         """See Mover."""
-        held = self._held_out
-        if held is None:
-            return None
-        graph = eval_contract(self._plan.task, self._plan.parameter_count)
-        session = GraphSession(self._folder, graph, self._threads, Reason.PLAN_UNSUPPORTED)
-        sums, every = np.zeros(3), np.arange(len(held))
-        for rows in micro_batches(every, held.lengths, _EVALUATION_ROWS, _EVALUATION_TOKENS):
-            found = session.run(
-                ("loss_sum", "weight_sum", "correct"), {"theta": theta, **feeds(held, rows)}
-            )
-            sums += found
-        loss, weight, correct = sums.tolist()
-        return Evaluation(round(weight), round(correct), loss / weight)
+        return self._engine.evaluate(theta)
+
+
+class _VirtualEngine(OnnxEngine):
+    """An agent's engine with one client's data after another's, none of which it reads."""
+
+    def __init__(self, folder: Path, plan: Plan, held_out: Examples | None, threads: int) -> None:
+        super().__init__(folder, plan, DataSource(folder), None, threads)
+        self._held_out_samples = held_out
+
+    def hold(self, samples: Examples) -> None:
+        """Train on these from now on."""
+        self._training_samples = samples
+
+    @functools.cached_property
+    def _kept_step(self) -> Step:
+        return super()._training_step()
+
+    def _training_step(self) -> Step:
+        return self._kept_step
+
+
+class _Unkept(Checkpoint):
+    """Nothing outlives a virtual client's training: a round that is cut is conducted again."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), bytes(16), 1)
+
+    def load(self, fresh: TrainingState) -> TrainingState:
+        """Begin."""
+        return fresh
+
+    def save(self, state: TrainingState) -> None:
+        """Forget."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edge_agent.local_rules import remembered
 from fedloom.errors import ConfigError
 from fedloom.strategies import algorithm
 from simulation.clients import names
@@ -40,6 +41,19 @@ class LearningProcess:
                 f"expected one whose clients remember nothing, found {settings.strategy}: "
                 "FederatedLearning knows its clients from round to round",
             )
+        training = settings.config(1 << 7, rounds).training
+        if training.error_feedback:
+            raise ConfigError(
+                "compression.error_feedback",
+                "expected false, because clients remember nothing here: FederatedLearning knows "
+                "its clients from round to round",
+            )
+        if remembered(training):
+            raise ConfigError(
+                "training",
+                "expected nothing that clients keep from round to round (lora, personal): "
+                "FederatedLearning knows its clients",
+            )
         self._model = model
         self._settings = settings
         self._rounds = rounds
@@ -47,7 +61,7 @@ class LearningProcess:
     def initialize(self) -> Progress:
         """Return the state before the first round."""
         training = self._settings.config(1 << 7, self._rounds).training
-        return Progress(algorithm(training).init(self._model.theta.copy()))
+        return Progress(algorithm(training, self._model.plan.layout).init(self._model.theta.copy()))
 
     def next(self, state: Progress, client_data: Sequence[object]) -> Next:
         """Conduct a round in which these clients take part; all of them, unless `cohort_size`."""

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.local_rules import remembered
 from fedloom.errors import ConfigError, FedloomError, Reason, Refused
-from fedloom.strategies import RULES, ServerState
+from fedloom.strategies import RULES, Layout, ServerState, update_length
 from fedloom.strategies.rule import length
 from fedloom.terms import LocalTraining
 from fedloom.v1 import control_pb2
@@ -52,16 +53,16 @@ class Processes:
         workers: int,
         terms: LocalTraining,
         parameter_count: int,
+        layout: Layout = (),
     ) -> None:
         if not hasattr(os, "fork"):
             raise ConfigError("workers", "expected 1: this system cannot fork processes")
         self._group = group
-        rule = RULES[terms.strategy]
-        self._state = _shared((1 + len(rule.keeps), parameter_count))
-        sent, remembered = length(rule.sends, parameter_count), len(rule.remembers)
-        row = sent + remembered * parameter_count
+        self._state = _shared((1 + len(RULES[terms.strategy].keeps), parameter_count))
+        sent, kept = _longest(terms, parameter_count, layout), remembered(terms)
+        row = sent + kept * parameter_count
         self._desks = [
-            _Desk(_shared((_DEPTH, group, row)), sent, (remembered, parameter_count))
+            _Desk(_shared((_DEPTH, group, row)), sent, (kept, parameter_count))
             for _ in range(workers)
         ]
         self._lines: list[_Line] = []
@@ -182,7 +183,10 @@ class _Line:
 
 
 class _Desk:
-    """Where a worker and this process hand vectors over: (places, group, U + M P) float32."""
+    """Where a worker and this process hand vectors over: (places, group, U + M P) float32.
+
+    U is the longest update of any round.
+    """
 
     def __init__(self, rows: Vectors, length: int, memory_shape: tuple[int, int]) -> None:
         self._rows = rows
@@ -197,18 +201,26 @@ class _Desk:
         """Lay down what came of a client and return the rest of it."""
         if isinstance(outcome, Refused):
             return [int(outcome.reason), outcome.subject]
-        self._rows[place, index, : self._length] = outcome.values
+        self._rows[place, index, : len(outcome.values)] = outcome.values
         self.memory(place, index)[:] = np.reshape(outcome.memory, self.memory_shape)
-        return [outcome.weight, outcome.samples, outcome.mean_loss.hex()]
+        values = len(outcome.values)
+        return [values, outcome.weight, outcome.samples, outcome.mean_loss.hex()]
 
     def outcome(self, place: int, index: int, rest: list[Any]) -> Outcome:
         """Take up what `put` laid down."""
         if len(rest) == 2:
             return Refused(Reason(rest[0]), rest[1])
-        weight, samples, loss = rest
-        values = self._rows[place, index, : self._length]
+        length, weight, samples, loss = rest
+        values = self._rows[place, index, :length]
         memory = tuple(self.memory(place, index))
         return Trained(values, weight, memory, samples, float.fromhex(loss))
+
+
+def _longest(terms: LocalTraining, parameter_count: int, layout: Layout) -> int:
+    """Return how many values an update has at most: rounds may take turns."""
+    if not layout:  # then all of theta is sent, whatever it is
+        return length(RULES[terms.strategy].sends, parameter_count)
+    return max(update_length(terms, layout, rounds) for rounds in (0, 1))
 
 
 def _shared(shape: tuple[int, ...]) -> Vectors:

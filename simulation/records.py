@@ -11,6 +11,7 @@ state is dropped: they are conducted again and come out the same.
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from edge_agent.global_state import LastRound
 from fedloom.adapters import read_annotated_adapter, write_vectors
 from fedloom.errors import ConfigError, Refused
 from fedloom.plans import TrainableTensor
+from fedloom.quality import Counts
 from fedloom.strategies import RULES, ServerState
 from fedloom.terms import LocalTraining
 from simulation.conduct import Progress
@@ -96,7 +98,7 @@ class Records:
         """Return what was told of a round's model."""
         for line in self.lines:
             if line["round"] == round_number and "evaluation" in line:
-                return Evaluation(**line["evaluation"])
+                return _evaluation(line["evaluation"])
         return None
 
     def reports(self) -> list[RoundReport]:
@@ -110,6 +112,11 @@ class Records:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _evaluation(said: Mapping[str, Any]) -> Evaluation:
+    counts = Counts(**{name: tuple(found) for name, found in said["counts"].items()})
+    return Evaluation(**{**said, "counts": counts})
 
 
 def _layout(size: int, terms: LocalTraining) -> tuple[TrainableTensor, ...]:

@@ -20,10 +20,11 @@ from edge_agent.local_rules import LocalSteps
 from edge_agent.optimisers import Vector
 from fedloom.adapters import Theta
 from fedloom.errors import ConfigError, Refused
-from fedloom.plans import TrainableTensor
+from fedloom.plans import Role, TrainableTensor
+from fedloom.strategies.parts import Parts
 from fedloom.terms import LocalTraining, steps_of
 from simulation.clients import INPUT, Clients
-from simulation.movers import Task, checked
+from simulation.movers import Journey, checked
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits, labels) -> mean over rows
 _EVALUATION_ROWS = 1024
@@ -41,9 +42,11 @@ class TorchMover:
         clients: Clients,
         held_out: Examples | None = None,
         threads: int = 1,
+        head: str = "",
     ) -> None:
         require_stateless(module)
-        self._module = copy.deepcopy(module).float()
+        self.layout = layout_of(module, head)
+        self._module = copied(module, threads)
         self._loss = loss
         self._clients = clients
         self._held_out = held_out
@@ -51,34 +54,32 @@ class TorchMover:
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
 
     def move(
-        self,
-        tasks: Sequence[Task],
-        theta: Theta,
-        terms: LocalTraining,
-        linear: Sequence[Vector | None],
+        self, journeys: Sequence[Journey], terms: LocalTraining, parts: Parts | None
     ) -> list[LocalUpdate | Refused]:
         """See Mover."""
         with threads(self._threads), own_randomness():
-            pairs = zip(tasks, linear, strict=True)
-            return [self._moved(task, theta, terms, own) for task, own in pairs]
+            return [self._moved(journey, terms, parts) for journey in journeys]
 
     @np.errstate(over="ignore", invalid="ignore")  # divergence is found and refused
     def _moved(
-        self, task: Task, theta: Theta, terms: LocalTraining, linear: Vector | None
+        self, journey: Journey, terms: LocalTraining, parts: Parts | None
     ) -> LocalUpdate | Refused:
-        held = self._clients[task.client]
+        held, start = self._clients[journey.client], journey.start
         steps = steps_of(terms, len(held))
-        local, trained = LocalSteps(theta, terms, steps, linear), theta.copy()
-        gradient = np.empty(len(theta), np.float32)
+        try:
+            local = LocalSteps(start, terms, steps, journey.linear, parts)
+        except Refused as refused:  # fewer steps than its head needs
+            return refused
+        trained, gradient = start.copy(), np.empty(len(start), np.float32)
         self._point_to(trained)
         self._module.train()
         loss_sum = weight_sum = 0.0
-        torch.default_generator.manual_seed(task.order_seed)
-        for rows in batches_of(held, terms, steps, task.order_seed):
+        torch.default_generator.manual_seed(journey.order_seed)
+        for rows in batches_of(held, terms, steps, journey.order_seed):
             loss_sum += len(rows) * self._gradient(held, rows, gradient)
             weight_sum += len(rows)
             local.step(trained, gradient)
-        return checked(np.subtract(trained, theta, out=trained), len(held), loss_sum / weight_sum)
+        return checked(np.subtract(trained, start, out=trained), len(held), loss_sum / weight_sum)
 
     def _gradient(self, held: Examples, rows: Indices, out: Vector) -> float:
         """Put the gradient of the mean loss into `out` and return the loss."""
@@ -131,6 +132,16 @@ def tensors(held: Examples, rows: Indices) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(held.inputs(rows)[INPUT]), torch.from_numpy(held.labels(rows))
 
 
+def copied(module: torch.nn.Module, threads_: int) -> torch.nn.Module:
+    """Return a copy of the module, made by so many threads.
+
+    In a forked worker torch's other threads stayed behind, with the caller: it would wait for them
+    for ever with the first large tensor that it copies.
+    """
+    with threads(threads_):
+        return copy.deepcopy(module).float()
+
+
 def point_to(parameters: Sequence[torch.nn.Parameter], theta: Theta) -> None:
     """Make the parameters views into a flat vector (P,)."""
     flat, offset = torch.from_numpy(theta), 0
@@ -140,17 +151,30 @@ def point_to(parameters: Sequence[torch.nn.Parameter], theta: Theta) -> None:
         offset += count
 
 
-def layout_of(module: torch.nn.Module) -> tuple[TrainableTensor, ...]:
-    """Return where each trainable parameter lies in theta."""
+def layout_of(module: torch.nn.Module, head: str = "") -> tuple[TrainableTensor, ...]:
+    """Return where each trainable parameter lies in theta; `head` names a module within."""
     layout: list[TrainableTensor] = []
     offset = 0
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            layout.append(TrainableTensor(name, tuple(parameter.shape) or (1,), offset))
+            shape = tuple(parameter.shape) or (1,)
+            layout.append(TrainableTensor(name, shape, offset, _role(name, head)))
             offset += parameter.numel()
     if not layout:
         raise ConfigError("model", "expected parameters with requires_grad, found none")
+    if head and all(tensor.role is not Role.HEAD for tensor in layout):
+        raise ConfigError("head", f"expected a module with trainable parameters, found {head!r}")
     return tuple(layout)
+
+
+def _role(name: str, head: str) -> Role:
+    """Return what a parameter is; factors are named as PEFT names them."""
+    path = name.split(".")
+    if "lora_A" in path:
+        return Role.LORA_A
+    if "lora_B" in path:
+        return Role.LORA_B
+    return Role.HEAD if head and name.startswith(f"{head}.") else Role.WEIGHT
 
 
 def theta_of(module: torch.nn.Module) -> Theta:

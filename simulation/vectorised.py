@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from edge_agent.batches import Examples, Indices
 from edge_agent.engine import Evaluation, LocalUpdate
 from edge_agent.local_rules import LocalSteps
-from edge_agent.optimisers import Vector
 from fedloom.adapters import Theta
 from fedloom.errors import ConfigError, Refused
+from fedloom.strategies.parts import Parts
 from fedloom.terms import LocalTraining, steps_of
 from simulation.clients import INPUT, Clients
-from simulation.movers import Task, checked
+from simulation.movers import Journey, checked
 from simulation.torch_mover import (
     Loss,
     batches_of,
+    copied,
     evaluate,
     layout_of,
     own_randomness,
@@ -48,10 +49,11 @@ class VectorisedMover:
         held_out: Examples | None = None,
         threads: int = 1,
         group: int = 16,
+        head: str = "",
     ) -> None:
         require_stateless(module)
-        self._module = copy.deepcopy(module).float()
-        self._layout = layout_of(module)
+        self._module = copied(module, threads)
+        self.layout = layout_of(module, head)
         self._loss = loss
         self._clients = clients
         self._held_out = held_out
@@ -70,7 +72,7 @@ class VectorisedMover:
         chosen = list(self._clients)[:2]
         terms = LocalTraining(batch_size=2, local_steps=1)
         try:
-            self.move([Task(name, 0) for name in chosen], theta, terms, [None] * len(chosen))
+            self.move([Journey(name, 0, theta) for name in chosen], terms, None)
         except ConfigError:
             return False
         return True
@@ -97,18 +99,14 @@ class VectorisedMover:
         return found, losses.detach()
 
     def move(
-        self,
-        tasks: Sequence[Task],
-        theta: Theta,
-        terms: LocalTraining,
-        linear: Sequence[Vector | None],
+        self, journeys: Sequence[Journey], terms: LocalTraining, parts: Parts | None
     ) -> list[LocalUpdate | Refused]:
         """See Mover."""
         self._module.train()
         with threads(self._threads), own_randomness():
-            torch.default_generator.manual_seed(tasks[0].order_seed)
+            torch.default_generator.manual_seed(journeys[0].order_seed)
             try:
-                return self._moved(tasks, theta, terms, linear)
+                return self._moved(journeys, terms, parts)
             except (NotImplementedError, RuntimeError) as error:
                 raise ConfigError(
                     "vectorise",
@@ -118,23 +116,19 @@ class VectorisedMover:
 
     @np.errstate(over="ignore", invalid="ignore")  # divergence is found and refused
     def _moved(
-        self,
-        tasks: Sequence[Task],
-        theta: Theta,
-        terms: LocalTraining,
-        linear: Sequence[Vector | None],
+        self, journeys: Sequence[Journey], terms: LocalTraining, parts: Parts | None
     ) -> list[LocalUpdate | Refused]:
-        held = [self._clients[task.client] for task in tasks]
+        held = [self._clients[journey.client] for journey in journeys]
         steps = [steps_of(terms, len(own)) for own in held]
-        trained: Matrix = np.tile(theta, (len(tasks), 1))
+        trained: Matrix = np.stack([journey.start for journey in journeys])
         gradient: Matrix = np.empty_like(trained)
-        stepper = _stepper(theta, terms, steps, linear)
+        stepper = _stepper(journeys, terms, steps, parts)
         models, slopes = self._views(trained), self._views(gradient)
         orders = [
-            batches_of(own, terms, count, task.order_seed)
-            for own, count, task in zip(held, steps, tasks, strict=True)
+            batches_of(own, terms, count, journey.order_seed)
+            for own, count, journey in zip(held, steps, journeys, strict=True)
         ]
-        losses, rows_seen = np.zeros(len(tasks)), np.zeros(len(tasks))
+        losses, rows_seen = np.zeros(len(held)), np.zeros(len(held))
         for _ in range(max(steps)):
             batch = _padded(held, [next(order, None) for order in orders])
             found, loss = self._gradients(models, batch)
@@ -143,9 +137,11 @@ class VectorisedMover:
             stepper.step(trained, gradient)
             losses += loss.numpy() * batch.counts
             rows_seen += batch.counts
-        trained -= theta
+        for row, journey in zip(trained, journeys, strict=True):
+            row -= journey.start
         return [
-            checked(trained[index], len(own), losses[index] / rows_seen[index])
+            stepper.refused.get(index)
+            or checked(trained[index], len(own), losses[index] / rows_seen[index])
             for index, own in enumerate(held)
         ]
 
@@ -155,7 +151,7 @@ class VectorisedMover:
             tensor.name: flat[:, tensor.offset : tensor.offset + tensor.size].view(
                 rows, *self._module.get_parameter(tensor.name).shape
             )
-            for tensor in self._layout
+            for tensor in self.layout
         }
 
     def evaluate(self, theta: Theta) -> Evaluation | None:
@@ -207,48 +203,48 @@ def _row_losses(loss: Loss) -> Loss:
 class _Stepper:
     """Steps of clients that make as many: elementwise, so that one vector stands for all."""
 
-    def __init__(
-        self,
-        theta: Theta,
-        terms: LocalTraining,
-        steps: Sequence[int],
-        linear: Sequence[Vector | None],
-    ) -> None:
-        count = len(steps)
-        own = [part for part in linear if part is not None]
+    def __init__(self, journeys: Sequence[Journey], terms: LocalTraining, steps: int) -> None:
+        self.refused: dict[int, Refused] = {}
+        starts = np.concatenate([journey.start for journey in journeys])
+        own = [journey.linear for journey in journeys if journey.linear is not None]
         joined = np.concatenate(own) if own else None
-        self._local = LocalSteps(np.tile(theta, count), terms, steps[0], joined)
+        self._local = LocalSteps(starts, terms, steps, joined)
 
     def step(self, trained: Matrix, gradient: Matrix) -> None:
         self._local.step(trained.reshape(-1), gradient.reshape(-1))
 
 
 class _SingleSteppers:
-    """Steps of clients each by itself: another number of them, or a norm that is its own."""
+    """Steps of clients each by itself: another number of them, a norm or parts of its own."""
 
     def __init__(
         self,
-        theta: Theta,
+        journeys: Sequence[Journey],
         terms: LocalTraining,
         steps: Sequence[int],
-        linear: Sequence[Vector | None],
+        parts: Parts | None,
     ) -> None:
-        pairs = zip(steps, linear, strict=True)
-        self._local = [LocalSteps(theta, terms, count, own) for count, own in pairs]
+        self.refused: dict[int, Refused] = {}
+        self._local: dict[int, LocalSteps] = {}
+        for index, (journey, count) in enumerate(zip(journeys, steps, strict=True)):
+            try:
+                local = LocalSteps(journey.start, terms, count, journey.linear, parts)
+            except Refused as refused:  # fewer steps than its head needs
+                self.refused[index] = refused
+            else:
+                self._local[index] = local
         self._left = list(steps)
 
     def step(self, trained: Matrix, gradient: Matrix) -> None:
-        for index, local in enumerate(self._local):
+        for index, local in self._local.items():
             if self._left[index]:
                 local.step(trained[index], gradient[index])
                 self._left[index] -= 1
 
 
 def _stepper(
-    theta: Theta,
-    terms: LocalTraining,
-    steps: Sequence[int],
-    linear: Sequence[Vector | None],
+    journeys: Sequence[Journey], terms: LocalTraining, steps: Sequence[int], parts: Parts | None
 ) -> _Stepper | _SingleSteppers:
-    alike = len(set(steps)) == 1 and not terms.gradient_clip
-    return (_Stepper if alike else _SingleSteppers)(theta, terms, steps, linear)
+    if len(set(steps)) == 1 and not terms.gradient_clip and parts is None:
+        return _Stepper(journeys, terms, steps[0])
+    return _SingleSteppers(journeys, terms, steps, parts)

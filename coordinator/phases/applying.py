@@ -24,12 +24,14 @@ from coordinator.phases.gathering import (
     admit,
     exclude,
     fail,
+    leave,
     start_gathering,
     try_round_again,
     void_round,
     wrong_round,
 )
 from coordinator.run_state import Phase, RunState, StateReport
+from coordinator.selection import last_rounds
 from fedloom.errors import Reason
 
 CONFIRMING_AGENTS = 2  # a returned sum needs the hash of another agent than its sender's
@@ -58,7 +60,7 @@ def sum_failed(state: RunState, event: SumFailed, now: float) -> Step:
 
 def applying_connected(state: RunState, event: AgentConnected, now: float) -> Step:
     """Tell an agent again where the sum is."""
-    admitted = admit(state, event.agent)
+    admitted = admit(state, event.agent, event.traits)
     again = event.agent in admitted.appliers and event.agent not in state.applied
     effects = (PublishResult(frozenset({event.agent})),) if again else ()
     return admitted, effects
@@ -66,7 +68,7 @@ def applying_connected(state: RunState, event: AgentConnected, now: float) -> St
 
 def applying_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
     """Wait no more for an agent that is away."""
-    gone = replace(state, connected=state.connected - {event.agent})
+    gone = leave(state, event.agent)
     return go_on_without(state, gone, now)
 
 
@@ -136,6 +138,8 @@ def _close_round(state: RunState, now: float) -> Step:
         plateau=state.plateau.after(policy.plateau, quality),
         clip=0.0 if state.agreed is None else state.agreed.next_clip,
         failures=0,
+        recent=last_rounds(policy.selection, (*state.recent, state.invited)),
+        round_seconds=max(0.0, now - state.began),
     )
     if closed.completed == policy.rounds or closed.plateau.is_reached(policy.plateau):
         return replace(closed, phase=Phase.COMPLETED), (CloseRound(quality), FinishRun())
@@ -164,7 +168,7 @@ def ask_next(state: RunState, now: float) -> Step:
 
 def returning_connected(state: RunState, event: AgentConnected, now: float) -> Step:
     """Ask an agent again, or for the first time when nobody else is here."""
-    admitted = admit(state, event.agent)
+    admitted = admit(state, event.agent, event.traits)
     if event.agent in state.returners and state.returning in ("", event.agent):
         return ask_next(admitted, now)
     return admitted, ()
@@ -172,7 +176,7 @@ def returning_connected(state: RunState, event: AgentConnected, now: float) -> S
 
 def returning_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
     """Ask another agent in the place of one that left; it may be asked again."""
-    gone = replace(state, connected=state.connected - {event.agent})
+    gone = leave(state, event.agent)
     return ask_next(gone, now) if event.agent == state.returning else (gone, ())
 
 

@@ -15,8 +15,17 @@ from coordinator.events import (
     Tick,
     Uploaded,
 )
-from coordinator.phases.gathering import Step, admit, exclude, try_round_again, wrong_round
+from coordinator.phases.gathering import (
+    Step,
+    admit,
+    exclude,
+    learn,
+    leave,
+    try_round_again,
+    wrong_round,
+)
 from coordinator.run_state import Phase, RunState
+from coordinator.selection import eligible
 from crypto.cohort.quorum import least_accepted
 from fedloom.errors import Reason
 
@@ -30,24 +39,28 @@ class IllegalEvent(Exception):
 
 def invited_connected(state: RunState, event: AgentConnected, now: float) -> Step:
     """Invite an agent again that may have missed it; asynchronously, one that has just come."""
-    admitted = invite_newcomers(admit(state, event.agent), frozenset({event.agent}))
+    admitted = admit(state, event.agent, event.traits)
+    admitted = invite_newcomers(admitted, frozenset({event.agent}), now)
     again = event.agent in admitted.invited and event.agent not in state.ready
     effects = (Invite(frozenset({event.agent})),) if again else ()
     return admitted, effects
 
 
-def invite_newcomers(state: RunState, agents: frozenset[str]) -> RunState:
+def invite_newcomers(state: RunState, agents: frozenset[str], now: float) -> RunState:
     """Take those into an asynchronous round that can take part; a key waits for the next one."""
     if not state.policy.is_asynchronous:
         return state
     if state.policy.needs_key:
         agents = state.keys.able(agents, state.past_keys)
-    return replace(state, invited=state.invited | (agents & state.candidates))
+    may = eligible(
+        state.policy.selection, agents & state.candidates, state.traits, state.recent, now
+    )
+    return replace(state, invited=state.invited | may)
 
 
 def invited_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
     """Asynchronously, wait no more for an agent that is away, nor have it in the cohort."""
-    gone = replace(state, connected=state.connected - {event.agent})
+    gone = leave(state, event.agent)
     if not state.policy.is_asynchronous:
         return gone, ()
     return form_cohort_when_enough(ready_and_here(gone), now)
@@ -75,7 +88,8 @@ def ready(state: RunState, event: Ready, now: float) -> Step:
     if not 0 <= staleness[event.agent] <= state.policy.max_staleness:
         return _refuse_staleness(state, event)
     readies = {**state.ready, event.agent: event.weight_class}
-    counted = replace(state, ready=readies, staleness=staleness)
+    learned = learn(state, event.agent, event.training_seconds)
+    counted = replace(learned, ready=readies, staleness=staleness)
     return form_cohort_when_enough(counted, now)
 
 
@@ -105,12 +119,11 @@ def training_declined(state: RunState, event: Declined, now: float) -> Step:
 def form_cohort_when_enough(state: RunState, now: float) -> Step:
     """Go on with those who are ready, if they are enough or nobody else is waited for."""
     policy = state.policy
-    quorum = policy.buffer or policy.quorum
     awaited, found = state.invited - set(state.excluded), set(state.ready) - set(state.excluded)
     if policy.is_asynchronous and len(found) >= policy.minimum_agents:
         awaited &= state.connected
     all_answered = awaited <= set(state.ready)
-    if all_answered or (quorum and len(found) >= quorum):
+    if all_answered or (policy.enough and len(found) >= policy.enough):
         return _form_cohort(state, now)
     return state, ()
 
@@ -121,7 +134,8 @@ def training_tick(state: RunState, event: Tick, now: float) -> Step:
 
 
 def _form_cohort(state: RunState, now: float) -> Step:
-    members = sorted(set(state.ready) - set(state.excluded))
+    usable = [agent for agent in state.ready if agent not in state.excluded]
+    members = sorted(usable[: state.policy.cohort_size])  # the first, if more were invited
     if len(members) < state.policy.minimum_agents:
         return try_round_again(state, now)
     collecting = replace(
@@ -140,7 +154,7 @@ def _form_cohort(state: RunState, now: float) -> Step:
 
 def member_connected(state: RunState, event: AgentConnected, now: float) -> Step:
     """Tell a member again what it may have missed, unless its update is in."""
-    admitted = admit(state, event.agent)
+    admitted = admit(state, event.agent, event.traits)
     if event.agent not in state.cohort or event.agent in state.uploaded:
         return admitted, ()
     # The agent may have restarted and lost its update: the invitation lets it train again.
@@ -168,7 +182,7 @@ def collecting_declined(state: RunState, event: Declined, now: float) -> Step:
 
 def member_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
     """Asynchronously, wait no more for a member that is away: a later sum takes its update."""
-    gone = replace(state, connected=state.connected - {event.agent})
+    gone = leave(state, event.agent)
     return close_when_all_uploaded(gone, now) if state.policy.is_asynchronous else (gone, ())
 
 

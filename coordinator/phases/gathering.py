@@ -17,7 +17,7 @@ from coordinator.events import (
     Tick,
 )
 from coordinator.run_state import Phase, RunState
-from coordinator.selection import select
+from coordinator.selection import UNKNOWN, Traits, choose, eligible
 from fedloom.errors import Reason
 
 MAX_ROUND_FAILURES = 3
@@ -37,10 +37,38 @@ _LASTING = {
 Step = tuple[RunState, tuple[Effect, ...]]
 
 
-def admit(state: RunState, agent: str) -> RunState:
+def admit(state: RunState, agent: str, said: Traits) -> RunState:
     """Count an agent in, whatever it declined before it connected again."""
     excluded = {name: reason for name, reason in state.excluded.items() if name != agent}
-    return replace(state, connected=state.connected | {agent}, excluded=excluded)
+    return replace(
+        state,
+        connected=state.connected | {agent},
+        excluded=excluded,
+        traits=_with(state.traits, agent, said),
+    )
+
+
+def leave(state: RunState, agent: str) -> RunState:
+    """Count an agent out."""
+    left = state.connected - {agent}
+    return replace(state, connected=left, traits=_with(state.traits, agent, UNKNOWN))
+
+
+def _with(traits: Mapping[str, Traits], agent: str, said: Traits) -> Mapping[str, Traits]:
+    """Return the traits after what one agent said; who said nothing takes no room."""
+    if traits.get(agent, UNKNOWN) == said:
+        return traits
+    if said != UNKNOWN:
+        return {**traits, agent: said}
+    return {name: known for name, known in traits.items() if name != agent}
+
+
+def learn(state: RunState, agent: str, training_seconds: float) -> RunState:
+    """Remember how long an agent's training took, for as long as it is here."""
+    if training_seconds <= 0 or agent not in state.connected:
+        return state
+    said = replace(state.traits.get(agent, UNKNOWN), training_seconds=training_seconds)
+    return replace(state, traits=_with(state.traits, agent, said))
 
 
 def exclude(state: RunState, agent: str, reason: Reason) -> RunState:
@@ -105,24 +133,28 @@ def _only_lasting(excluded: Mapping[str, Reason]) -> dict[str, Reason]:
 
 def gather(state: RunState, now: float) -> Step:
     """Start the round when enough agents are here and all of them hold the run's keys."""
-    candidates = state.candidates
-    if state.paused or len(candidates) < state.policy.minimum_agents:
+    candidates, policy = state.candidates, state.policy
+    if state.paused or len(candidates) < policy.minimum_agents:
         return state, ()
-    if state.policy.needs_key:
-        if state.grant is not None and state.grant.holder in candidates:
-            return state, ()
+    if policy.needs_key and state.grant is not None and state.grant.holder in candidates:
+        return state, ()
+    may = eligible(policy.selection, candidates, state.traits, state.recent, now)
+    if len(may) < policy.minimum_agents:
+        return state, ()
+    if policy.needs_key:
+        # Of all who are here: one that may not be invited now may hold what the others lack.
         grant = state.keys.next_grant(candidates, state.past_keys)
         if grant is not None:
             keys = state.keys.asked(grant)
             asked = replace(state, keys=keys, grant=grant, grant_deadline=now + KEY_SECONDS)
             return asked, (ShareKey(grant),)
-        candidates = state.keys.able(candidates, state.past_keys)
-        if len(candidates) < state.policy.minimum_agents:
+        may &= state.keys.able(candidates, state.past_keys)
+        if len(may) < policy.minimum_agents:
             return state, ()  # wait for an agent that holds the keys of the rounds so far
-    chosen = candidates  # asynchronous: whoever is here; who trains goes on
-    if not state.policy.is_asynchronous:
-        draw = f"{state.policy.seed}/{state.round}/{state.failures}"  # another try, other agents
-        chosen = select(candidates, state.policy.cohort_size, draw)
+    chosen = may  # asynchronous: whoever is here and may; who trains goes on
+    if not policy.is_asynchronous:
+        draw = f"{policy.seed}/{state.round}/{state.failures}"  # another try, other agents
+        chosen = choose(policy.selection, may, state.traits, policy.cohort_size, draw)
     training = replace(
         state,
         phase=Phase.TRAINING,
@@ -131,20 +163,21 @@ def gather(state: RunState, now: float) -> Step:
         ready={},
         staleness={},
         grant=None,
+        began=now,
     )
     return training, (Invite(chosen),)
 
 
 def connected(state: RunState, event: AgentConnected, now: float) -> Step:
     """An agent more to choose from."""
-    return gather(admit(state, event.agent), now)
+    return gather(admit(state, event.agent, event.traits), now)
 
 
 def disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
     """One fewer; who should have wrapped a key will not."""
     gone = state.grant is not None and state.grant.holder == event.agent
-    remaining = state.connected - {event.agent}
-    return gather(replace(state, connected=remaining, grant=None if gone else state.grant), now)
+    left = leave(state, event.agent)
+    return gather(replace(left, grant=None if gone else state.grant), now)
 
 
 def key_shared(state: RunState, event: KeyShared, now: float) -> Step:

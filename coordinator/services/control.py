@@ -15,6 +15,7 @@ from coordinator.events import Applied, Declined, Evaluation, KeyShared, Ready
 from coordinator.roster import Roster
 from coordinator.services.access import Peer, calling_peer, refusing
 from coordinator.services.limits import Admission, Pace
+from coordinator.services.traits import traits_of
 from coordinator.services.turns import OneByOne
 from coordinator.sessions import Session, Sessions
 from fedloom.chains import MAX_CERTIFICATE_BYTES, MAX_ISSUERS
@@ -205,7 +206,8 @@ def _session(agent_id: str, hello: control_pb2.Hello) -> Session:
     if len(unfinished) > MAX_UNFINISHED_RUNS or any(len(run_id) != 16 for run_id in unfinished):
         raise Refused(Reason.MALFORMED, f"expected at most {MAX_UNFINISHED_RUNS} run ids")
     protections = frozenset(Protection(p) for p in hello.protections if p in known)
-    return Session(agent_id, protections, key, unfinished)
+    traits = traits_of(hello, time.time())
+    return Session(agent_id, protections, key, unfinished, traits)
 
 
 def _small(key: control_pb2.ExchangeKey | control_pb2.IdentityKey) -> bool:

@@ -5,6 +5,7 @@
 | `connections`, `enrolment_connections` | TCP connections of a port, TLS or not | closed by gRPC |
 | `connections_per_address` | connections from one address that carry a call | BUSY |
 | `streams_per_agent` | control streams: one lives, older ones are ending | BUSY |
+| 15/16 of `connections` | control streams of all: gRPC closes more without a word | BUSY |
 | `connects_per_minute` | control streams and certificates that an agent asks for | BUSY |
 | `messages_per_second` | messages of a control stream | read later: its window fills |
 | `transfers_per_agent` | uploads and downloads that are open | BUSY |
@@ -67,6 +68,11 @@ class Limits:
     mib_in_flight: int = 2048  # 1.5 for each transfer of more than that
     joins_per_minute: int = 60
     joins_per_minute_in_all: int = 1200
+
+    @property
+    def streams(self) -> int:
+        """Control streams that may be open at once, below what gRPC closes without a word."""
+        return max(1, self.connections - self.connections // 16)
 
 
 def load_limits(path: Path) -> Limits:
@@ -181,6 +187,8 @@ class Admission:
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self.clock = clock
+        # When an agent may try again that finds no free stream; the fleet's pacing knows better.
+        self.retry_seconds: Callable[[str], float] = lambda agent: RETRY_SECONDS
         self.calls: Counter[str] = Counter()  # connection (gRPC's name of the peer) -> open calls
         self.connections: Counter[str] = Counter()  # address -> connections that carry a call
         self.streams: Counter[str] = Counter()  # agent -> open control streams
@@ -247,6 +255,8 @@ class Call:
         admission = self._admission
         if admission.streams[agent] >= self._limits.streams_per_agent:
             await admission.refuse("streams_per_agent")
+        if admission.streams.total() >= self._limits.streams:
+            await admission.refuse("connections", admission.retry_seconds(agent))
         await self._connect(agent)
         self._count(admission.streams, agent)
         return Pace(self._limits.messages_per_second, admission.clock)

@@ -95,11 +95,14 @@ def _robust(kind: Rule) -> Iterator[str]:
     yield rule.reads
     keys = [key for key, owners in OWNERS.items() if kind in owners]
     yield ", ".join(f"`aggregation.{key}` ({DEFAULTS.get(kind, {}).get(key, 0):g})" for key in keys)
-    yield ", ".join(one.name.lower() for one in Protection if _can_run(kind, one))
+    alone = ", ".join(one.name.lower() for one in Protection if _can_run(kind, one))
+    grouped = all(_can_run(kind, one, groups=4) for one in Protection)
+    yield f"{alone}; any with `groups`" if grouped else alone
 
 
-def _can_run(kind: Rule, protection: Protection) -> bool:
+def _can_run(kind: Rule, protection: Protection, groups: int = 1) -> bool:
     needed = {"trim": 0.25, "faulty": 1, "selected": 0, "bound": 1.0}
     owned = {key: value for key, value in needed.items() if kind in OWNERS[key]}
-    aggregation = Aggregation(kind, **(DEFAULTS.get(kind, {}) | owned))  # type: ignore[arg-type]
-    return not list(aggregation.problems(Encoding(protection), LocalTraining(), 10))
+    numbers = DEFAULTS.get(kind, {}) | owned
+    aggregation = Aggregation(kind, **numbers, groups=groups)  # type: ignore[arg-type]
+    return not list(aggregation.problems(Encoding(protection), LocalTraining(), 12))

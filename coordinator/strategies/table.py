@@ -6,6 +6,7 @@ from pathlib import Path
 
 from coordinator.asynchronous import TRAINING_KEYS
 from coordinator.config import parse_run_config
+from coordinator.strategies.compression_table import compression_table
 from coordinator.strategies.part_tables import (
     factor_table,
     markdown,
@@ -22,6 +23,7 @@ from fedloom.terms import (
     Optimizer,
     Protection,
     Release,
+    Strategy,
     Weighting,
 )
 
@@ -48,6 +50,7 @@ def with_tables(text: str) -> str:
         ("LoRA rules", factor_table),
         ("personal models", personal_table),
         ("robust rules", robust_table),
+        ("compression", compression_table),
     ):
         begin, end = _BEGIN.format(name), _END.format(name)
         before, rest = text.split(begin)
@@ -79,6 +82,8 @@ def _length(rule: Rule) -> str:
     vectors = sum(segment.per_parameter for segment in rule.sends)
     numbers = len(rule.sends) - vectors
     told = "P" if vectors == 1 else f"{vectors}P"
+    if rule.strategy is Strategy.FED_MA:
+        return f"{told} + C"  # one for each of the model's outputs
     return f"{told} + {numbers}" if numbers else told
 
 

@@ -89,10 +89,16 @@ def _advertisement(fields: Fields, attempt: AttemptId) -> Advertisement:
     return Advertisement(attempt, name, keys[0], keys[1], keys[2], fields.take(SIGNATURE_SIZE))
 
 
-def _cohort(fields: Fields, attempt: AttemptId) -> Cohort:
+def _cohort(fields: Fields, attempt: AttemptId, groups: int = 1) -> Cohort:
     minimum, count = fields.number(2), fields.number(2)
     members = tuple(_advertisement(fields, attempt) for _ in range(count))
-    return Cohort(attempt, minimum, members)
+    return Cohort(attempt, minimum, members, groups)
+
+
+def _grouped_cohort(fields: Fields, attempt: AttemptId) -> Cohort:
+    if (groups := fields.number(2)) < 2:
+        raise MalformedMessage("groups", "2 or more", groups)
+    return _cohort(fields, attempt, groups)
 
 
 def _boxes(fields: Fields, attempt: AttemptId) -> Boxes:
@@ -134,4 +140,5 @@ _READERS: dict[int, Callable[[Fields, AttemptId], Message]] = {
     5: _endorsement,
     6: _certificate,
     7: _release,
+    8: _grouped_cohort,
 }

@@ -17,7 +17,7 @@ The rules that protect the update, each checked here:
    is not ours to know, and a second sum with the same update would show the difference.
 2. One cohort in an attempt, one upload under its masks, one accepted list vouched for.
 3. We vouch for a list only if it has our upload's hash and enough members, and release only for
-   the list that we vouched for, once a quorum of its members vouches too.
+   the list that we vouched for, once a quorum of its members vouches too: in each group of them.
 4. A release holds, for each other member, the share of its seed or of its mask key: never both.
 """
 
@@ -35,6 +35,7 @@ from ..errors import (
     StaleAttempt,
     StepRefused,
 )
+from ..groups import MINIMUM_GROUP
 from ..masks import Mask
 from .identity import Verify
 from .member_state import (
@@ -47,7 +48,7 @@ from .member_state import (
     UploadReady,
 )
 from .messages import Acceptance, Advertisement, Boxes, Certificate, Cohort, Endorsement, Release
-from .quorum import SECRET_SIZE, least_accepted, quorum
+from .quorum import SECRET_SIZE, enough, least_accepted, quorum
 from .secrets import AttemptSecret, commitment, public_key, splits
 
 _T = TypeVar("_T")
@@ -117,6 +118,10 @@ def _take_up_cohort(state: MemberState, event: Cohort, tools: MemberTools) -> St
     if len(members) < max(policy.minimum, event.minimum):
         least = max(policy.minimum, event.minimum)
         raise CohortRefused("members of the cohort", f"at least {least}", len(members))
+    if event.groups != policy.groups:
+        raise CohortRefused("groups of the cohort", policy.groups, event.groups)
+    if event.groups > 1 and len(members) < event.groups * MINIMUM_GROUP:
+        raise CohortRefused("members of a group", f"at least {MINIMUM_GROUP}", "fewer")
     for member in members:
         if not tools.verify(member.agent_id, member.statement(), member.signature):
             raise BadSignature("advertisement", f"one signed by {member.agent_id}", "another")
@@ -162,9 +167,12 @@ def _endorse(state: MemberState, event: Acceptance, tools: MemberTools) -> Step:
         raise Equivocation("cohort of the accepted list", "the one that we took up", "another")
     if (state.slot, state.upload) not in event.uploads:
         raise AcceptanceRefused("accepted list", "our upload as we sent it", "another or none")
-    least = least_accepted(n, max(cohort.minimum, tools.policy.minimum))
+    minimum = max(cohort.minimum, tools.policy.minimum)
+    least = minimum if cohort.groups > 1 else least_accepted(n, minimum)
     if len(event.uploads) < least or event.slots[-1] >= n:
         raise AcceptanceRefused("accepted list", f"{least} .. {n} members", len(event.uploads))
+    if not enough(cohort.group_of, event.slots, lambda size: least_accepted(size, 1)):
+        raise AcceptanceRefused("accepted list", "a quorum of each group", "fewer of one")
     endorsed = replace(state, phase=MemberPhase.ENDORSED, acceptance=event)
     return endorsed, _endorsement(endorsed, tools)
 
@@ -211,6 +219,8 @@ def _check_certificate(
             raise CertificateRefused("endorsement", "one by an accepted member", f"slot {slot}")
         if not verify(cohort.members[slot].agent_id, statement, signature):
             raise CertificateRefused("endorsement", f"signed by slot {slot}", "another")
+    if not enough(cohort.group_of, (slot for slot, _ in certificate.endorsements), quorum):
+        raise CertificateRefused("endorsements", "a quorum of each group", "fewer of one")
 
 
 def _repeat_release(state: MemberState, event: Certificate, tools: MemberTools) -> Step:

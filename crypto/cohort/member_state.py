@@ -57,7 +57,8 @@ Answer = Advertisement | Boxes | Endorsement | Release
 class MemberPolicy:
     """What this device insists on, whatever the coordinator says."""
 
-    minimum: int = 3  # fewest updates in a sum that this device's update is part of
+    minimum: int = 3  # fewest updates in a round that this device's update is part of
+    groups: int = 1  # sums that these are in, with at least `groups.MINIMUM_GROUP` in each of them
 
 
 @dataclass(frozen=True)

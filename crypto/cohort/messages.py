@@ -18,6 +18,7 @@ attempt u16. Then
                                        ascending slot of the member whose secret it is: of its seed
                                        where that member is accepted, else of its mask key. There is
                                        no room for both.
+    8 cohort         coordinator → all groups u16 above 1, then as 2: one with a sum for each group
 
 Signed statements, with Ed25519: `fedloom v1 mask keys\\0` and an advertisement without its
 signature; `fedloom v1 accepted\\0` and the acceptance's digest. Digests, SHA-256: of a cohort over
@@ -32,6 +33,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..errors import InvalidContext, MalformedMessage
+from ..groups import draw
 from .identity import SIGNATURE_SIZE
 from .shamir import SHARE_SIZE
 
@@ -94,6 +96,7 @@ class Cohort:
     attempt: AttemptId
     minimum: int  # fewest updates that the coordinator will sum, u16
     members: tuple[Advertisement, ...]  # by ascending agent id
+    groups: int = 1  # sums that the updates go into, u16
 
     def __post_init__(self) -> None:
         names = [member.agent_id.encode() for member in self.members]
@@ -101,12 +104,19 @@ class Cohort:
             raise MalformedMessage("members", "1 .. 65535 different ones, ascending", "others")
         if any(member.attempt != self.attempt for member in self.members):
             raise MalformedMessage("members' attempt", "the cohort's", "another")
+        if not 1 <= self.groups <= len(names):
+            raise MalformedMessage("groups", f"1 .. {len(names)}", self.groups)
 
     @cached_property
     def digest(self) -> bytes:
         """Name this cohort: `UpdateContext.cohort`."""
         bare = replace(self, members=tuple(replace(m, signature=b"") for m in self.members))
         return hashlib.sha256(b"fedloom v1 cohort\0" + bare.encode()).digest()
+
+    @cached_property
+    def group_of(self) -> tuple[int, ...]:
+        """The group of each slot."""
+        return draw(self.digest, len(self.members), self.groups)
 
     def slot(self, agent_id: str) -> int | None:
         """Return a member's place, or None for who is none."""
@@ -116,7 +126,10 @@ class Cohort:
     def encode(self) -> bytes:
         """Write the message."""
         counts = struct.pack("<HH", self.minimum, len(self.members))
-        return _start(2, self.attempt) + counts + b"".join(m.entry() for m in self.members)
+        start = _start(2, self.attempt)
+        if self.groups > 1:
+            start = _start(8, self.attempt) + struct.pack("<H", self.groups)
+        return start + counts + b"".join(m.entry() for m in self.members)
 
 
 @dataclass(frozen=True)

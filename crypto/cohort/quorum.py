@@ -29,10 +29,16 @@ the others', to try for another ring: 2^48 tries leave 2^-34.
 The bound holds for members who were fixed before the ring was known. A coordinator that *claims*
 drop-outs picks them afterwards, and could cut the ring around one member with 64 claims. Therefore
 a sparse cohort accepts all of its members or re-forms; a complete one may lack a third of them.
+
+Groups (`crypto.groups`). Where a cohort has several, each has a sum of its own, and what is said
+above holds for each: masks are shared inside a group, Q and what a list lacks at most are counted
+in each group of m members, and c of a group is at most tolerated(m). Only t is counted over all.
 """
 
 import hashlib
 import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 MASK_DEGREE = 64  # k, even
 SECRET_SIZE = 32
@@ -63,11 +69,21 @@ def complete(members: int) -> bool:
     return members <= MASK_DEGREE + 1
 
 
-def neighbours(digest: bytes, members: int, slot: int) -> tuple[int, ...]:
-    """Return the slots with which this one shares masks, ascending."""
+def enough(group_of: Sequence[int], slots: Iterable[int], least: Callable[[int], int]) -> bool:
+    """Say whether of every group, of m members, at least `least(m)` are among these slots."""
+    sizes, found = Counter(group_of), Counter(group_of[slot] for slot in slots)
+    return all(found[group] >= least(size) for group, size in sizes.items())
+
+
+def neighbours(
+    digest: bytes, members: int, slot: int, group_of: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """Return the slots with which this one shares masks, ascending: all in its group."""
+    group = [other for other in range(members) if not group_of or group_of[other] == group_of[slot]]
+    members = len(group)
     if complete(members):
-        return tuple(other for other in range(members) if other != slot)
-    ring = _ring(digest, members)
+        return tuple(other for other in group if other != slot)
+    ring = _ring(digest, group)
     place = ring.index(slot)
     near = range(1, MASK_DEGREE // 2 + 1)
     ahead = [ring[(place + step) % members] for step in near]
@@ -75,8 +91,8 @@ def neighbours(digest: bytes, members: int, slot: int) -> tuple[int, ...]:
     return tuple(sorted(ahead + behind))
 
 
-def _ring(digest: bytes, members: int) -> list[int]:
+def _ring(digest: bytes, members: Iterable[int]) -> list[int]:
     def key(slot: int) -> bytes:
         return hashlib.sha256(b"fedloom v1 ring\0" + digest + struct.pack("<H", slot)).digest()
 
-    return sorted(range(members), key=key)
+    return sorted(members, key=key)

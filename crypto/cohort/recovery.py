@@ -46,13 +46,16 @@ def correction(cohort: Cohort, acceptance: Acceptance, releases: Releases) -> Co
     Raises ShareMismatch where the shares are too few, or wrong ones among them hide the secret.
     """
     accepted = acceptance.slots
-    left = []
+    left, groups = [], []
     for slot in accepted:
         seed = _seed(cohort, releases, slot)
         left.append(Mask(self_mask_key(seed, cohort.digest, slot)))
+        groups.append(cohort.group_of[slot])
     for slot in sorted(set(range(len(cohort.members))) - set(accepted)):
-        left += _pairs_left(cohort, accepted, releases, slot)
-    return Correction(tuple(left))
+        pairs = _pairs_left(cohort, accepted, releases, slot)
+        left += pairs
+        groups += [cohort.group_of[slot]] * len(pairs)
+    return Correction(tuple(left), tuple(groups))
 
 
 def _seed(cohort: Cohort, releases: Releases, slot: int) -> bytes:
@@ -68,7 +71,8 @@ def _pairs_left(
     """Return the masks that accepted members added for one who never uploaded."""
     advertised = cohort.members[vanished].mask_key
     key = _recovered(cohort, releases, vanished, lambda found: public_key(found) == advertised)
-    near = set(neighbours(cohort.digest, len(cohort.members), vanished)) & set(accepted)
+    members = len(cohort.members)
+    near = set(neighbours(cohort.digest, members, vanished, cohort.group_of)) & set(accepted)
     theirs = (pair_mask(key, cohort, vanished, other) for other in sorted(near))
     return [Mask(mask.key, -mask.sign) for mask in theirs]  # with the sign of the other side
 

@@ -36,7 +36,7 @@ from .messages import (
     Message,
     Release,
 )
-from .quorum import least_accepted, quorum
+from .quorum import enough, least_accepted, quorum
 from .recovery import check_advertised_keys, check_release, correction, recoverable
 from .relay_state import (
     Abandon,
@@ -67,13 +67,13 @@ def check_advertisement(advertisement: Advertisement, verify: Verify) -> None:
 
 
 def new_attempt(
-    attempt: AttemptId, minimum: int, advertisements: Iterable[Advertisement]
+    attempt: AttemptId, minimum: int, advertisements: Iterable[Advertisement], groups: int = 1
 ) -> RelayState:
     """Form the cohort of those who advertised; `check_advertisement` has passed each."""
     members = tuple(sorted(advertisements, key=lambda member: member.agent_id.encode()))
     if len(members) < minimum:
         raise IllegalStep("members of the cohort", f"at least {minimum}", len(members))
-    return RelayState(Cohort(attempt, minimum, members))
+    return RelayState(Cohort(attempt, minimum, members, groups))
 
 
 def handle(state: RelayState, event: RelayEvent, verify: Verify) -> Step:
@@ -149,7 +149,8 @@ def _count_upload(state: RelayState, event: Uploaded, verify: Verify) -> Step:
 
 
 def _close_uploads(state: RelayState, event: CloseUploads, verify: Verify) -> Step:
-    if len(state.uploads) < least_accepted(_size(state), state.cohort.minimum):
+    few = len(state.uploads) < state.cohort.minimum
+    if few or not enough(state.cohort.group_of, state.uploads, lambda m: least_accepted(m, 1)):
         return _abandon(state, _names(state, state.uploads))
     return _accept(state)
 
@@ -170,7 +171,7 @@ def _endorse(state: RelayState, event: Endorsement, verify: Verify) -> Step:
         raise BadSignature("endorsement", f"one signed by {name}", "another")
     endorsements = {**state.endorsements, event.slot: event}
     endorsed = replace(state, endorsements=endorsements)
-    if len(endorsements) < quorum(len(cohort.members)):
+    if not enough(cohort.group_of, endorsements, quorum):
         return endorsed, ()
     rows = tuple(sorted((slot, e.signature) for slot, e in endorsements.items()))
     certificate = Certificate(state.attempt, acceptance.digest, rows)

@@ -137,7 +137,7 @@ def self_mask_key(seed: bytes, digest: bytes, slot: int) -> bytes:
 
 def pair_masks(private: bytes, cohort: Cohort, slot: int) -> tuple[Mask, ...]:
     """Derive the masks between a member, of whom we have the mask key, and its neighbours."""
-    near = neighbours(cohort.digest, len(cohort.members), slot)
+    near = neighbours(cohort.digest, len(cohort.members), slot, cohort.group_of)
     return tuple(pair_mask(private, cohort, slot, other) for other in near)
 
 

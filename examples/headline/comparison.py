@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 from coordinator.plans import PlanRequest, build_plan
 from examples.headline.cases import Case
 from examples.headline.results import Result, read_result, settings_of, write_result
-from examples.headline.rows import count, joined, shortened, write_rows
+from examples.headline.rows import count, held_back, joined, shortened, write_rows
 from examples.headline.scores import Judge
 from examples.headline.training import Trainer, train_alone, train_together
 from fedloom.adapters import Theta, read_adapter
@@ -55,6 +56,7 @@ def quickened(case: Case) -> Case:
         case,
         name=f"{case.name}-quick",
         most_rows=QUICK_ROWS,
+        test_rows=QUICK_ROWS,
         rounds=QUICK_ROUNDS,
         score_every=1,
         terms=hurried(case.terms),
@@ -69,10 +71,12 @@ def compare(
     """Return what each training reaches; those of which `out` has the results are not repeated."""
     folder = out / case.name
     dealt = case.deal((data / case.data).parent)
-    if case.most_rows:
-        dealt = shortened(dealt, case.most_rows)
     request = case.request(models, dealt)
-    plan = folder / f"plan-{settings_of(request)}"
+    if case.choosing:
+        dealt = held_back(dealt, case.most_rows)
+    else:
+        dealt = shortened(dealt, case.most_rows, case.test_rows)
+    plan = out / "plans" / settings_of(request)
     if not (plan / PLAN_FILE).is_file():
         build(request, plan, report, out / "graphs")
     agents = [
@@ -123,34 +127,35 @@ def _trainings(case: Case, bench: Bench, report: Report) -> dict[str, Training]:
         report(f"{case.name}: {case.measure} {found:.2f}")
         return found
 
-    alone = case.alone or case.apart
-
     def federated(terms: LocalTraining) -> Training:
         def train() -> list[float]:
-            states = train_together(bench.trainer, bench.agents, terms, case.rounds)
+            rounds = train_together(bench.trainer, bench.agents, terms, case.rounds, case.seed)
             return [
-                score(theta)
-                for number, theta in enumerate(states, 1)
+                mean(map(score, models))
+                for number, models in enumerate(rounds, 1)
                 if number % case.score_every == 0
             ]
 
-        return (terms, case.rounds, case.score_every), train
+        return (terms, case.rounds, case.score_every, case.seed), train
 
     def centralised() -> list[float]:
-        return [score(train_alone(bench.trainer, bench.together, case.apart, 0))]
+        return [score(train_alone(bench.trainer, bench.together, case.apart, case.seed))]
 
     def local() -> list[float]:
-        reached = [
-            score(train_alone(bench.trainer, rows, alone, index))
-            for index, rows in enumerate(bench.agents)
+        first = case.seed * len(bench.agents)
+        return [
+            mean(
+                score(train_alone(bench.trainer, rows, alone, seed))
+                for seed, rows in enumerate(bench.agents, first)
+            )
         ]
-        return [sum(reached) / len(reached)]
 
+    alone = case.alone or case.apart
     return {
         FEDERATED: federated(case.terms),
         **{name: federated(terms) for name, terms in case.others.items()},
-        CENTRALISED: ((case.apart,), centralised),
-        LOCAL: ((alone,), local),
+        CENTRALISED: ((case.apart, case.seed), centralised),
+        **({LOCAL: ((alone, case.seed), local)} if case.alone_too else {}),
     }
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Records = list[dict[str, Any]]  # of texts
 Arrays = dict[str, NDArray[Any]]  # each (N, ...), by column
 Rows = Records | Arrays
+VALIDATION_ROWS = 100  # of each agent
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,31 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return [row for part in parts if not isinstance(part, Mapping) for row in part]
 
 
-def shortened(dealt: Dealt, most: int) -> Dealt:
-    """Return each agent's rows and the test's, `most` of each, drawn by chance."""
+def shortened(dealt: Dealt, most: int, test: int) -> Dealt:
+    """Return `most` rows of each agent and `test` of the test's, drawn by chance; 0: all."""
 
-    def some(rows: Rows) -> Rows:
+    def some(rows: Rows, limit: int) -> Rows:
+        if not limit:
+            return rows
         order = np.random.default_rng(0).permutation(count(rows))
-        return chosen(rows, order[:most])
+        return chosen(rows, order[:limit])
 
-    return Dealt(tuple(map(some, dealt.agents)), some(dealt.test))
+    return Dealt(tuple(some(rows, most) for rows in dealt.agents), some(dealt.test, test))
+
+
+def held_back(dealt: Dealt, most: int) -> Dealt:
+    """Return rows to choose settings by: none of the test's, and none that `shortened` gives.
+
+    Each agent holds back a fifth of its rows where `most` (0: all) would leave fewer, and at most
+    `VALIDATION_ROWS`; all agents' together stand in the test's place.
+    """
+    train, held = [], []
+    for rows in dealt.agents:
+        order = np.random.default_rng(0).permutation(count(rows))  # as `shortened`
+        kept = min(most or len(order), len(order) * 4 // 5)
+        train.append(chosen(rows, order[:kept]))
+        held.append(chosen(rows, order[kept:][:VALIDATION_ROWS]))
+    return Dealt(tuple(train), joined(held))
 
 
 def by_column(rows: Records, column: str) -> tuple[Rows, ...]:

@@ -19,12 +19,22 @@ class PrivacyTerms:
     minimum: int  # fewest updates in a sum of the run
     authority_is_offline: bool | None = None  # None: not known on this side
     evaluation: EvaluationTerms = DEFAULT_EVALUATION
+    groups: int = 0  # sums of a round, each of one group's updates; 0: one of all
+    sends_labels: bool = False  # whether an update says how many rows are of each label
     is_asynchronous: bool = False
 
     @property
     def fewest(self) -> int:
         """Fewest updates that a sum of this run can have: devices insist on some under masks."""
+        if self.groups:  # under masks a quorum of each group: crypto/cohort/quorum.py
+            quorum = 2 * self.smallest_group // 3 + 1
+            return max(MINIMUM_SUM, quorum if self.protection.has_masks else 0)
         return max(self.minimum, MINIMUM_SUM if self.protection.has_masks else 1)
+
+    @property
+    def smallest_group(self) -> int:
+        """Fewest members of a group, before any of them vanishes."""
+        return self.minimum // (self.groups or 1)
 
     @property
     def sums_are_returned(self) -> bool:
@@ -76,10 +86,12 @@ def _clear(terms: PrivacyTerms) -> str:
     age = "how many rounds old each update is, " if terms.is_asynchronous else ""
     return (
         f"the coordinator is told who takes part and when, how long training took, {age}each "
-        f"agent's number of samples up to a power of two, {_told_quality(terms.evaluation)}, and "
-        "after each round how many values were clipped, their range for the next one, and the "
-        "model's SHA-256; agents see the names in their cohort and the largest number of samples "
-        "up to a power of two"
+        f"agent's number of samples up to a power of two, {_told_quality(terms.evaluation)}, how "
+        "long an agent's hours last, unless its policy withholds it its memory, speed, processors "
+        "and engine, up to powers of two, and after "
+        "each round how many values were clipped, their range for the next one, and the model's "
+        "SHA-256; agents see the names in their cohort and the largest number of samples up to a "
+        "power of two"
     )
 
 
@@ -110,11 +122,13 @@ def _coordinator(terms: PrivacyTerms) -> str:
     match terms.protection:
         case Protection.PLAIN:
             quality = "its agent's quality, " if _is_summed(terms) else ""
-            return f"every update, {quality}and its number of samples"
+            labels = ", by label where they have one" if terms.sends_labels else ""
+            return f"every update, {quality}and its number of samples{labels}"
         case Protection.MASKED:
             return f"{_sum(terms)}, and the total number of samples"
         case Protection.ENCRYPTED | Protection.SEALED if terms.sums_are_returned:
-            return f"{_sum(terms)}, and the total number of samples: agents return them"
+            made = "what agents make of " if terms.groups else ""
+            return f"{made}{_sum(terms)}, and the total number of samples: agents return them"
         case Protection.ENCRYPTED | Protection.SEALED:
             return "no update, no sum and no model"
 
@@ -126,7 +140,14 @@ def _coordinator_with_agents(terms: PrivacyTerms) -> str:
         case Protection.ENCRYPTED:
             return "with one agent: every update, since all agents hold the same key"
         case Protection.MASKED | Protection.SEALED:
-            few = tolerated(terms.fewest)
+            few = tolerated(terms.smallest_group if terms.groups else terms.fewest)
+            if terms.groups:
+                return (
+                    f"with {few} {'agent' if few == 1 else 'agents'} of a group: the sum of the "
+                    "others in that group; with more of one group: every update of that group; "
+                    "groups are random, but a coordinator can try keys for agents of its own until "
+                    "they fall into the group of an agent that it wants"
+                )
             return (
                 f"with {few} {'agent' if few == 1 else 'agents'} (of a large cohort about a "
                 "third): the sum of the others; with more: every update"
@@ -144,6 +165,11 @@ def _agent(terms: PrivacyTerms) -> str:
 
 def _sum(terms: PrivacyTerms) -> str:
     what = "updates and of their agents' quality" if _is_summed(terms) else "updates"
+    if terms.groups:
+        return (
+            f"the means of each round's {what} in {terms.groups} random groups, at least "
+            f"{terms.fewest} of them in each group"
+        )
     if terms.fewest == 1:
         return f"the mean of each round's {what}, which may be one update alone"
     return f"the mean of each round's {what}, at least {terms.fewest} of them"

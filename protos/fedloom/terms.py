@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any, Self, TypeVar
 
+from fedloom.compression import Compression, compression_problem
 from fedloom.errors import Reason, Refused
 from fedloom.v1 import control_pb2
 
@@ -19,6 +20,7 @@ MAX_WEIGHT_CLASS = 24  # weights (samples or steps) up to 2^24 per agent and rou
 UPDATE_BITS = (16, 8)
 CLIP_MARGIN = 1.25  # on Adam's movement in a round
 ADAPTIVITIES = (1e-9, 1e9)  # whose squares a float32 holds
+MAX_GROUPS = 100
 MINIMUM_SUM = 3  # fewest updates in a sum under masks: each device insists, whoever asks
 
 _E = TypeVar("_E", bound=IntEnum)
@@ -82,6 +84,7 @@ class Strategy(IntEnum):
     FED_DYN = 9
     FED_BUFF = 10
     FED_ASYNC = 11
+    FED_MA = 12
 
 
 class LoraRule(IntEnum):
@@ -119,6 +122,14 @@ class Weighting(IntEnum):
     SAMPLES = 1
     UNIFORM = 2
     COMPUTE = 3  # steps made
+
+
+class GroupRule(IntEnum):
+    """What is made of the means of a round's groups."""
+
+    MEDIAN = 1
+    TRIMMED_MEAN = 2
+    GEOMETRIC_MEDIAN = 3
 
 
 class Schedule(IntEnum):
@@ -175,7 +186,11 @@ _ENUMS: dict[str, type[IntEnum]] = {
     "lora": LoraRule,
     "personal": Personal,
     "staleness_weighting": StalenessWeighting,
+    "compression": Compression,
+    "group_rule": GroupRule,
 }
+# Whose updates are a movement and nothing else, of which any device's may be left out.
+MOVEMENTS = (Strategy.FED_AVG, Strategy.FED_PROX, Strategy.FED_AVG_M, *_FED_OPT)
 
 
 def _require(condition: bool, what: str, found: object) -> None:
@@ -229,18 +244,34 @@ class LocalTraining:
     staleness_exponent: float = 0.0
     staleness_threshold: int = 0
     mixing: float = 0.0
+    compression: Compression = Compression.NONE
+    compression_share: float = 0.0
+    error_feedback: bool = False
+    unbiased: bool = False
+    groups: int = 0  # 0: one sum of all
+    group_rule: GroupRule = GroupRule.MEDIAN
+    group_trim: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_ranges()
         self._check_strategy()
         self._check_personal()
+        self._check_groups()
+        self._check_matching()
         self._check_factors()
         self._check_asynchronous()
+        if problem := compression_problem(self):
+            raise Refused(Reason.MALFORMED, problem)
 
     @property
     def is_asynchronous(self) -> bool:
         """Whether rounds go on without those who still train, and take their updates later."""
         return self.strategy in ASYNCHRONOUS
+
+    @property
+    def sends_labels(self) -> bool:
+        """Whether an update says how many of the agent's rows are of each label."""
+        return self.strategy is Strategy.FED_MA
 
     def _check_ranges(self) -> None:
         for name, least, most in (
@@ -299,6 +330,18 @@ class LocalTraining:
             self.server_learning_rate,
         )
 
+    def _check_matching(self) -> None:
+        if self.strategy is not Strategy.FED_MA:
+            return
+        whole = self.lora is LoraRule.FEDIT and self.personal is Personal.NONE
+        wanted = "lora FEDIT and personal NONE with FED_MA, which matches whole layers"
+        _require(whole, wanted, (self.lora.name, self.personal.name))
+        _require(
+            self.server_learning_rate == 1,
+            "server_learning_rate 1 with FED_MA, whose server takes weights over",
+            self.server_learning_rate,
+        )
+
     def _check_personal(self) -> None:
         for name, personal in (
             ("head_steps", Personal.FEDREP),
@@ -349,6 +392,19 @@ class LocalTraining:
             "state (FED_AVG goes with them)",
             (self.personal.name, self.lora.name),
         )
+
+    def _check_groups(self) -> None:
+        wanted = f"groups 0 or 3..{MAX_GROUPS}: of two, a rule cannot tell which is right"
+        _require(self.groups == 0 or 3 <= self.groups <= MAX_GROUPS, wanted, self.groups)
+        movement = self.strategy in MOVEMENTS
+        _require(movement or not self.groups, "groups 0 with this strategy", self.groups)
+        means = self.lora not in NEEDS_FACTORS
+        _require(means or not self.groups, f"groups 0 with lora {self.lora.name}", self.groups)
+        if self.groups and self.group_rule is GroupRule.TRIMMED_MEAN:
+            fits = self.group_trim * self.groups >= 1 and self.group_trim < 0.5
+            _require(fits, "group_trim in [1/groups, 0.5), which cuts one", self.group_trim)
+        else:
+            _require(self.group_trim == 0, "group_trim 0 without TRIMMED_MEAN", self.group_trim)
 
     def _check_factors(self) -> None:
         if self.lora not in NEEDS_FACTORS:

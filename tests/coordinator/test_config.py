@@ -26,6 +26,7 @@ from fedloom.quality import EvaluationTerms, Metric, Report
 from fedloom.schedules import effective_steps
 from fedloom.terms import (
     MAX_WEIGHT_CLASS,
+    GroupRule,
     LocalTraining,
     LoraRule,
     Optimizer,
@@ -331,6 +332,35 @@ def test_robust_rules_go_with_plain_updates_alone() -> None:
     assert "aggregation.byzantine: unknown key" in problems(aggregation={"byzantine": 1})
     median = {"aggregation": {"rule": "geometric_median", "iterations": 5}}
     assert parse_run_config(LEAST | plain | median, PATH).aggregation.smoothing == 1e-6
+
+
+def test_groups_go_with_every_protection_and_say_what_else_they_need() -> None:
+    grouped = {"rule": "trimmed_mean", "trim": 0.25, "groups": 4}
+    for kind in Protection:
+        table = {"protection": {"kind": kind.name.lower()}, "cohort": {"minimum": 12}}
+        terms = parse_run_config(LEAST | table | {"aggregation": grouped}, PATH).training
+        assert (terms.groups, terms.group_rule) == (4, GroupRule.TRIMMED_MEAN)
+        assert terms.group_trim == 0.25
+    one = {"aggregation": {"groups": 1}}
+    assert parse_run_config(LEAST | one, PATH) == parse_run_config(LEAST, PATH)
+    found = problems(aggregation={"rule": "median", "groups": 4}, cohort={"minimum": 11})
+    assert "cohort.minimum: expected at least 3 for each of the 4 groups, 12, found 11" in found
+    twelve = {"minimum": 12}
+    for wrong, told in (
+        ({"groups": 2, "rule": "median"}, "aggregation.groups: expected 1, or 3..100"),
+        ({"groups": 4}, 'with aggregation.groups, found "mean"'),
+        ({"groups": 4, "rule": "multi_krum", "faulty": 1}, 'found "multi_krum"'),
+        ({"groups": 4, "rule": "trimmed_mean"}, "at least 1/groups = 0.25"),
+        ({"groups": 4, "rule": "geometric_median", "iterations": 5}, "the default iterations"),
+    ):
+        assert told in problems(aggregation=wrong, cohort=twelve)
+    median = {"groups": 4, "rule": "median"}
+    dyn = {"training": {"strategy": "fed_dyn", "weighting": "uniform", "max_steps": 1}}
+    told = problems(aggregation=median, cohort={"minimum": 12, "population": 100}, **dyn)
+    assert "aggregation.groups: expected a strategy whose server may leave updates out" in told
+    factors = {"training": {"lora": "flexlora"}, "protection": {"kind": "plain"}}
+    told = problems(aggregation=median, cohort=twelve, **factors)
+    assert 'found "flexlora", which takes every agent\'s factors' in told
 
 
 def training_of(strategy: str, **changes: Any) -> LocalTraining:

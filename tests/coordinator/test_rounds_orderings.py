@@ -37,6 +37,7 @@ from coordinator.events import (
 from coordinator.journal import Journal, MaskMessage
 from coordinator.rounds import MAX_ROUND_FAILURES, handle
 from coordinator.run_state import Phase, RunPolicy, RunState, Wish
+from coordinator.selection import UNIFORM, UNKNOWN, Selection, SelectionRule, Traits
 from coordinator.store import JournalEntry, Store
 from fedloom.errors import Reason
 from tests.coordinator.record import Record
@@ -59,6 +60,17 @@ def _is_possible(policy: RunPolicy) -> bool:
     return quorum and (policy.minimum_agents > 1 or not policy.returns_sums)
 
 
+SELECTIONS = (
+    UNIFORM,
+    Selection(over_selection=1.5),
+    Selection(most_rounds=1, window=2),
+    Selection(SelectionRule.CAPABILITY, 1.3, 2, 3, round_seconds=20.0, least_memory_mb=1),
+)
+TRAITS = (
+    UNKNOWN,
+    Traits(memory_bytes=1 << 30, training_seconds=50.0, engines=("onnx",)),
+    Traits(memory_bytes=1 << 30, available_until=120.0),
+)
 policies = st.builds(
     RunPolicy,
     rounds=st.integers(1, 3),
@@ -73,6 +85,7 @@ policies = st.builds(
     has_masks=st.booleans(),
     quorum=st.sampled_from([0, 0, 2, 3]),
     returns_sums=st.booleans(),
+    selection=st.sampled_from(SELECTIONS),
     buffer=st.just(0),
     max_staleness=st.just(0),
 ).filter(_is_possible)
@@ -108,6 +121,7 @@ class Orderings(RuleBasedStateMachine):
     def open(self, policy: RunPolicy) -> None:
         self.now = 0.0
         self.record = Record()
+        self.invited: list[frozenset[str]] = []  # by the finished rounds
         self.state = RunState(policy, deadline=policy.gathering_seconds)
         self.store = JournalStore()
         self.journal = Journal(cast(Store, self.store), bytes(16))
@@ -120,6 +134,7 @@ class Orderings(RuleBasedStateMachine):
             self.journal.append(self.now, event)
         self.check_step(before, event, effects)
         if CloseRound() in effects:
+            self.invited.append(before.invited)
             self.journal.restart(self.now, self.state)
         for effect in effects:
             self.record.keep(before, self.state, effect)
@@ -141,9 +156,9 @@ class Orderings(RuleBasedStateMachine):
 
     # agents
 
-    @rule(agent=agents)
-    def connect(self, agent: str) -> None:
-        self.post(AgentConnected(agent))
+    @rule(agent=agents, traits=st.sampled_from(TRAITS))
+    def connect(self, agent: str, traits: Traits) -> None:
+        self.post(AgentConnected(agent, traits))
 
     @rule(agent=agents)
     def disconnect(self, agent: str) -> None:
@@ -256,6 +271,17 @@ class Orderings(RuleBasedStateMachine):
         assert set(state.uploaded) <= set(state.cohort)
         assert len(set(state.cohort)) == len(state.cohort) <= state.policy.cohort_size
         assert set(state.cohort) <= state.invited
+        policy = state.policy
+        assert len(state.invited) <= policy.selection.invitations(policy.cohort_size)
+        assert set(state.traits) <= state.connected
+
+    @invariant()
+    def nobody_is_invited_more_often_than_the_cap_allows(self) -> None:
+        cap, window = self.state.policy.selection.most_rounds, self.state.policy.selection.window
+        for agent in AGENTS if cap else ():
+            open_round = () if self.state.phase.over else (self.state.invited,)
+            rounds = [agent in invited for invited in (*self.invited, *open_round)]
+            assert sum(rounds[-window:]) <= cap
 
     @invariant()
     def an_end_has_its_reason(self) -> None:
@@ -270,10 +296,11 @@ class Orderings(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "state"):
             assert run_to_the_end(self.state, self.now, silence).phase.over
-            assert run_to_the_end(self.state, self.now, good_will).phase in (
-                Phase.COMPLETED,
-                self.state.phase,
-            )
+            if self.state.policy.selection in (UNIFORM, Selection(over_selection=1.5)):
+                assert run_to_the_end(self.state, self.now, good_will).phase in (
+                    Phase.COMPLETED,
+                    self.state.phase,
+                )
 
 
 def wanted_events(state: RunState) -> list[Event]:

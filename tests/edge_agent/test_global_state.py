@@ -145,7 +145,7 @@ def test_the_digest_is_of_what_the_server_keeps_too(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
-@pytest.mark.parametrize("after", RULES, ids=lambda strategy: strategy.name)
+@pytest.mark.parametrize("after", [terms.strategy for terms in ALL_TERMS], ids=lambda s: s.name)
 def test_a_state_of_other_vectors_is_discarded(tmp_path: Path, after: Strategy) -> None:
     terms = terms_of(Strategy.FED_AVG_M)
     opened(tmp_path, terms).apply(updates(1), 3, LastRound(1))

@@ -15,14 +15,23 @@ from edge_agent.local_rules import Outgoing
 from examples.headline import __main__ as command
 from examples.headline.cases import CASES, Case
 from examples.headline.comparison import CENTRALISED, FEDERATED, LOCAL, Compared, compare
+from examples.headline.grids import GRIDS, Grid, Gridded, Row, grid_table
 from examples.headline.results import Result
-from examples.headline.rows import Dealt, by_column, by_dirichlet, evenly, joined
+from examples.headline.rows import (
+    Dealt,
+    by_column,
+    by_dirichlet,
+    evenly,
+    held_back,
+    joined,
+    shortened,
+)
 from examples.headline.scores import Judge, Measure, f1_percent
 from examples.headline.table import table, verdict
 from examples.headline.training import Trainer, mean
 from fedloom.adapters import read_adapter
-from fedloom.plans import ADAPTER_FILE
-from fedloom.terms import LocalTraining, Strategy
+from fedloom.plans import ADAPTER_FILE, Role, TrainableTensor
+from fedloom.terms import LocalTraining, LoraRule, Strategy
 from tests.edge_agent.toy import save_toy, toy_rows
 from tests.edge_agent.toy_tasks import save_tagger
 
@@ -78,10 +87,17 @@ def test_results_are_kept_until_the_settings_change(tmp_path: Path) -> None:
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from examples.headline.plots import draw
+    from examples.headline.plots import draw, draw_grids
 
     draw([run_toy(tmp_path, replace(TOY, rounds=2))], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    grids = [
+        replace(GRID, name=f"every-{every}", terms={"fedit": TERMS}, rounds=2, score_every=every)
+        for every in (1, 2)
+    ]
+    done = [Gridded(grid, [run_toy(tmp_path, grid.case(0))]) for grid in grids]
+    draw_grids(done, tmp_path / "grids.png")
+    for name in ("plot.png", "grids.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_cases_without_their_data_are_skipped(
@@ -91,7 +107,7 @@ def test_cases_without_their_data_are_skipped(
     monkeypatch.setattr("sys.argv", ["headline", "--data-root", nowhere, "--out", str(tmp_path)])
     assert command.main() == 0
     said = capsys.readouterr().err
-    assert all(f"{case.name}: skipped" in said for case in CASES)
+    assert all(f"{one.name}: skipped" in said for one in (*CASES, *GRIDS))
 
 
 @given(
@@ -105,6 +121,69 @@ def test_every_row_is_dealt_once(labels: list[int], agents: int, alpha: float) -
     for dealt in (by_dirichlet(rows, labels, agents, alpha), evenly(rows, agents)):
         assert len(dealt) == agents
         assert Counter(row["row"] for row in joined(dealt)) == Counter(range(len(rows)))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 300), min_size=1, max_size=4), most=st.sampled_from([0, 7, 200])
+)
+@settings(max_examples=40)
+def test_rows_to_choose_by_are_in_no_training_and_not_the_tests(
+    sizes: list[int], most: int
+) -> None:
+    numbers = iter(range(sum(sizes)))
+    agents = tuple([{"row": next(numbers)} for _ in range(size)] for size in sizes)
+    dealt = Dealt(agents, [{"row": -1}])
+    choosing = held_back(dealt, most)
+    trained = {row["row"] for row in joined(choosing.agents)}
+    held = {row["row"] for row in joined([choosing.test])}
+    assert not trained & held
+    assert held <= set(range(sum(sizes)))
+    final = {row["row"] for row in joined(shortened(dealt, most, 0).agents)}
+    assert trained <= final
+    if most == 7 and min(sizes) >= 10:
+        assert trained == final  # there are rows enough: settings are chosen for these very rows
+
+
+GRID = Grid(
+    name="toy-grid",
+    title="a label for each of 3 agents",
+    data="toy.csv",
+    measure=Measure.ACCURACY,
+    deal=lambda folder, seed: deal(folder),
+    request=TOY.request,
+    terms={
+        rule: replace(TERMS, lora=LoraRule[rule.upper()]) for rule in ("fedit", "rolora", "fedsa")
+    },
+    rounds=8,
+    score_every=4,
+    most_rows=0,
+    test_rows=0,
+    apart=TOY.apart,
+    seeds=2,
+)
+
+
+def test_a_grid_trains_by_every_rule_and_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_factors = (
+        TrainableTensor("lora_A", (2, 24), 0, Role.LORA_A),
+        TrainableTensor("lora_B", (24, 2), 48, Role.LORA_B),
+        TrainableTensor("bias", (3,), 96, Role.HEAD),
+    )
+    monkeypatch.setattr("tests.edge_agent.toy.LAYOUT", as_factors)
+    done = Gridded(GRID, [run_toy(tmp_path, GRID.case(seed)) for seed in range(GRID.seeds)])
+    rows = {row.name: row for row in done.rows()}
+    assert list(rows) == ["fedit", "rolora", "fedsa", CENTRALISED]
+    assert all(len(set(row.last)) > 1 or row.mean > 60 for row in rows.values())
+    assert len({row.scores for row in rows.values()}) == len(rows)
+    assert f"| fedsa | {rows['fedsa'].last[0]:.1f} |" in grid_table(done)
+
+
+def test_an_interval_is_that_of_students_t() -> None:
+    row = Row("x", ((0.0, 70.0), (0.0, 72.0), (0.0, 77.0)))
+    assert row.mean == 73
+    assert row.half_width == pytest.approx(4.3027 * 13**0.5 / 3**0.5, rel=1e-3)
 
 
 def test_the_mean_weighs_updates_and_rounds_once() -> None:

@@ -39,7 +39,15 @@ def _valid_plain() -> bytes:
     )
 
 
+def _valid_form(context: UpdateContext) -> bytes:
+    update = np.zeros(context.parameter_count, np.float32)
+    return b"".join(plain.encoder(context, 0, None, np.random.default_rng(0)).encode(update, 1))
+
+
+LISTED = UpdateContext(RUN, 1, 1, 9, 4, 10, 1.0, tail_length=2, listed=3)
+QUANTISED = UpdateContext(RUN, 1, 1, 9, 4, 10, 1.0, tail_length=2, quantised=True)
 MASKED_UPDATE, PLAIN_UPDATE = _valid_masked(), _valid_plain()
+LISTED_UPDATE, QUANTISED_UPDATE = _valid_form(LISTED), _valid_form(QUANTISED)
 MEMBER = new_member("a", RUN).encode()
 
 
@@ -67,6 +75,14 @@ def read_masked(data: bytes) -> None:
 
 def add_plain(data: bytes) -> None:
     plain.accumulator(CONTEXT).add(0, io.BytesIO(overlaid(PLAIN_UPDATE, data)))
+
+
+def add_listed(data: bytes) -> None:
+    plain.accumulator(LISTED).add(0, io.BytesIO(overlaid(LISTED_UPDATE, data)))
+
+
+def add_quantised(data: bytes) -> None:
+    plain.accumulator(QUANTISED).add(0, io.BytesIO(overlaid(QUANTISED_UPDATE, data)))
 
 
 def open_plain(data: bytes) -> None:
@@ -105,6 +121,8 @@ PARSERS: tuple[Callable[[bytes], None], ...] = (
     read_member,
     unwrap_key,
     recover_shares,
+    add_listed,
+    add_quantised,
 )
 
 

@@ -21,6 +21,7 @@ from coordinator.conductor import Conductor
 from coordinator.premises import load_server_config, open_published, open_store, write_server_config
 from coordinator.server import keep_conducting, serving
 from coordinator.store import RunRecord, Store
+from edge_agent.availability import ALWAYS
 from edge_agent.enrolment import join
 from edge_agent.identity import Identity
 from edge_agent.model_versions import ModelMaker
@@ -108,6 +109,7 @@ class Agent:
         self.minimum_protection = Protection.PLAIN
         self.permitted_release = Release.AGENTS
         self.permitted_report = Report.MEAN
+        self.availability = ALWAYS
         self.protections = frozenset(Protection)
         self.models = ModelMaker(home / "models", identity.agent_id, identity.identity_key)
         self._session: Session | None = None
@@ -123,6 +125,7 @@ class Agent:
             self.models,
             self.permitted_release,
             permitted_report=self.permitted_report,
+            availability=self.availability,
         )
         self._session = Session(device, self.protections)
         self._running = asyncio.create_task(self._session.run())

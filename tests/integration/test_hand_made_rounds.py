@@ -603,3 +603,23 @@ async def test_a_refusal_that_no_second_try_can_mend_ends_the_session(
     assert (error.reason, error.subject) == (reason, "as the test says")
     told = status_of(rounds.agent)
     assert (told["link"], told["link_cause"]) == ("ended", str(error))
+
+
+async def test_an_update_is_given_to_no_group_of_fewer_than_three(rounds: Rounds) -> None:
+    """Under the run's key alone, too, where no cohort's protocol says who is in which group."""
+    rounds.training = LocalTraining(groups=3)
+    await rounds.ready(1)
+    rounds.form(1, members=[rounds.agent.name, *(f"other-{i}" for i in range(7))])
+    assert await rounds.rogue.hear_refusal("expected 9 members") is Reason.COHORT_REFUSED
+    rounds.form(1, members=[rounds.agent.name, *(f"other-{i}" for i in range(8))])
+    assert (await rounds.rogue.uploaded()).header.round == 1
+
+
+async def test_a_round_of_groups_of_fewer_than_three_is_not_opened(rounds: Rounds) -> None:
+    rounds.training = LocalTraining(groups=3)
+    update = np.full(PARAMETERS, 1e-3, np.float32)
+    summed = rounds.other_agents_round(1, update)
+    assert len(summed.fields["slots"]) == 1
+    rounds.invite(2)
+    assert await rounds.rogue.hear_refusal() is Reason.SUM_NOT_VERIFIED
+    assert rounds.agent.engine.history == []

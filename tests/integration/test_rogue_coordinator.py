@@ -75,6 +75,12 @@ def without_history(message: control_pb2.Invitation) -> None:
     message.round, message.previous_round = 2, 1
 
 
+def levels_under_encryption(message: control_pb2.Invitation) -> None:
+    """Ask for updates that nobody could add: before anything is trained for it."""
+    message.training.compression = control_pb2.COMPRESSION_QUANTISED
+    message.encoding.protection = control_pb2.PROTECTION_ENCRYPTED
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -95,6 +101,9 @@ def without_history(message: control_pb2.Invitation) -> None:
         (setting("training.epochs", 0), Reason.MALFORMED),
         (setting("training.strategy", 0), Reason.MALFORMED),
         (setting("training.optimizer", 99), Reason.MALFORMED),
+        (setting("training.compression", 99), Reason.MALFORMED),
+        (setting("training.compression_share", 0.5), Reason.MALFORMED),
+        (levels_under_encryption, Reason.MALFORMED),
         (setting("encoding.protection", 0), Reason.MALFORMED),
         (setting("encoding.protection", 99), Reason.MALFORMED),
         (setting("encoding.capacity", 0), Reason.MALFORMED),

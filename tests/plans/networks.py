@@ -69,3 +69,39 @@ def wrong_width() -> TrainableModule:
 
 def nothing() -> None:
     """Return something else."""
+
+
+def layers() -> TrainableModule:
+    """Return convolutions and linear layers that follow one another, and nothing else."""
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, bias=False),
+        nn.GELU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(6 * 2 * 2, 9),
+        nn.Tanh(),
+        nn.Linear(9, 3),
+    )
+    return TrainableModule(
+        network, cross_entropy, {"image": (1, 14, 14)}, labels=tuple("abc"), head="8"
+    )
+
+
+class Residual(nn.Module):
+    """Layers whose names and shapes are a chain's, and a connection around one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.second = nn.Linear(7, 7)
+        self.out = nn.Linear(7, 2)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(features))
+        return self.out(hidden + torch.tanh(self.second(hidden)))
+
+
+def residual() -> TrainableModule:
+    return TrainableModule(Residual(), squared_error, {"features": (5,)}, values=2, head="out")

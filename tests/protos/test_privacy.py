@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from crypto import cohort
+from crypto.groups import draw
 from fedloom.privacy import PrivacyStatement, PrivacyTerms, privacy_statement, tolerated
 from fedloom.quality import EvaluationTerms, Report
 from fedloom.terms import MINIMUM_SUM, Protection, Release
@@ -41,6 +42,42 @@ def test_what_the_coordinator_reads(protection: Protection, release: Release, re
     assert ("agents return" in found.coordinator) == (
         reads == "the sum" and protection is not Protection.MASKED
     )
+
+
+@pytest.mark.parametrize("protection", Protection)
+def test_groups_are_told_to_whoever_opens_them(protection: Protection) -> None:
+    terms = PrivacyTerms(protection, Release.COORDINATOR, 12, groups=4)
+    assert terms.fewest == MINIMUM_SUM
+    found = privacy_statement(terms)
+    means = "in 4 random groups, at least 3 of them in each group"
+    assert means in found.agent
+    assert (means in found.coordinator) == (protection is not Protection.PLAIN)
+    assert found.coordinator.startswith("what agents make of") == protection.needs_tenseal
+    if protection.has_masks:
+        assert "with 1 agent of a group: the sum of the others in that group" in (
+            found.coordinator_with_agents
+        )
+
+
+def test_labels_are_told_where_updates_say_them() -> None:
+    told = [
+        privacy_statement(PrivacyTerms(Protection.PLAIN, Release.AGENTS, 3, sends_labels=labels))
+        for labels in (False, True)
+    ]
+    assert ["by label" in statement.coordinator for statement in told] == [False, True]
+
+
+def test_larger_groups_are_told_as_the_protocol_holds_them() -> None:
+    """The smallest group of any cohort, a quorum of it, and who may collude in it."""
+    for minimum, groups in itertools.product(range(9, 90), (3, 4, 7)):
+        if minimum < 3 * groups:
+            continue
+        terms = PrivacyTerms(Protection.SEALED, Release.AGENTS, minimum, groups=groups)
+        sizes = [draw(bytes(32), n, groups) for n in range(minimum, minimum + 3 * groups)]
+        least = [min(map(group_of.count, range(groups))) for group_of in sizes]
+        assert terms.fewest == min(map(cohort.quorum, least))
+        told = privacy_statement(terms).coordinator_with_agents
+        assert told.startswith(f"with {min(map(cohort.tolerated, least))} agent")
 
 
 @pytest.mark.parametrize("terms", ALL, ids=str)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedloom.compression import LARGEST_TOP_SHARE, Compression
 from fedloom.errors import Reason, Refused
 from fedloom.strategies.ditto import personal_terms
 from fedloom.strategies.fine_tuning import fine_tuning_terms
@@ -20,10 +21,12 @@ from fedloom.terms import (
     MAX_EPOCHS,
     MAX_STEPS,
     MAX_WEIGHT_CLASS,
+    MOVEMENTS,
     NEEDS_FACTORS,
     STRATEGIES_WITH,
     UPDATE_BITS,
     Encoding,
+    GroupRule,
     LocalTraining,
     LoraRule,
     Optimizer,
@@ -87,6 +90,28 @@ _OF_STRATEGIES: dict[str, st.SearchStrategy[float]] = {
     "mixing": st.floats(0, 1, exclude_min=True),
 }
 
+_share = st.floats(0, LARGEST_TOP_SHARE, exclude_min=True)
+_compressions = st.sampled_from([{}, {"compression": Compression.QUANTISED}]) | st.builds(
+    lambda kind, share, more: {"compression": kind, "compression_share": share, **more},
+    st.sampled_from([Compression.RANDOM_MASK, Compression.TOP_K]),
+    _share,
+    st.sampled_from([{}, {"error_feedback": True}]),
+)
+_unbiased = st.builds(
+    lambda share: {"compression_share": share, "unbiased": True},
+    st.floats(0, 1, exclude_min=True, exclude_max=True),
+).map(lambda values: values | {"compression": Compression.RANDOM_MASK})
+
+
+_groups = st.sampled_from(
+    [
+        {},
+        {"groups": 3},
+        {"groups": 100, "group_rule": GroupRule.GEOMETRIC_MEDIAN},
+        {"groups": 7, "group_rule": GroupRule.TRIMMED_MEAN, "group_trim": 0.3},
+    ]
+)
+
 
 @st.composite
 def trainings(draw: st.DrawFn) -> LocalTraining:
@@ -107,14 +132,19 @@ def trainings(draw: st.DrawFn) -> LocalTraining:
         "warmup_rounds": draw(st.integers(0, MAX_STEPS)),
         **draw(_amounts),
     }
-    values |= draw(_what_every_sum_takes if strategy in ASYNCHRONOUS else _what_travels)
-    if strategy not in (Strategy.FED_DYN, Strategy.FED_ASYNC):
+    if strategy is not Strategy.FED_MA:
+        values |= draw(_what_every_sum_takes if strategy in ASYNCHRONOUS else _what_travels)
+    if strategy in MOVEMENTS:
+        values |= draw(_groups)
+    if strategy not in (Strategy.FED_DYN, Strategy.FED_MA, Strategy.FED_ASYNC):
         values["server_learning_rate"] = draw(_rate)
     if strategy in ASYNCHRONOUS:  # of which the threshold is the hinge's alone
         values["staleness_weighting"] = StalenessWeighting.HINGE
     for name, strategies in STRATEGIES_WITH.items():
         if strategy in strategies:
             values[name] = draw(_OF_STRATEGIES[name])
+    if strategy in MOVEMENTS:
+        values |= draw(_compressions | _unbiased)
     return terms_of(strategy, **(values | NEEDED.get(strategy, {})))
 
 

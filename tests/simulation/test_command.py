@@ -1,10 +1,12 @@
 """`fedloom-coordinator simulate`, killed and started again, alone and in several processes."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,9 @@ from edge_agent.examples import read_examples
 from edge_agent.onnx_engine import OnnxEngine
 from fedloom.adapters import read_adapter
 from fedloom.errors import ConfigError
-from fedloom.plans import ADAPTER_FILE
+from fedloom.plans import ADAPTER_FILE, Role
 from fedloom.terms import LocalTraining
-from simulation.movers import Task
+from simulation.movers import Journey
 from simulation.plan_mover import PlanMover
 from tests.edge_agent import toy
 
@@ -79,7 +81,7 @@ def test_a_virtual_client_moves_as_an_agent_does(folder: Path, terms: LocalTrain
     update = agent.train(made.theta, terms, 17, lambda share: None, toy.Unkept())
     held, _ = read_examples(made.folder, made.plan, source)
     mover = PlanMover(made.folder, made.plan, {"one": held})
-    (moved,) = mover.move([Task("one", 17)], made.theta, terms, [None])
+    (moved,) = mover.move([Journey("one", 17, made.theta)], terms, None)
     np.testing.assert_array_equal(moved.delta, update.delta)
     assert (moved.samples, moved.mean_loss) == (update.samples, update.mean_loss)
 
@@ -102,8 +104,18 @@ def test_any_number_of_workers_tells_the_same(folder: Path, partition: str) -> N
     assert model.read_bytes() == (folder / "two" / "model" / ADAPTER_FILE).read_bytes()
 
 
-@pytest.mark.parametrize(("kind", "training"), [("plain", SCAFFOLD), ("sealed", "")])
-def test_a_killed_run_goes_on_to_the_same_end(folder: Path, kind: str, training: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "training"), [("plain", SCAFFOLD), ("sealed", ""), ("plain", 'lora = "fedsa"')]
+)
+def test_a_killed_run_goes_on_to_the_same_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, training: str
+) -> None:
+    if "lora" in training:  # what each client keeps is tried after every round
+        shutil.rmtree(folder / "plan")
+        roles = (Role.LORA_A, Role.LORA_B)
+        layout = [replace(one, role=role) for one, role in zip(toy.LAYOUT, roles, strict=True)]
+        monkeypatch.setattr(toy, "LAYOUT", tuple(layout))
+        toy.save_toy(folder / "plan")
     write_run(folder, rounds=14, kind=kind, training=training)
     whole = simulated(folder, "whole", "--workers", "1")
     kills = 0

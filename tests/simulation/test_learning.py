@@ -111,6 +111,51 @@ def test_the_functional_form_needs_clients_without_memory() -> None:
         learning_process(network(), torch.nn.CrossEntropyLoss(), "sgd", strategy="scaffold")
 
 
+def test_a_robust_rule_reads_every_update() -> None:
+    """The median of what five clients send, and of each alone, after a step of all their rows."""
+    one_step = {"training": {"batch_size": 64, "local_steps": 1}}
+    before = theta(learning(terms=one_step))
+    alone = []
+    for number in range(5):
+        fl = learning(clients=0, terms=one_step)
+        fl.add_client(rows(9 + 5 * number, seed=number + 1))
+        fl.train(1)
+        alone.append(theta(fl) - before)
+    fl = learning(clients=5, terms={**one_step, "aggregation": {"rule": "median"}})
+    fl.train(1)
+    np.testing.assert_allclose(theta(fl) - before, np.median(alone, axis=0), atol=1e-6)
+    assert np.abs(theta(fl) - before - np.mean(alone, axis=0)).max() > 1e-3
+
+
+def test_a_run_on_its_plateau_trains_no_further() -> None:
+    plateau = {"report": "mean", "patience": 2, "metric": "accuracy"}
+    fl = learning(held_out=rows(60, seed=99), terms={"evaluation": plateau})
+    finished = fl.train(60)
+    assert 3 < len(finished) < 60
+    told = [one.evaluation.correct for one in finished]
+    # What a round began with: the two last of these are no better than all before.
+    assert max(told[-3:-1]) <= max(told[:-3])
+    assert fl.train(5) == []
+    with pytest.raises(ConfigError, match="held-out rows"):
+        learning(terms={"evaluation": plateau}).train(1)
+
+
+def test_what_has_no_meaning_here_is_refused_with_its_reason() -> None:
+    for training, problem in (
+        ({"fine_tune_steps": 2}, "in no sum"),
+        ({"lora": "rolora"}, "LORA_A and LORA_B in the plan's layout"),
+        ({"personal": "fedper"}, "HEAD in the plan's layout"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            learning(terms={"training": training}).train(1)
+    with pytest.raises(ConfigError, match="head: expected a module"):
+        learning(head="nothing")
+    loss, own = torch.nn.CrossEntropyLoss(), {"training": {"personal": "ditto"}}
+    own["training"]["personal_lambda"] = 0.1
+    with pytest.raises(ConfigError, match="keep from round to round"):
+        learning_process(network(), loss, terms=own)
+
+
 def test_a_client_that_diverges_is_left_out_and_a_round_of_them_fails() -> None:
     fl = learning(clients=3)
     inputs, labels = rows(20)

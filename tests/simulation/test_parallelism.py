@@ -7,7 +7,7 @@ from edge_agent.engine import LocalUpdate
 from fedloom.terms import LocalTraining, Optimizer, Strategy
 from simulation.movers import Alone, Task, Trained
 from simulation.processes import Processes, WorkerLost
-from tests.simulation.samples import learning, network, theta
+from tests.simulation.samples import FEATURES, learning, network, theta
 
 TERMS = {
     Strategy.FED_PROX: {"proximal_mu": 0.1},
@@ -36,6 +36,43 @@ def test_any_number_of_workers_ends_with_equal_bits(strategy: Strategy, vectoris
         np.testing.assert_array_equal(trained(workers), alone)
 
 
+@pytest.mark.parametrize(
+    "compression",
+    [
+        {"kind": "random_mask", "share": 0.3},
+        {"kind": "random_mask", "share": 0.3, "error_feedback": True},
+        {"kind": "top_k"},
+        {"kind": "quantised"},
+    ],
+    ids=str,
+)
+def test_what_waits_on_clients_is_the_same_whoever_trains_them(compression: dict) -> None:
+    def trained(workers: int) -> np.ndarray:
+        terms = {"training": {"batch_size": 8}, "compression": compression}
+        fl = learning(terms=terms, cohort_size=5, workers=workers)
+        fl.train(3)
+        return theta(fl)
+
+    np.testing.assert_array_equal(trained(2), trained(1))
+
+
+@pytest.mark.parametrize("more", [{}, {"error_feedback": True}], ids=str)
+def test_a_mask_of_all_values_changes_no_bit(more: dict) -> None:
+    """And a clip that cuts values off does, unless they come back."""
+
+    def trained(compression: dict, kind: str = "plain", clip: float = 0.0) -> np.ndarray:
+        terms = {"protection": {"clip": clip}, "compression": compression}
+        fl = learning(terms=terms, protection=kind)
+        fl.train(4)
+        return theta(fl)
+
+    everything = {"kind": "random_mask", "share": 1 - 1e-9, **more}
+    whole = trained({})
+    np.testing.assert_array_equal(trained(everything), whole)
+    cut, returned = trained({}, "masked", 2e-3), trained(everything, "masked", 2e-3)
+    assert (np.abs(returned - whole).mean() < np.abs(cut - whole).mean()) == bool(more)
+
+
 def test_dropout_follows_from_the_clients_seed_and_leaves_the_callers_alone() -> None:
     import torch
 
@@ -57,16 +94,39 @@ def test_groups_differ_from_single_clients_by_rounding_only() -> None:
     np.testing.assert_allclose(theta(single), theta(grouped), atol=1e-6)
 
 
+@pytest.mark.timeout(100)
+def test_workers_do_not_wait_for_threads_that_stayed_with_the_caller() -> None:
+    """A large module, and a caller whose torch has computed with several threads."""
+    import torch
+
+    def trained(workers: int) -> np.ndarray:
+        torch.manual_seed(0)
+        large = torch.nn.Sequential(torch.nn.Linear(FEATURES, 1 << 15), torch.nn.Linear(1 << 15, 4))
+        fl = learning(clients=2, model=large, workers=workers)
+        fl.train(1)
+        return theta(fl)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert torch.ones(1 << 20).add(1).sum() == 2 << 20  # starts them
+        np.testing.assert_array_equal(trained(2), trained(1))
+    finally:
+        torch.set_num_threads(before)
+
+
 class Numbered:
     """A mover whose movements are its tasks' seeds."""
 
     group = 3
+    layout = ()
 
-    def move(self, tasks, theta, terms, linear):
-        if any(task.order_seed == 99 for task in tasks):
+    def move(self, journeys, terms, parts):
+        if any(journey.order_seed == 99 for journey in journeys):
             raise SystemExit("as a process that is killed")
         return [
-            LocalUpdate(np.full(len(theta), task.order_seed, np.float32), 2, 0.5) for task in tasks
+            LocalUpdate(np.full_like(journey.start, journey.order_seed), 2, 0.5)
+            for journey in journeys
         ]
 
     def evaluate(self, theta):

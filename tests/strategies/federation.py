@@ -1,5 +1,6 @@
 """A federation in a few lines: the product's algorithms between devices that are functions."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,10 +10,10 @@ from numpy.typing import NDArray
 
 from edge_agent.engine import LocalUpdate
 from edge_agent.held_updates import HeldUpdate
-from edge_agent.local_rules import LocalSteps, Outgoing, joined, outgoing, strategys
+from edge_agent.local_rules import LocalSteps, Outgoing, joined, outgoing, remembered, strategys
 from fedloom.plans import TrainableTensor
 from fedloom.schedules import round_terms
-from fedloom.strategies import RULES, Layout, Memory, ServerState, algorithm, update_length
+from fedloom.strategies import Layout, Memory, ServerState, algorithm, update_length
 from fedloom.strategies.ditto import personal_terms, pull
 from fedloom.strategies.portions import keeps_own_model, parts_of, sends_everything, start_of
 from fedloom.terms import LocalTraining, LoraRule, Personal, steps_of
@@ -91,7 +92,7 @@ def mean_of(sent: Sequence[Outgoing]) -> Float32:
 def first_state(terms: LocalTraining, theta: Float32, devices: Sequence[Device]) -> ServerState:
     """Begin a run."""
     for device in devices:
-        count = len(RULES[terms.strategy].remembers)
+        count = remembered(terms) - keeps_own_model(terms)
         device.memory = tuple(np.zeros(len(theta), np.float32) for _ in range(count))
         if keeps_own_model(terms):
             device.memory = (*device.memory, theta.copy())
@@ -111,7 +112,7 @@ def run_round(
     sent = [move(device, state, now, layout) for device in devices]
     for device, one in zip(devices, sent, strict=True):
         assert len(one.values) == update_length(terms, layout, state.rounds)
-        device.memory = one.memory
+        device.memory = one.remembered(math.inf)
     return algorithm(terms, layout).apply(state, mean_of(sent), len(sent))
 
 

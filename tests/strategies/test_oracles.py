@@ -15,7 +15,7 @@ from fedloom.strategies import RULES, ServerState, algorithm, update_length
 from fedloom.terms import LocalTraining, Strategy, steps_of, weight_of
 from tests.strategies.federation import Device, Float64, at_once, first_state, mean_of
 from tests.strategies.oracles import Client, FedAvgM, FedDyn, FedNova, FedOpt, Scaffold
-from tests.strategies.samples import terms_of
+from tests.strategies.samples import ALL_TERMS, terms_of
 
 P, N = 7, 4
 LAYOUT = (TrainableTensor("weight", (P,), 0),)
@@ -155,7 +155,9 @@ def test_feddyn(seed: int, rounds: list[dict[int, int]], alpha: float) -> None:
 
 # laws that hold for every rule
 
-ALL = pytest.mark.parametrize("strategy", RULES, ids=lambda strategy: strategy.name)
+ALL = pytest.mark.parametrize(
+    "strategy", [terms.strategy for terms in ALL_TERMS], ids=lambda strategy: strategy.name
+)
 
 
 @ALL

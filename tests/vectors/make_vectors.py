@@ -9,12 +9,13 @@ import hashlib
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crypto import Correction, Mask, RunKey, UpdateContext, masked
+from crypto import Correction, Mask, RunKey, UpdateContext, masked, plain
 from crypto.chunks import packed
 from crypto.cohort import (
     Acceptance,
@@ -37,10 +38,12 @@ from crypto.cohort.secrets import (
 )
 from crypto.cohort.shamir import deal
 from crypto.exponents import next_clip
-from crypto.parameters import MODULUS, BfvParameters
+from crypto.parameters import MODULUS, BfvParameters, PlainParameters
 from crypto.run_key import ternary_secret
 from crypto.tags import Tagger
 from crypto.wire import Binding, Kind, planes_of
+from fedloom.compression import chosen_count
+from fedloom.strategies.random_mask import RandomMask
 
 HERE = Path(__file__).parent
 RUN_ID, RUN_KEY = bytes(range(16)), RunKey(bytes(range(32)))
@@ -153,6 +156,7 @@ def messages() -> dict[str, object]:
     found = {
         "advertisement": group.members[0],
         "cohort": group,
+        "grouped_cohort": replace(group, groups=2),
         "boxes": Boxes(ATTEMPT, 0, secret.boxes(group, 0)),
         "acceptance": acceptance,
         "endorsement": Endorsement(ATTEMPT, 0, signature),
@@ -162,6 +166,8 @@ def messages() -> dict[str, object]:
     return {
         "encoded": {name: message.encode().hex() for name, message in found.items()},
         "cohort_digest": group.digest.hex(),
+        "grouped_cohort_digest": replace(group, groups=2).digest.hex(),
+        "groups": replace(group, groups=2).group_of,
         "acceptance_digest": acceptance.digest.hex(),
         "advertisement_statement": group.members[0].statement().hex(),
         "acceptance_statement": acceptance.statement().hex(),
@@ -236,11 +242,78 @@ def ciphertext() -> dict[str, object]:
     }
 
 
+def random_mask() -> dict[str, object]:
+    rows = []
+    for seed, rounds, length, share in (
+        (0, 0, 10, 0.25),
+        (0, 1, 10, 0.25),
+        (2**64 - 1, 7, 1000, 0.01),
+        (5, 3, 100_000, 0.3),
+    ):
+        mask = RandomMask(seed, rounds, length, chosen_count(share, length))
+        places = [int(place) for place in mask.places()]
+        short = {"places": places} if len(places) < 20 else {"first": places[:10]}
+        rows.append(
+            {"seed": seed, "rounds": rounds, "length": length, "share": share}
+            | {"count": mask.count, "u32_places": hidden(mask.places().astype("<u4").tobytes())}
+            | short
+        )
+    return {"masks": rows}
+
+
+def plain_context(form: str) -> UpdateContext:
+    """Eight values and a tail of two, in one of the forms of `plain`."""
+    forms = {"all": {}, "listed": {"listed": 3}, "quantised": {"quantised": True}}
+    return replace(context(), tail_length=2, **forms[form])
+
+
+def plain_upload(form: str, slot: int = 0) -> bytes:
+    values = np.float32([0, -0.5, 0, 0.25, 0, 0, 0.125, 0, 0.0625, 1])
+    return b"".join(
+        plain.encoder(plain_context(form), slot, None, rounding()).encode(values, WEIGHTS[slot])
+    )
+
+
+def plain_forms() -> dict[str, object]:
+    found: dict[str, object] = {}
+    for form in ("all", "listed", "quantised"):
+        total = plain.accumulator(plain_context(form))
+        for slot in range(2):
+            total.add(slot, io.BytesIO(plain_upload(form, slot)))
+        found[form] = {
+            "parameters_id": PlainParameters(plain_context(form)).id.hex(),
+            "upload": plain_upload(form).hex(),
+            "sum_of_slots_0_and_1": b"".join(total.result()).hex(),
+        }
+    return found
+
+
+def plain_refused() -> list[dict[str, object]]:
+    """Uploads of `plain_forms`, edited: what no adder may take."""
+    nan, minus = "0000c07f", "000000bf"
+    rows = (
+        ("nothing is wrong, listed", "listed", [], ""),
+        ("nothing is wrong, quantised", "quantised", [], ""),
+        ("a place twice", "listed", [[60, "010000000100000006000000"]], "MalformedChunk"),
+        ("places descend", "listed", [[60, "030000000100000006000000"]], "MalformedChunk"),
+        ("a place in the tail", "listed", [[68, "08000000"]], "MalformedChunk"),
+        ("a place beyond all", "listed", [[68, "ffffffff"]], "MalformedChunk"),
+        ("a listed NaN", "listed", [[72, nan]], "NotFinite"),
+        ("a NaN in the tail", "listed", [[84, nan]], "NotFinite"),
+        ("a scale that is NaN", "quantised", [[60, nan]], "NotFinite"),
+        ("a scale below 0", "quantised", [[60, minus]], "MalformedChunk"),
+        ("a level of -128", "quantised", [[64, "80"]], "MalformedChunk"),
+    )
+    names = ("what", "form", "edits", "error")
+    return [{"kind": "plain upload"} | dict(zip(names, row, strict=True)) for row in rows]
+
+
 def negative() -> list[dict[str, object]]:
     group = cohort()
     encoded = {name: bytes.fromhex(text) for name, text in messages()["encoded"].items()}
     return [
         *sums_refused(),
+        *plain_refused(),
         *(
             {"what": f"{name}, {what}", "kind": "message", "bytes": data.hex()}
             | {"error": "MalformedMessage"}
@@ -291,6 +364,8 @@ GROUPS = {
     "shares": shares,
     "sums": sums,
     "ciphertext": ciphertext,
+    "random_mask": random_mask,
+    "plain_forms": plain_forms,
     "negative": negative,
 }
 

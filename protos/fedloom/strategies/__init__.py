@@ -11,11 +11,13 @@ from fedloom.strategies import (
     fedavgm,
     fedbuff,
     feddyn,
+    fedma,
     fednova,
     fedopt,
     fedprox,
     scaffold,
 )
+from fedloom.strategies.compressed import compressed, compressed_length
 from fedloom.strategies.fedavg import federated_averaging
 from fedloom.strategies.fedprox import proximal_gradient
 from fedloom.strategies.parts import Layout, travelling
@@ -51,6 +53,7 @@ _ALL = (
     feddyn.RULE,
     fedbuff.RULE,
     fedasync.RULE,
+    fedma.RULE,
 )
 RULES: dict[Strategy, Rule] = {rule.strategy: rule for rule in _ALL}
 
@@ -60,7 +63,7 @@ def algorithm(terms: LocalTraining, layout: Layout = ()) -> Algorithm:
 
     Raises Refused(PLAN_UNSUPPORTED) where the layout does not fit what the terms send.
     """
-    whole = RULES[terms.strategy].algorithm(terms)
+    whole = compressed(RULES[terms.strategy].algorithm(terms), terms)
     if sends_everything(terms, layout):
         return whole
     parts_of(terms, layout, 0)  # or refuse
@@ -73,7 +76,8 @@ def update_length(terms: LocalTraining, layout: Layout, rounds: int = 0) -> int:
     It is that of a movement alone where the strategy sends nothing else. Raises as `algorithm`.
     """
     parts = parts_of(terms, layout, rounds)
-    return length(RULES[terms.strategy].sends, parts.shared_length)
+    sent = length(RULES[terms.strategy].sends, parts.shared_length)
+    return compressed_length(terms, sent) + (fedma.outputs(layout) if terms.sends_labels else 0)
 
 
 def moved_length(terms: LocalTraining, layout: Layout, rounds: int = 0) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from fedloom.adapters import Theta
 from fedloom.plans import Role, TrainableTensor
 from fedloom.strategies.arithmetic import Vector
-from fedloom.strategies.rule import Algorithm, Memory, Sent, ServerState
+from fedloom.strategies.rule import Algorithm, Memory, Places, Sent, ServerState
 
 Layout = tuple[TrainableTensor, ...]
 
@@ -100,6 +100,18 @@ def scattered(vector: Vector, parts: Iterable[slice], values: Vector) -> Vector:
     return copy
 
 
+def unfolded(places: Places, parts: Iterable[slice]) -> Places:
+    """Return where places among these parts, one after another, are in the whole vector."""
+    found = places.copy()
+    start = 0
+    for part in parts:
+        end = start + part.stop - part.start
+        first, last = np.searchsorted(places, (start, end))
+        found[first:last] += np.uint32(part.start - start)
+        start = end
+    return found
+
+
 def travelling(inner: Algorithm, parts_after: Callable[[int], Parts]) -> Algorithm:
     """Return the algorithm on the parts that are sent; `parts_after(rounds)` says which these are.
 
@@ -121,7 +133,11 @@ def travelling(inner: Algorithm, parts_after: Callable[[int], Parts]) -> Algorit
         before = tuple(gathered(one, shared) for one in memory)
         found = inner.sent(inside(state, shared), before, gathered(delta, shared), steps)
         after = zip(memory, found.memory, strict=True)
-        return Sent(found.values, tuple(scattered(old, shared, new) for old, new in after))
+        return Sent(
+            found.values,
+            tuple(scattered(old, shared, new) for old, new in after),
+            None if found.places is None else unfolded(found.places, shared),
+        )
 
     def apply(state: ServerState, mean_update: Vector, count: int) -> ServerState:
         applied = parts_after(state.rounds).applied

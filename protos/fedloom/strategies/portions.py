@@ -14,11 +14,12 @@ from fedloom.strategies import (
     rolora,
 )
 from fedloom.strategies.factors import FactorRule
+from fedloom.strategies.fedma import matched_parts
 from fedloom.strategies.fedper import with_own_head
 from fedloom.strategies.parts import Fate, FateOf, Layout, Parts, divide, gathered, scattered
 from fedloom.strategies.rule import Memory
 from fedloom.strategies.targets import targets_of
-from fedloom.terms import LocalTraining, LoraRule, Personal
+from fedloom.terms import LocalTraining, LoraRule, Personal, Strategy
 
 FACTOR_RULES: dict[LoraRule, FactorRule] = {
     rule.lora: rule
@@ -39,7 +40,9 @@ _OWN_HEAD = (Personal.FEDPER, Personal.FEDREP)
 def sends_everything(terms: LocalTraining, layout: Layout = ()) -> bool:
     """Tell whether every update holds all of theta; without a layout, of one without residuals."""
     residual = any(tensor.role is Role.RESIDUAL for tensor in layout)
-    return terms.lora is LoraRule.FEDIT and terms.personal not in _OWN_HEAD and not residual
+    matched = terms.strategy is Strategy.FED_MA
+    whole = terms.lora is LoraRule.FEDIT and terms.personal not in _OWN_HEAD
+    return whole and not residual and not matched
 
 
 def keeps_own_model(terms: LocalTraining) -> bool:
@@ -56,6 +59,8 @@ def parts_of(terms: LocalTraining, layout: Layout, rounds: int) -> Parts:
 
     Raises Refused(PLAN_UNSUPPORTED) for a layout without what the terms train or keep.
     """
+    if terms.strategy is Strategy.FED_MA:
+        return matched_parts(layout, rounds)
     _check_roles(terms, {tensor.role for tensor in layout})
     if FACTOR_RULES[terms.lora].new_pair is not None:
         targets_of(layout)  # or refuse

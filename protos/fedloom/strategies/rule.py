@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedloom.adapters import Theta
 from fedloom.strategies.arithmetic import Vector
 from fedloom.terms import LocalTraining, Strategy
 
 Memory = tuple[Vector, ...]  # what a device keeps from round to round, each (P,)
+Places = NDArray[np.uint32]  # of values in a vector, ascending
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,15 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Sent:
-    """What a device gives: `values` (U,), and what it keeps once they are in a stored sum."""
+    """What a device gives: `values` (U,), and what it keeps once they are in a stored sum.
+
+    `places` (U,): where the values still are in the last vector of `memory`, from which they go as
+    far as they are encoded (`error_feedback`); None: they are in none.
+    """
 
     values: Vector
     memory: Memory = ()
+    places: Places | None = None
 
 
 @dataclass(frozen=True)
