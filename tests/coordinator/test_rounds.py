@@ -535,7 +535,7 @@ def test_who_was_ready_and_left_is_no_member() -> None:
 
 def test_under_masks_a_sum_closes_early_only_if_it_can_be_opened() -> None:
     """Of five members four must be in it, whatever the minimum is."""
-    run = asynchronous(minimum_agents=3, buffer=5, has_masks=True)
+    run = asynchronous(minimum_agents=3, cohort_size=5, buffer=5, has_masks=True)
     run.on(AgentConnected("d"), AgentConnected("e"))
     run.on(*(Ready(agent, 1, 0) for agent in "abcde"))
     run.on(*(Uploaded(agent, SHA) for agent in "abc"))

@@ -93,6 +93,7 @@ asynchronous_policies = st.builds(
     replace,
     policies,
     quorum=st.just(0),
+    selection=st.sampled_from([UNIFORM, Selection(least_memory_mb=1)]),
     buffer=st.integers(1, 5),
     max_staleness=st.integers(0, 2),
 ).filter(_is_possible)
