@@ -37,7 +37,7 @@ from coordinator.events import (
 from coordinator.journal import Journal, MaskMessage
 from coordinator.rounds import MAX_ROUND_FAILURES, handle
 from coordinator.run_state import Phase, RunPolicy, RunState, Wish
-from coordinator.selection import UNIFORM, UNKNOWN, Selection, SelectionRule, Traits
+from coordinator.selection import UNIFORM, UNKNOWN, Selection, SelectionRule, Traits, eligible
 from coordinator.store import JournalEntry, Store
 from fedloom.errors import Reason
 from tests.coordinator.record import Record
@@ -273,7 +273,8 @@ class Orderings(RuleBasedStateMachine):
         assert len(set(state.cohort)) == len(state.cohort) <= state.policy.cohort_size
         assert set(state.cohort) <= state.invited
         policy = state.policy
-        assert len(state.invited) <= policy.selection.invitations(policy.cohort_size)
+        most = policy.selection.invitations(policy.cohort_size)
+        assert policy.is_asynchronous or len(state.invited) <= most
         assert set(state.traits) <= state.connected
 
     @invariant()
@@ -390,7 +391,8 @@ class AsynchronousOrderings(Orderings):
         """Nobody waits for a round that went on without it."""
         state = self.state
         if state.phase is Phase.TRAINING:
-            able = state.candidates
+            selection = state.policy.selection
+            able = eligible(selection, state.candidates, state.traits, state.recent, self.now)
             if state.policy.needs_key:
                 able = state.keys.able(able, state.past_keys)
             assert able <= state.invited
