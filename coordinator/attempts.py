@@ -118,6 +118,8 @@ class Attempts:
             self._factors(),
         )
         run.agents.cohort(state.cohort, state, self.open, run.seconds_left())
+        if state.policy.is_asynchronous:
+            return  # who trains goes on
         late = state.invited - set(state.cohort)
         run.agents.waiting(late, state, control_pb2.WAIT_CAUSE_ROUND_CLOSED)
 

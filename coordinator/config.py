@@ -21,7 +21,8 @@ round_seconds = 0.0            # that an agent should need; 0: deadlines.trainin
 least_memory_mb = 0            # that an agent must have told, 10^6 bytes
 least_samples_per_second = 0.0 # in its last training
 engine = ""                    # or "onnx", "torch": that it must have
-pacing = "steered"             # surplus agents are told to leave and when to come back; or "none"
+pacing = "steered"             # surplus agents are told to leave and when to come back; or "none";
+                               # nobody is surplus in an asynchronous run
 reserve = 1.0                  # agents that stay for the next round, for each that a round invites
 
 [training]                     # on every agent; control.proto says what each key is
@@ -62,6 +63,14 @@ patience = 0                   # end the run after as many rounds without a bett
 metric = "loss"                # that decides: fedloom.quality names them
 minimum_delta = 0.0            # by less than this it is no better
 
+[asynchronous]                 # only with "fed_buff" and "fed_async": nobody waits for a slow agent
+buffer = 0                     # agents that are ready first make a cohort; above 0, and needed
+max_staleness = 0              # rounds by which an update may be older than its sum's state; 10
+staleness_weighting = "constant"  # what an older one counts for: or "hinge", "polynomial", theirs
+staleness_exponent = 0.0       # a of "polynomial" and "hinge"; 0.5
+staleness_threshold = 0        # b of "hinge"
+mixing = 0.0                   # alpha of "fed_async"; 0.6
+
 [aggregation]                  # what is made of a round's updates
 rule = "mean"                  # "plain" alone: one of those in coordinator/strategies/README.md
 groups = 1                     # 3 or more: a sum for each of so many random groups, under any
@@ -86,6 +95,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from coordinator import asynchronous
 from coordinator.aggregation import DEFAULTS, MEAN, Aggregation
 from coordinator.aggregation import Rule as AggregationRule
 from coordinator.compression import DEFAULT_SHARE, compression_problems
@@ -112,6 +122,7 @@ from fedloom.terms import (
     LoraRule,
     Protection,
     Release,
+    StalenessWeighting,
     Strategy,
     clip_of,
     implies_clip,
@@ -160,6 +171,7 @@ class RunConfig:
     evaluation: EvaluationTerms = DEFAULT_EVALUATION
     plateau: PlateauRule = NO_PLATEAU
     aggregation: Aggregation = MEAN
+    buffer: int = 0  # ready agents that make a cohort of an asynchronous run; 0: it is none
     selection: Selection = UNIFORM
 
     @property
@@ -189,6 +201,8 @@ class RunConfig:
             quorum=self.cohort.quorum,
             returns_sums=self.returns_sums,
             plateau=self.plateau,
+            buffer=self.buffer,
+            max_staleness=self.training.max_staleness,
             selection=self.selection.within(self.deadlines.training),
         )
 
@@ -233,10 +247,13 @@ def _run_config(reader: "_Reader", path: Path) -> RunConfig:
             for field in fields(Deadlines)
         }
     )
-    encoding = reader.checked(lambda: _encoding(reader, cohort), Encoding(Protection.ENCRYPTED))
+    buffer = reader.value("asynchronous.buffer", int, 0)
+    encoding = reader.checked(
+        lambda: _encoding(reader, cohort, buffer), Encoding(Protection.ENCRYPTED)
+    )
     aggregation = _aggregation(reader)
     training = reader.checked(
-        lambda: _training(reader, cohort, encoding, aggregation), LocalTraining()
+        lambda: _training(reader, cohort, encoding, aggregation, buffer), LocalTraining()
     )
     release = reader.member("protection.release", Release, Release.AGENTS)
     gate = reader.checked(lambda: _gate(reader), OPEN_GATE)
@@ -254,6 +271,8 @@ def _run_config(reader: "_Reader", path: Path) -> RunConfig:
         f'"{encoding.protection.name.lower()}" hides from the coordinator; use protection.kind = '
         '"plain", or training.lora = "ffa" or "rolora", whose mean of products is exact as well',
     )
+    for problem in asynchronous.selection_problems(buffer, selection):
+        reader.require(False, problem)
     for problem in compression_problems(training.compression, encoding, aggregation):
         reader.require(False, problem)
     reader.require("\0" not in name, "name: expected a text without NUL")
@@ -307,6 +326,7 @@ def _run_config(reader: "_Reader", path: Path) -> RunConfig:
         evaluation,
         plateau,
         aggregation,
+        buffer,
         selection,
     )
 
@@ -373,7 +393,11 @@ def _selection(reader: "_Reader", cohort: CohortTerms, deadlines: Deadlines) -> 
 
 
 def _training(
-    reader: "_Reader", cohort: CohortTerms, encoding: Encoding, aggregation: Aggregation
+    reader: "_Reader",
+    cohort: CohortTerms,
+    encoding: Encoding,
+    aggregation: Aggregation,
+    buffer: int,
 ) -> LocalTraining:
     strategy = reader.member("training.strategy", Strategy, LocalTraining.strategy)
     lora = reader.member("training.lora", LoraRule, LocalTraining.lora)
@@ -382,6 +406,7 @@ def _training(
         "population": cohort.population,
         "lora": lora,
     }
+    values |= _staleness(reader, strategy)
     values |= _compression(reader) | aggregation.group_terms
     for field in fields(LocalTraining):
         if field.name in values:
@@ -396,9 +421,26 @@ def _training(
     if strategy not in MOVEMENTS or lora in (*NEEDS_FACTORS, LoraRule.HETLORA):
         values["groups"], values["group_trim"] = 0, 0.0  # `problems` says that they do not go so
     _check_population(reader, strategy, cohort)
+    for problem in asynchronous.problems(
+        buffer, strategy, cohort.quorum, cohort.minimum, cohort.size
+    ):
+        reader.require(False, problem)
     if strategy in STRATEGIES_WITH["auxiliary_scale"]:
         values["auxiliary_scale"] = _auxiliary_scale(reader, values, encoding)
     return LocalTraining(**values)
+
+
+def _staleness(reader: "_Reader", strategy: Strategy) -> dict[str, Any]:
+    default = STRATEGY_DEFAULTS.get(strategy, {}).get("staleness_weighting", 1)
+    key, member = "asynchronous.staleness_weighting", StalenessWeighting(int(default))
+    weighting = reader.member(key, StalenessWeighting, member)
+    values: dict[str, Any] = {"staleness_weighting": weighting}
+    told = asynchronous.defaults(strategy, weighting)
+    for name in asynchronous.TRAINING_KEYS:
+        if name not in values:
+            value = told.get(name, getattr(LocalTraining, name))
+            values[name] = reader.value(f"asynchronous.{name}", type(value), value)
+    return values
 
 
 def _compression(reader: "_Reader") -> dict[str, Any]:
@@ -466,12 +508,12 @@ def _auxiliary_scale(reader: "_Reader", values: Mapping[str, Any], encoding: Enc
     return stated or largest
 
 
-def _encoding(reader: "_Reader", cohort: CohortTerms) -> Encoding:
+def _encoding(reader: "_Reader", cohort: CohortTerms, buffer: int) -> Encoding:
     protection = reader.member("protection.kind", Protection, Protection.SEALED)
     clip = reader.value("protection.clip", float, 0.0)
     return Encoding(
         protection=protection,
-        capacity=cohort.size,
+        capacity=buffer or cohort.size,
         clip=_ANY_CLIP if protection is Protection.PLAIN and clip == 0 else clip,
         update_bits=reader.value("protection.update_bits", int, 16),
     )

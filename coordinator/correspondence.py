@@ -126,6 +126,8 @@ class Correspondence:
             cause = control_pb2.WAIT_CAUSE_GATHERING
             if state.paused:
                 cause = control_pb2.WAIT_CAUSE_PAUSED
+        elif state.policy.is_asynchronous:
+            pass  # what it trains is wanted in a later round
         elif agent in state.invited and agent not in state.ready:
             cause = control_pb2.WAIT_CAUSE_ROUND_CLOSED
         away = 0 if self.muted else self._steering.arrival(agent, state, now)

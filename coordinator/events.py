@@ -65,6 +65,7 @@ class Ready:
     training_seconds: float = 0.0
     advertisement: bytes = b""  # under masks, with the identity that signed it
     identity: bytes = b""  # IdentityKey, serialised
+    base_rounds: int = 0  # asynchronous: applied to the state that the update was made from
 
 
 @dataclass(frozen=True)

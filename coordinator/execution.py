@@ -20,6 +20,7 @@ from coordinator.correspondence import Correspondence
 from coordinator.events import (
     AbandonRound,
     AgentConnected,
+    AgentDisconnected,
     Applied,
     AskForSum,
     CloseCohort,
@@ -53,7 +54,7 @@ from coordinator.run_state import Phase, RunState, Wish
 from coordinator.selection import UNKNOWN, Traits
 from coordinator.store import RunRecord
 from coordinator.uploads import Uploads
-from fedloom.errors import Refused
+from fedloom.errors import Reason, Refused
 from fedloom.plans import Plan
 from fedloom.quality import Quality, named
 
@@ -84,6 +85,7 @@ class Execution:
         self.uploads = Uploads(self, self._attempts, facilities, self._log)
         self._broken: StorageFault | None = None
         self._round_started = 0.0
+        self._departed: set[str] = set()  # while their updates are on their way into the sum
         self.state = RunState(config.policy, self._clock.now() + config.policy.gathering_seconds)
 
     def _update_length(self) -> int:
@@ -142,9 +144,13 @@ class Execution:
 
     def post(self, event: Event) -> None:
         """Move the run by one event: first what must be remembered, then what must be done."""
+        self._let_go()
         if self._is_adding(event):
+            if isinstance(event, AgentDisconnected):
+                self._departed.add(event.agent)
             return
         if isinstance(event, AgentConnected):
+            self._departed.discard(event.agent)
             self.agents.forget(event.agent)
         effects = self._move(event, self._clock.now())
         if isinstance(event, AgentConnected):
@@ -152,6 +158,12 @@ class Execution:
         elif isinstance(event, TakenUp):
             for agent in sorted(event.agents):
                 self._welcome(agent, effects)
+
+    def _let_go(self) -> None:
+        """Tell the run of those who left while their updates were added."""
+        for agent in sorted(self._departed - {self._attempts.adding}):
+            self._departed.discard(agent)
+            self._move(AgentDisconnected(agent), self._clock.now())
 
     def _move(self, event: Event, now: float) -> tuple[Effect, ...]:
         self.require_whole()
@@ -204,9 +216,8 @@ class Execution:
     def _is_adding(self, event: Event) -> bool:
         """While an update is on its way into the sum, nothing may close the sum without it."""
         adding = self._attempts.adding
-        return adding is not None and (
-            isinstance(event, Tick) or (isinstance(event, Declined) and event.agent == adding)
-        )
+        its_agents = isinstance(event, Declined | AgentDisconnected) and event.agent == adding
+        return adding is not None and (isinstance(event, Tick) or its_agents)
 
     def remember(self, happened: MaskMessage) -> None:
         """Write what happened to the journal, unless it is read from there; or StorageFault."""
@@ -227,15 +238,8 @@ class Execution:
                     return
                 self.agents.keep_envelopes(grant, dict(event.envelopes))
             case Ready():
-                try:
-                    await self._attempts.admit(event)
-                except Refused as refused:
-                    self.refuse(event.agent, refused)
-                    self.post(Declined(event.agent, event.round, refused.reason))
+                if not await self._admitted(event):
                     return
-                if self.finished.is_set():
-                    return  # while its keys were checked
-                self._reports.ready(self.state, event)
             case Applied():
                 history = self.agents.history
                 last = history[-1] if history and event.round == history[-1].round else None
@@ -246,6 +250,27 @@ class Execution:
                 self._reports.declined(self.state, event)
         self.post(event)
 
+    async def _admitted(self, event: Ready) -> bool:
+        """Check what comes with READY; False when it is of no use, which the agent is told."""
+        if not self.state.takes(event.round):
+            self._log.info("ready for a later round", agent=event.agent, round=event.round)
+            return False
+        try:
+            await self._attempts.admit(event)
+        except Refused as refused:
+            overtaken = self.state.policy.is_asynchronous and refused.reason is Reason.WRONG_ROUND
+            if not overtaken:  # else the next invitation asks for other keys
+                self.refuse(event.agent, refused)
+                self.post(Declined(event.agent, event.round, refused.reason))
+            return False
+        if self.finished.is_set():
+            return False  # while its keys were checked
+        self._reports.ready(self.state, event)
+        if self.state.policy.is_asynchronous and self.state.takes(event.round):
+            # Whoever answers an invitation has applied its history, whatever it trained from.
+            self.agents.knows(event.agent, len(self.agents.history))
+        return True
+
     async def heard_mask_step(self, agent: str, message: bytes) -> None:
         """Carry on what a member says in its cohort's protocol."""
         try:
@@ -254,7 +279,9 @@ class Execution:
             self.refuse(agent, refused)
 
     def heard_progress(self, agent: str, round_number: int, share: float) -> None:
-        """Remember how far an agent's training is."""
+        """Remember how far an agent's training is, in whichever round it began if rounds go on."""
+        if self.state.policy.is_asynchronous:
+            round_number = self.state.round
         self._reports.progress(self.state, agent, round_number, share)
 
     def count_traffic(self, agent: str, sent: int, received: int) -> None:
@@ -287,7 +314,7 @@ class Execution:
                 self._log.warning("round abandoned", round=before.round)
                 self._attempts.discard()
             case CloseRound(quality):
-                self._close_round(before.round, quality, now)
+                self._close_round(before, quality, now)
             case FinishRun():
                 self._finish()
             case Reject(agent, reason, subject):
@@ -316,8 +343,8 @@ class Execution:
         if not self.agents.muted:
             self._attempts.store()
 
-    def _close_round(self, number: int, quality: Quality | None, now: float) -> None:
-        seconds = now - self._round_started
+    def _close_round(self, before: RunState, quality: Quality | None, now: float) -> None:
+        number, seconds = before.round, now - self._round_started
         found = {} if quality is None else named(quality, self.plan.task)
         loss = None if quality is None else quality.training_loss
         self._reports.close_round(number, seconds, found, loss)
@@ -326,7 +353,8 @@ class Execution:
         self._attempts.discard()
         self._attempts.begin_round()
         self._journal.restart(now, self.state)
-        self._log.info("round finished", round=number, seconds=round(seconds, 3), **found)
+        told = _staleness(before)
+        self._log.info("round finished", round=number, seconds=round(seconds, 3), **found, **told)
 
     def _finish(self) -> None:
         state = self.state
@@ -354,6 +382,14 @@ class Execution:
     def seconds_left(self) -> float:
         """Return how much of the phase is left."""
         return max(0.0, self.state.deadline - self._clock.now())
+
+
+def _staleness(state: RunState) -> dict[str, float]:
+    """Return how old the updates in an asynchronous round's sum were, in rounds."""
+    found = [state.staleness[agent] for agent in state.uploaded]
+    if not state.policy.is_asynchronous or not found:
+        return {}
+    return {"mean_staleness": round(sum(found) / len(found), 3), "max_staleness": max(found)}
 
 
 def _place(state: RunState) -> tuple[Phase, int, int]:

@@ -29,6 +29,7 @@ LAG_SECONDS = 0.5  # between looks at the event loop
 _PHASE_BUCKETS = (0.01, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 _CRYPTO_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 _STORE_BUCKETS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 30)
+_STALENESS_BUCKETS = (0, 1, 2, 3, 5, 10, 20, 50, 100)
 _LAG_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 
 
@@ -83,6 +84,11 @@ class Metrics:
         )
         self.loop_lag_seconds = self._histogram(
             "event_loop_lag_seconds", "How late the event loop was.", _LAG_BUCKETS
+        )
+        self.staleness = self._histogram(
+            "update_staleness_rounds",
+            "How old updates in the sums of asynchronous runs were.",
+            _STALENESS_BUCKETS,
         )
         self.quality = prometheus.Gauge(
             "fedloom_quality",
@@ -184,6 +190,9 @@ class RunMeter:
         if (before.phase, before.round) != (after.phase, after.round):
             self._metrics.phase_seconds.labels(before.phase.value).observe(now - self._since)
             self._since = now
+        if after.policy.is_asynchronous and after.completed > before.completed:
+            for agent in before.uploaded:
+                self._metrics.staleness.observe(before.staleness[agent])
         if (outcome := _outcome(before, after)) is not None:
             self._metrics.round_ended(outcome)
 

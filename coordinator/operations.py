@@ -158,7 +158,8 @@ class Operations:
             config.evaluation,
             config.training.groups,
             config.training.sends_labels,
-            config.training.weighting,
+            weighting=config.training.weighting,
+            is_asynchronous=config.training.is_asynchronous,
         )
 
     def watch(self, run_id: bytes, agent_limit: int) -> Callable[[], RunProgress]:

@@ -6,6 +6,10 @@
         │                                                                                      │
         └─next round─ (RETURNING ◀─) APPLYING ◀──sum stored── SUMMING ◀──all uploaded, deadline┘
 
+An asynchronous run goes the same way: its rounds invite everybody who is here, and the first
+`buffer` that are ready are its cohort, whichever round they began to train in. The others train on,
+and answer the next invitation; the sum's members alone have to apply a round before it is over.
+
 A round whose masks could not be taken out of its sum is void: the run goes on under the next
 number. A run ends COMPLETED when enough rounds are history or its models get no better
 (`coordinator.plateau`), or FAILED with a reason. An agent's
@@ -62,6 +66,8 @@ def _disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step
 
 
 def _refuse(state: RunState, event: Ready | Declined | Applied, now: float) -> Step:
+    if not state.takes(event.round):
+        return state, ()
     return gathering.wrong_round(state, event.agent)
 
 
@@ -98,14 +104,17 @@ def _take_up(state: RunState, event: TakenUp, now: float) -> Step:
         case Phase.GATHERING:
             return gathering.gather(here, now)
         case Phase.TRAINING:
-            missing = (agents & state.invited) - set(state.ready)
+            here = collecting.ready_and_here(collecting.invite_newcomers(here, agents, now))
+            missing = (agents & here.invited) - set(here.ready)
+            if not missing and state.policy.is_asynchronous:
+                return collecting.form_cohort_when_enough(here, now)
             return here, (Invite(missing),) if missing else ()
         case Phase.COLLECTING:
             missing = (agents & set(state.cohort)) - set(state.uploaded)
             repeats = tuple(RepeatCohort(agent) for agent in sorted(missing))
             return here, (Invite(missing), *repeats) if missing else ()
         case Phase.APPLYING:
-            missing = (agents & state.invited) - set(state.applied)
+            missing = (agents & here.appliers) - set(state.applied)
             return here, (PublishResult(missing),) if missing else ()
         case Phase.RETURNING:
             return applying.ask_next(here, now)
@@ -135,7 +144,7 @@ def _remove(state: RunState, event: AgentRemoved, now: float) -> Step:
         case Phase.COLLECTING if agent in state.cohort and agent not in state.uploaded:
             return collecting.close_when_all_uploaded(removed, now)
         case Phase.APPLYING:
-            return applying.close_when_all_applied(removed, now)
+            return applying.go_on_without(state, removed, now)
         case Phase.RETURNING if agent == state.returning:
             return applying.returning_declined(removed, declined, now)
         case _:
@@ -166,10 +175,12 @@ _TRANSITIONS: dict[tuple[Phase, type[Event]], Callable[..., Step]] = {
     (Phase.GATHERING, Declined): gathering.declined,
     (Phase.GATHERING, Tick): gathering.tick,
     (Phase.TRAINING, AgentConnected): collecting.invited_connected,
+    (Phase.TRAINING, AgentDisconnected): collecting.invited_disconnected,
     (Phase.TRAINING, Ready): collecting.ready,
     (Phase.TRAINING, Declined): collecting.training_declined,
     (Phase.TRAINING, Tick): collecting.training_tick,
     (Phase.COLLECTING, AgentConnected): collecting.member_connected,
+    (Phase.COLLECTING, AgentDisconnected): collecting.member_disconnected,
     (Phase.COLLECTING, Ready): collecting.late_ready,
     (Phase.COLLECTING, Declined): collecting.collecting_declined,
     (Phase.COLLECTING, Uploaded): collecting.uploaded,

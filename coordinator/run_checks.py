@@ -126,6 +126,12 @@ def _warnings(config: RunConfig, around: Surroundings) -> Iterator[str]:
             f"cohort.minimum: {config.cohort.minimum} agents are needed, "
             f"{around.enrolled_agents} are enrolled: the run will wait for more (`invite`)"
         )
+    if config.buffer > around.enrolled_agents:
+        yield (
+            f"asynchronous.buffer: {config.buffer} ready agents make a cohort, "
+            f"{around.enrolled_agents} are enrolled: each round goes on without more once all who "
+            "are here are ready"
+        )
     if fewest_agents(config.selection, config.bounds) > max(
         around.enrolled_agents, config.cohort.minimum
     ):
@@ -176,7 +182,9 @@ def _check_together(config: RunConfig, plan: Plan, around: Surroundings, found: 
             "activation: expected bounds of the loss, because this plan learns values, not labels"
         )
     update = UPDATE_BYTES_PER_VALUE * length + UPDATE_BYTES_MORE
-    cohort = min(config.cohort.size, max(config.cohort.minimum, around.enrolled_agents))
+    cohort = min(
+        config.buffer or config.cohort.size, max(config.cohort.minimum, around.enrolled_agents)
+    )
     least, most = config.cohort.minimum * update, cohort * update
     told = f"{most / 1e6:,.0f} MB for {cohort} updates, {around.free_bytes / 1e6:,.0f} MB are free"
     if around.free_bytes < least:

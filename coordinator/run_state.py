@@ -54,12 +54,20 @@ class RunPolicy:
     quorum: int = 0  # ready agents that suffice for a cohort; 0: all who were invited
     returns_sums: bool = False  # agents hand the opened sums over
     plateau: PlateauRule = NO_PLATEAU
+    buffer: int = 0  # asynchronous: ready agents that make a cohort; 0: rounds are synchronous
+    max_staleness: int = 0  # most rounds by which an update may be older than its sum's state
     selection: Selection = UNIFORM
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether a round is for whoever is ready first, and for no one else."""
+        return self.buffer > 0
 
     @property
     def enough(self) -> int:
         """Ready agents that suffice for a cohort; 0: all who were invited are waited for."""
-        return self.quorum or (self.cohort_size if self.selection.has_cut_off else 0)
+        cut_off = self.cohort_size if self.selection.has_cut_off else 0
+        return self.buffer or self.quorum or cut_off
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class RunState:
     clip: float = 0.0  # of the next cohort; 0: follows from its weight cap
     invited: frozenset[str] = frozenset()
     ready: Mapping[str, int] = field(default_factory=dict)  # agent -> weight class
+    staleness: Mapping[str, int] = field(default_factory=dict)  # of updates of those who are ready
     cohort: tuple[str, ...] = ()  # index = slot
     uploaded: Mapping[str, bytes] = field(default_factory=dict)  # agent -> SHA-256 of its upload
     applied: Mapping[str, StateReport] = field(default_factory=dict)
@@ -111,6 +120,28 @@ class RunState:
     def weight_cap(self) -> int:
         """Upper bound of a member's weight: 2^(largest weight class in the cohort)."""
         return 1 << max(self.ready[agent] for agent in self.cohort)
+
+    @property
+    def appliers(self) -> frozenset[str]:
+        """Who tells of its state once the sum is there: whom the round is for.
+
+        In an asynchronous run these are the sum's members, since the others train; everybody who is
+        here, where no member is.
+        """
+        if not self.policy.is_asynchronous:
+            return self.invited
+        members = frozenset(self.uploaded)
+        heard = members & (self.connected | set(self.applied))
+        return members if heard - set(self.excluded) else members | self.connected
+
+    def takes(self, round_number: int) -> bool:
+        """Whether an agent's word on its training for this round decides something now.
+
+        Always, in a synchronous run: what does not fit is refused. In an asynchronous one an agent
+        that trains cannot know that a round went on without it; the next invitation asks it again.
+        """
+        in_time = self.phase is Phase.TRAINING and round_number == self.round
+        return in_time or not self.policy.is_asynchronous
 
     @property
     def candidates(self) -> frozenset[str]:

@@ -36,7 +36,7 @@ class Steering:
 
     def dismissed(self, waiting: Set[str], state: RunState, now: float) -> Mapping[str, int]:
         """Return for how many seconds each of those leaves whom a round has not invited."""
-        if state.policy.selection.pacing is Pacing.NONE:
+        if not _is_paced(state):
             return dict.fromkeys(waiting, 0)
         able = _able(state, waiting, now) - (state.recent[-1] if state.recent else frozenset())
         return pacing.dismissed(self.fleet, _need(state, now), waiting, able, _draw(state))
@@ -45,8 +45,7 @@ class Steering:
         """Return for how many seconds an agent leaves that came and is not needed now."""
         able = bool(_able(state, {agent}, now))
         wanted = able and state.phase is Phase.GATHERING and not state.paused
-        unpaced = state.policy.selection.pacing is Pacing.NONE
-        if unpaced or wanted or agent in state.invited:
+        if not _is_paced(state) or wanted or agent in state.invited:
             return 0
         waiting = len(state.connected - state.invited)
         draw = f"{_draw(state)}/{agent}"
@@ -62,6 +61,12 @@ class Steering:
     def refused(self, agent: str) -> float:
         """Return the seconds after which an agent may try again that finds no free stream."""
         return pacing.refused_away(self.fleet, f"{agent}/{self._clock()}")
+
+
+def _is_paced(state: RunState) -> bool:
+    """An asynchronous run wants everybody: who has nothing to do trains on, or waits for a key."""
+    policy = state.policy
+    return policy.selection.pacing is Pacing.STEERED and not policy.is_asynchronous
 
 
 def _need(state: RunState, now: float) -> Need:

@@ -67,6 +67,8 @@ def _take_in(
         mean_quality(run.terms.evaluation, run.plan.task, tail.tolist(), clip),
     )
     run.memory.settle(outcome.round, outcome.attempt, outcome.slots)
+    if run.held is not None:
+        run.held.settle(outcome.round, outcome.attempt, outcome.slots)
     run.state.apply(mean, opened.count, applied)
     forget_opened(here.folder, but=kept)
 

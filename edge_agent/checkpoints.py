@@ -212,6 +212,11 @@ class Checkpoint:
         return TrainingState(subject, fresh.steps, native, step, loss_sum, weight_sum)
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether a training of the run in this folder left something behind."""
+    return (folder / _FILE).exists()
+
+
 def discard_checkpoint(folder: Path) -> None:
     """Delete what a training of the run in this folder left behind, half a file included."""
     try:

@@ -120,6 +120,8 @@ class Contribution:
 
     def _propose(self, run: Undertaking, place: SumPlace, update: Outgoing, clip: float) -> None:
         run.memory.propose(place, update.remembered(run.protection.limit(clip)))
+        if run.held is not None:
+            run.held.propose(place)
 
     async def _upload(self, cohort: Cohort, update: ArtifactReference) -> None:
         self._here.report(Step.UPLOADING, cohort.round)

@@ -12,6 +12,7 @@ from fedloom.plans import MAX_PLAN_BYTES
 from fedloom.privacy import PrivacyTerms
 from fedloom.quality import DEFAULT_EVALUATION, EvaluationTerms
 from fedloom.terms import (
+    ASYNCHRONOUS,
     MAX_CAPACITY,
     MAX_WEIGHT_CLASS,
     Encoding,
@@ -56,6 +57,7 @@ class Terms:
             groups=self.training.groups,
             sends_labels=self.training.sends_labels,
             weighting=self.training.weighting,
+            is_asynchronous=self.training.is_asynchronous,
         )
 
 
@@ -116,6 +118,11 @@ def read_terms(message: control_pb2.Invitation) -> Terms:
         ActivationGate.from_message(message.gate),
         EvaluationTerms.from_message(message.evaluation),
     )
+
+
+def is_asynchronous(message: control_pb2.Invitation) -> bool:
+    """Tell whether the run goes on while this device trains."""
+    return int(message.training.strategy) in ASYNCHRONOUS
 
 
 def read_outcome(message: control_pb2.RoundOutcome) -> Outcome:

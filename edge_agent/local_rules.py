@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_agent.engine import LocalUpdate
+from edge_agent.held_updates import HeldUpdate
 from edge_agent.optimisers import Gradient, Optimizer, Vector, optimizer_for
 from fedloom.adapters import Theta
 from fedloom.errors import Reason, Refused
@@ -96,6 +97,14 @@ def outgoing(
     waiting = sent.memory[-1] if sent.places is not None else None
     weight = weight_of(terms, update.samples, update.factor_norm)
     return Outgoing(values, weight, kept, tail, waiting, sent.places)
+
+
+def joined(terms: LocalTraining, state: ServerState, layout: Layout, held: HeldUpdate) -> Outgoing:
+    """Return an update that this device holds as a sum on `state` takes it, by its staleness."""
+    staleness = state.rounds - held.base_rounds
+    values = algorithm(terms, layout).joined(state, held.values, staleness)
+    room = np.zeros(len(held.shares), np.float32)
+    return Outgoing(np.concatenate([values, room]), held.weight, (), held.shares)
 
 
 def strategys(terms: LocalTraining, memory: Memory) -> Memory:

@@ -79,6 +79,11 @@ class Masking:
         """Digest of the upload that was fixed for this attempt; empty before."""
         return self._state.upload
 
+    def has_vouched(self, round_number: int) -> bool:
+        """Tell whether this device vouched for a list in a round: that sum may have been opened."""
+        vouched = self._state.phase >= cohort.MemberPhase.ENDORSED
+        return vouched and self._state.attempt.round == round_number
+
     @property
     def has_shares(self) -> bool:
         """Whether the others' shares are here, so that this device may upload or has done so."""

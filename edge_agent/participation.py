@@ -17,14 +17,17 @@ from edge_agent.activation import keep_state
 from edge_agent.applied_rounds import apply_round, forget_opened, return_sum
 from edge_agent.availability import ALWAYS, Availability
 from edge_agent.capability import keep_pace, pace_of
+from edge_agent.checkpoints import has_checkpoint
 from edge_agent.contribution import Contribution
 from edge_agent.engine import Engine, Evaluation
 from edge_agent.evaluations import Evaluations, told
 from edge_agent.global_state import GlobalState
+from edge_agent.held_updates import HeldUpdates
 from edge_agent.identity import Identity
 from edge_agent.invitations import (
     Terms,
     forget_invitation,
+    is_asynchronous,
     keep_invitation,
     kept_invitation,
     read_outcome,
@@ -96,14 +99,22 @@ class Participation:
         self._evaluations = Evaluations()
         self._training = Training(self._here, self._evaluations)
         self.round = 0  # that this device was invited to last
+        self.newest_round = 0  # that it was told of
 
     @property
     def progress(self) -> float:
         """How much of the training in hand is done, 0..1."""
         return self._training.progress
 
+    @property
+    def trains_on(self) -> bool:
+        """Whether a training is under way that the run waits for in no round."""
+        asynchronous = self._run is not None and self._run.held is not None
+        return asynchronous and self._training.is_under_way
+
     def forget_state(self) -> None:
         """Go back to the plan's adapter; the next invitation's history is applied from there."""
+        self.drop_update()
         if self._ground is not None:
             _, _, state = self._ground
             state.reset()
@@ -114,9 +125,31 @@ class Participation:
         """Stop the training in hand: the run goes on without it."""
         self._training.interrupt()
 
-    def overtaken(self) -> None:
-        """Stop training for a round: the run went on, or another has begun."""
-        self._training.overtaken()
+    def overtaken(self, message: control_pb2.ConnectResponse) -> None:
+        """Stop training for a round: the run went on, or another has begun.
+
+        An asynchronous run takes the update in a later round, unless it is too old by now.
+        """
+        invitation = message.invitation
+        if invitation.run_id == self.run_id:
+            self.newest_round = invitation.round
+        run_id = invitation.run_id or message.result.run_id
+        if self._run is None or self._run.held is None or run_id != self.run_id:
+            self._training.overtaken()
+        elif self.trains_on:
+            last = self._run.state.last.round
+            staleness = sum(outcome.round > last for outcome in invitation.history)
+            if staleness > self._run.terms.training.max_staleness:
+                self._training.overtaken()
+            elif staleness:
+                cause = f"the run is {staleness} rounds on, and takes the update in a later one"
+                self._here.report(Step.TRAINING, self.round, cause)
+
+    def drop_update(self) -> None:
+        """Hold no update of an asynchronous run: the next one is made from the newest state."""
+        if self._run is not None and self._run.held is not None:
+            self._run.held.drop()
+            self._training.forget()
 
     def round_closed(self, round_number: int) -> None:
         """Stop training for a round that was closed without this device, and drop its update."""
@@ -133,6 +166,8 @@ class Participation:
     async def invited(self, message: control_pb2.Invitation) -> None:
         """Bring the state up to date, train, and say READY."""
         self._training.begin()
+        if self._run is None and is_asynchronous(message):
+            await self._end_training(message.round)
         run = await self._take_up(message)
         terms = run.terms
         run.key_to_encode()  # or decline before anything is trained
@@ -146,14 +181,30 @@ class Participation:
             round=terms.round,
             weight_class=weight_class(trained.update.weight),
             training_time=Duration(seconds=int(trained.seconds)),
+            base_rounds=trained.base_rounds,
         )
+        if terms.round < self.newest_round and run.held is not None:
+            return  # the newest invitation is answered with it
         if terms.evaluation.report is Report.EACH:
             ready.training_loss = trained.mean_loss
         if run.masking is not None:
             ready.advertisement = await run.masking.advertise(terms.round, terms.attempt)
             ready.identity.CopyFrom(self._device.identity.advertised_identity_key())
         self._send(control_pb2.ConnectRequest(ready=ready))
-        self._here.report(Step.WAITING, terms.round, "the round's cohort is not complete")
+        cause = "the round's cohort is not complete"
+        if run.held is not None:
+            staleness = run.state.server.rounds - trained.base_rounds
+            cause += f"; the update that is ready is {staleness} rounds old"
+        self._here.report(Step.WAITING, terms.round, cause)
+
+    async def _end_training(self, newest: int) -> None:
+        """Go on with what a former process trained, from the state that it had."""
+        kept = kept_invitation(self._folder)
+        if kept is None or kept.round >= newest or not has_checkpoint(self._folder):
+            return
+        run = await self._take_up(kept)
+        if run.held is not None and run.state.last.round == run.terms.previous_round:
+            await self._training.done(run)
 
     async def _take_up(self, message: control_pb2.Invitation) -> Undertaking:
         """Have the plan, the engine, the keys and the state of this run at hand."""
@@ -195,6 +246,7 @@ class Participation:
             self._memory(terms, plan, state),
             self._masking if terms.encoding.protection.has_masks else None,
             self._device.rank,
+            HeldUpdates(self._folder, terms.run_id) if terms.training.is_asynchronous else None,
         )
         for outcome in message.history:
             await apply_round(self._here, self._run, read_outcome(outcome))
@@ -329,6 +381,7 @@ class Participation:
             await self._complete(message)
         else:
             self._log.warning("run failed", reason=str(refused_from_details(message.reason)))
+        self.drop_update()
         forget_opened(self._folder)
         forget_invitation(self._folder)
         self._training.forget()

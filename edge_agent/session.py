@@ -1,9 +1,10 @@
 """The agent's life: connect, take part in runs, connect again."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 
 import grpc
 import structlog
@@ -14,7 +15,7 @@ from edge_agent.capability import told_capability
 from edge_agent.connection import Backoff, Closings, Unreachable, open_channel
 from edge_agent.enrolment import until_renewed
 from edge_agent.identity import Identity
-from edge_agent.invitations import read_run_id, unfinished_runs
+from edge_agent.invitations import is_asynchronous, read_run_id, unfinished_runs
 from edge_agent.participation import Device, Participation
 from edge_agent.run_keys import share_run_key
 from edge_agent.status import Link, StatusFile, Step, wait_cause
@@ -37,6 +38,9 @@ FIRST_BACKOFF_SECONDS = 0.2
 LAST_BACKOFF_SECONDS = 30.0
 GOODBYE_SECONDS = 5.0  # for the coordinator to end a stream that we end
 PROGRESS_SECONDS = 1.0  # how often progress is looked at while training
+_Steps = asyncio.Queue[control_pb2.ConnectResponse]
+_Follow = Callable[[control_pb2.ConnectResponse], Awaitable[None]]
+_NO_ROUND = 1 << 32  # after every one
 _log = structlog.get_logger()
 
 
@@ -50,7 +54,9 @@ class Session:
         self._run: Participation | None = None
         self._closed: tuple[bytes, int] | None = None  # a round, before its invitation's turn came
         self._outbox: asyncio.Queue[control_pb2.ConnectRequest | None] = asyncio.Queue()
-        self._steps: asyncio.Queue[control_pb2.ConnectResponse] = asyncio.Queue()
+        self._newest: tuple[bytes, int] = b"", 0  # run and round of the invitation read last
+        self._steps: _Steps = asyncio.Queue()
+        self._key_requests: _Steps = asyncio.Queue()
         self._at_work = asyncio.Lock()  # held during a step
         self._heartbeat_seconds = 15.0
         self._absence = Absence(device.availability, self._status)
@@ -137,13 +143,18 @@ class Session:
         backoff, closings = Backoff(FIRST_BACKOFF_SECONDS, LAST_BACKOFF_SECONDS), Closings()
         credentials = self._device.identity.channel_credentials()
         async with open_channel(address, credentials) as channel:
-            worker = asyncio.create_task(self._work(Transfer(channel, address)))
+            in_turn = partial(self._in_turn, Transfer(channel, address))
+            workers = {
+                asyncio.create_task(self._work(self._steps, in_turn)),
+                # Beside the steps: nobody shall wait for our training to have a key.
+                asyncio.create_task(self._work(self._key_requests, self._share_key)),
+            }
             try:
                 while True:
                     self._device.identity.require_valid(datetime.now(UTC))
                     backoff.attempt()
                     try:
-                        await self._converse(channel, worker)
+                        await self._converse(channel, workers)
                         cause: FedloomError = Unreachable(address, "stream ended", hopeless=False)
                     except grpc.aio.AioRpcError as error:
                         cause = closings.explained(error, address)
@@ -156,12 +167,13 @@ class Session:
                     _log.info("reconnecting", cause=str(cause), seconds=round(seconds, 1))
                     await asyncio.sleep(seconds)
             finally:
-                worker.cancel()
+                for worker in workers:
+                    worker.cancel()
                 if self._run is not None:
                     self._run.interrupt()
-                await asyncio.wait({worker})  # a later one finds on the disk what this one promised
+                await asyncio.wait(workers)  # a later one finds on the disk what this one promised
 
-    async def _converse(self, channel: grpc.aio.Channel, worker: asyncio.Task[None]) -> None:
+    async def _converse(self, channel: grpc.aio.Channel, workers: set[asyncio.Task[None]]) -> None:
         """Hold one control stream until it ends; a dead worker ends it with its error."""
         self._outbox = asyncio.Queue()
         self._absence.needed()
@@ -170,9 +182,10 @@ class Session:
         heart = asyncio.create_task(self._beat())
         reader = asyncio.create_task(self._read(call))
         try:
-            await asyncio.wait({reader, worker}, return_when=asyncio.FIRST_COMPLETED)
-            if worker.done():
-                worker.result()
+            await asyncio.wait({reader, *workers}, return_when=asyncio.FIRST_COMPLETED)
+            for worker in workers:
+                if worker.done():
+                    worker.result()
             await reader
         finally:
             heart.cancel()
@@ -231,8 +244,9 @@ class Session:
         async for message in call:
             match message.WhichOneof("step"):
                 case "welcome":
-                    while not self._steps.empty():  # the coordinator repeats what it still wants
-                        self._steps.get_nowait()
+                    for queue in (self._steps, self._key_requests):
+                        while not queue.empty():  # the coordinator repeats what it still wants
+                            queue.get_nowait()
                     seconds = message.welcome.heartbeat_interval.ToTimedelta().total_seconds()
                     self._heartbeat_seconds = max(1.0, seconds)
                     self._status.link(Link.CONNECTED)
@@ -243,6 +257,8 @@ class Session:
                     self._react(refused_from_details(message.refusal.details))
                 case None:
                     _log.info("unknown step ignored")  # a newer coordinator's
+                case "wrap_key":
+                    self._key_requests.put_nowait(message)
                 case "invitation" | "result" | "finished":
                     self._absence.needed()
                     self._interrupt_if_past(message)
@@ -260,7 +276,9 @@ class Session:
                 if self._run is not None:
                     self._run.forget_state()
             case Reaction.SKIP_STEP | Reaction.RECONNECT:
-                pass  # it is asked for again if it is still wanted
+                # It is asked for again if it is still wanted; an update that is too old is not.
+                if refused.reason is Reason.DEADLINE_PASSED and self._run is not None:
+                    self._run.drop_update()
 
     def _wait(self, waiting: control_pb2.Waiting) -> None:
         """Keep the cause for a person; a round that was closed needs no training any more."""
@@ -270,12 +288,17 @@ class Session:
             self._closed = (waiting.run_id, waiting.round)
             if run is not None and run.run_id == waiting.run_id:
                 run.round_closed(waiting.round)
-        self._status.step(Step.WAITING, waiting.run_id, waiting.round, cause)
+        if run is None or not run.trains_on:
+            self._status.step(Step.WAITING, waiting.run_id, waiting.round, cause)
         self._absence.told(waiting.come_back_seconds, waiting.spread_seconds)
 
     def _interrupt_if_past(self, message: control_pb2.ConnectResponse) -> None:
         """The run went on: training for a round that is closed is of no use."""
         run, invitation = self._run, message.invitation
+        if invitation.run_id:
+            self._newest = (invitation.run_id, invitation.round)
+        elif message.finished.run_id:
+            self._newest = (message.finished.run_id, _NO_ROUND)
         if (invitation.run_id, invitation.round) == self._closed:
             self._closed = None  # this device is wanted in the round after all
         repeated = run is not None and (invitation.run_id, invitation.round) == (
@@ -283,15 +306,14 @@ class Session:
             run.round,
         )
         if run is not None and not repeated:
-            run.overtaken()
+            run.overtaken(message)
 
-    async def _work(self, transfer: Transfer) -> None:
+    async def _work(self, steps: _Steps, follow: _Follow) -> None:
         """Do the steps one after another; a refused step is reported and the next one done."""
         while True:
-            message = await self._steps.get()
+            message = await steps.get()
             try:
-                async with self._at_work:
-                    await self._step(transfer, message)
+                await follow(message)
             except Interrupted:
                 _log.info("step interrupted: the run went on")
                 cause = wait_cause(control_pb2.WAIT_CAUSE_ROUND_CLOSED)
@@ -304,13 +326,17 @@ class Session:
                 _log.exception("step failed")
                 self._decline(message, Refused(Reason.INTERNAL, type(error).__name__))
 
+    async def _share_key(self, message: control_pb2.ConnectResponse) -> None:
+        read_run_id(message.wrap_key.run_id)
+        answer = await asyncio.to_thread(share_run_key, self._device.identity, message.wrap_key)
+        self._send(control_pb2.ConnectRequest(wrapped_key=answer))
+
+    async def _in_turn(self, transfer: Transfer, message: control_pb2.ConnectResponse) -> None:
+        async with self._at_work:
+            await self._step(transfer, message)
+
     async def _step(self, transfer: Transfer, message: control_pb2.ConnectResponse) -> None:
         match message.WhichOneof("step"):
-            case "wrap_key":
-                read_run_id(message.wrap_key.run_id)
-                identity, request = self._device.identity, message.wrap_key
-                answer = await asyncio.to_thread(share_run_key, identity, request)
-                self._send(control_pb2.ConnectRequest(wrapped_key=answer))
             case "invitation":
                 await self._invited(transfer, message.invitation)
             case "cohort":
@@ -327,12 +353,19 @@ class Session:
             case "finished":
                 await self._run_of(message.finished.run_id, transfer).finished(message.finished)
                 self.finished.put_nowait(message.finished)
-            case "welcome" | "refusal" | "waiting" | None:
+            case "welcome" | "refusal" | "waiting" | "wrap_key" | None:
                 raise AssertionError("handled as it is read")
 
     async def _invited(self, transfer: Transfer, invitation: control_pb2.Invitation) -> None:
         if (invitation.run_id, invitation.round) == self._closed:
             raise Interrupted
+        run_id, newest = self._newest
+        if (
+            is_asynchronous(invitation)
+            and invitation.run_id == run_id
+            and invitation.round < newest
+        ):
+            return  # the newest one has all that this one says
         await self._run_of(invitation.run_id, transfer).invited(invitation)
 
     def _run_of(self, run_id: bytes, transfer: Transfer) -> Participation:

@@ -10,8 +10,9 @@ import numpy as np
 from edge_agent.checkpoints import Checkpoint, discard_checkpoint
 from edge_agent.engine import LocalUpdate
 from edge_agent.evaluations import Evaluations
+from edge_agent.held_updates import HeldUpdate, HeldUpdates
 from edge_agent.invitations import Terms
-from edge_agent.local_rules import Outgoing, outgoing, strategys
+from edge_agent.local_rules import Outgoing, joined, outgoing, strategys
 from edge_agent.ranks import OwnRank
 from edge_agent.seeds import order_seed
 from edge_agent.status import Step
@@ -37,6 +38,7 @@ class Trained:
     mean_loss: float
     seconds: float
     samples: int
+    base_rounds: int = 0  # asynchronous: applied to the state that it was made from
 
 
 class Training:
@@ -50,6 +52,7 @@ class Training:
         self._alone = False  # what is trained is nobody else's
         self._closed_round = 0  # the last one that went on without this device
         self.progress = 0.0  # of the training in hand, 0..1
+        self.is_under_way = False
 
     def begin(self) -> None:
         """An invitation is taken up: what interrupted the one before is past."""
@@ -79,8 +82,51 @@ class Training:
     async def done(self, run: Undertaking) -> Trained:
         """Return what the round's training gave, once it is done."""
         if self._trained is None or self._trained.round != run.terms.round:
-            self._trained = await self._train(run)
+            held = run.held
+            self._trained = await (self._train(run) if held is None else self._join(run, held))
         return self._trained
+
+    async def _join(self, run: Undertaking, held: HeldUpdates) -> Trained:
+        """Return what this device holds, or trains now, as an asynchronous round's sum takes it."""
+        _require_state(run)
+        update = await asyncio.to_thread(self._usable, run, held)
+        if update is None:
+            update = await self._hold(run, held)
+        terms, layout = run.terms.training, run.plan.layout
+        sent = await asyncio.to_thread(joined, terms, run.state.server, layout, update)
+        loss, seconds, samples = update.mean_loss, update.seconds, update.samples
+        return Trained(run.terms.round, sent, loss, seconds, samples, update.base_rounds)
+
+    def _usable(self, run: Undertaking, held: HeldUpdates) -> HeldUpdate | None:
+        """Return what is held, unless it is too old, or may be in a sum that we cannot open."""
+        update, place, masking = held.read(), held.proposed, run.masking
+        if update is None:
+            return None
+        staleness = run.state.server.rounds - update.base_rounds
+        spent = masking is not None and place is not None and masking.has_vouched(place.round)
+        if 0 <= staleness <= run.terms.training.max_staleness and not spent:
+            return update
+        self._here.log.info("update dropped", round=update.round, staleness=staleness, spent=spent)
+        held.drop()
+        return None
+
+    async def _hold(self, run: Undertaking, held: HeldUpdates) -> HeldUpdate:
+        """Train from the newest state, and hold the update from then on."""
+        base, trained = run.state.server.rounds, await self._train(run)
+        sent = trained.update
+        update = HeldUpdate(
+            base,
+            trained.round,
+            sent.values[: len(sent.values) - len(sent.shares)],
+            sent.shares,
+            sent.weight,
+            trained.mean_loss,
+            trained.seconds,
+            trained.samples,
+        )
+        await asyncio.to_thread(held.keep, update)
+        discard_checkpoint(self._here.folder)
+        return update
 
     async def promised(self, run: Undertaking, round_number: int) -> Outgoing | None:
         """Return the update for a round's cohort, trained again if a former process had it.
@@ -98,16 +144,12 @@ class Training:
 
     async def _train(self, run: Undertaking) -> Trained:
         terms = run.terms
-        if run.state.last.round != terms.previous_round:
-            raise Refused(
-                Reason.STATE_DIVERGED,
-                f"expected the state after round {terms.previous_round}, "
-                f"found that after {run.state.last.round}",
-            )
+        _require_state(run)
         self.progress = 0.0
         self._here.report(Step.TRAINING, terms.round)
         self._here.log.info("training", round=terms.round)
         checkpoint = Checkpoint(self._here.folder, terms.run_id, terms.round)
+        self.is_under_way = True
         try:
             trained = await asyncio.to_thread(self._trained_update, run, checkpoint)
             self._heed(1.0)  # an interruption after the last step counts too
@@ -115,6 +157,8 @@ class Training:
             checkpoint.discard()
             discard_checkpoint(self._own_folder)
             raise
+        finally:
+            self.is_under_way = False
         return trained
 
     def _trained_update(self, run: Undertaking, checkpoint: Checkpoint) -> Trained:
@@ -231,3 +275,12 @@ class Training:
 
     def _order_seed(self, terms: Terms) -> int:
         return order_seed(terms.training.seed, terms.run_id, terms.round, self._here.agent_id)
+
+
+def _require_state(run: Undertaking) -> None:
+    before, found = run.terms.previous_round, run.state.last.round
+    if found != before:
+        raise Refused(
+            Reason.STATE_DIVERGED,
+            f"expected the state after round {before}, found that after {found}",
+        )

@@ -9,6 +9,7 @@ import structlog
 from crypto import RunKey
 from edge_agent.engine import Engine
 from edge_agent.global_state import GlobalState
+from edge_agent.held_updates import HeldUpdates
 from edge_agent.invitations import Terms
 from edge_agent.local_memory import LocalMemory
 from edge_agent.masking import Masking
@@ -86,6 +87,7 @@ class Undertaking:
     memory: LocalMemory
     masking: Masking | None  # None: no masks
     rank: int = 0  # that this device trains under HetLoRA; 0: the plan's
+    held: HeldUpdates | None = None  # None: rounds are synchronous
 
     @property
     def round_terms(self) -> LocalTraining:

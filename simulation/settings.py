@@ -53,7 +53,15 @@ class Settings:
         }
         for name, values in self.terms.items():
             table[name] = {**table.get(name, {}), **values}
-        return parse_run_config(table, _HERE)
+        config = parse_run_config(table, _HERE)
+        if config.training.is_asynchronous:
+            raise ConfigError(
+                "strategy",
+                "expected a synchronous one: no clock runs here and nobody is late, so there is "
+                f'nothing to wait for, found {config.training.strategy.name.lower()}; "fed_avg" is '
+                "the nearest, and `simulation.virtual_time` has devices of different speeds",
+            )
+        return config
 
     def _population(self, clients: int) -> dict[str, int]:
         counted = {strategy.name.lower() for strategy in STRATEGIES_WITH["population"]}

@@ -47,7 +47,7 @@ def sum_stored(state: RunState, event: SumStored, now: float) -> Step:
         applied={},
         past_keys=state.past_keys | used,
     )
-    return applying, (PublishResult(state.invited & state.connected),)
+    return applying, (PublishResult(applying.appliers & state.connected),)
 
 
 def sum_failed(state: RunState, event: SumFailed, now: float) -> Step:
@@ -60,21 +60,31 @@ def sum_failed(state: RunState, event: SumFailed, now: float) -> Step:
 
 def applying_connected(state: RunState, event: AgentConnected, now: float) -> Step:
     """Tell an agent again where the sum is."""
-    again = event.agent in state.invited and event.agent not in state.applied
+    admitted = admit(state, event.agent, event.traits)
+    again = event.agent in admitted.appliers and event.agent not in state.applied
     effects = (PublishResult(frozenset({event.agent})),) if again else ()
-    return admit(state, event.agent, event.traits), effects
+    return admitted, effects
 
 
 def applying_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
     """Wait no more for an agent that is away."""
     gone = leave(state, event.agent)
-    return close_when_all_applied(gone, now)
+    return go_on_without(state, gone, now)
+
+
+def go_on_without(before: RunState, state: RunState, now: float) -> Step:
+    """Wait for one fewer; others apply an asynchronous round whose members are all away."""
+    after, effects = close_when_all_applied(state, now)
+    told = (after.appliers - before.appliers) & after.connected
+    if after is state and told:
+        return after, (PublishResult(told),)
+    return after, effects
 
 
 def applied(state: RunState, event: Applied, now: float) -> Step:
     """Count an agent's state."""
-    if event.round != state.round or event.agent not in state.invited:
-        return wrong_round(state, event.agent)
+    if event.round != state.round or event.agent not in state.appliers:
+        return wrong_round(state, event.agent) if state.takes(event.round) else (state, ())
     report = StateReport(event.state_sha256, event.next_clip, event.opened_sha256, event.quality)
     reports = {**state.applied, event.agent: report}
     return close_when_all_applied(replace(state, applied=reports), now)
@@ -82,14 +92,14 @@ def applied(state: RunState, event: Applied, now: float) -> Step:
 
 def applying_declined(state: RunState, event: Declined, now: float) -> Step:
     """Go on without an agent that cannot apply the round."""
-    if event.round != state.round or event.agent not in state.invited:
-        return wrong_round(state, event.agent)
-    return close_when_all_applied(exclude(state, event.agent, event.reason), now)
+    if event.round != state.round or event.agent not in state.appliers:
+        return wrong_round(state, event.agent) if state.takes(event.round) else (state, ())
+    return go_on_without(state, exclude(state, event.agent, event.reason), now)
 
 
 def close_when_all_applied(state: RunState, now: float) -> Step:
     """Close the round once nobody who is here is missing."""
-    missing = state.invited - set(state.excluded) - set(state.applied)
+    missing = state.appliers - set(state.excluded) - set(state.applied)
     # Those who are away are not waited for, unless nobody has applied: a cut ends no run.
     if missing & state.connected or (missing and not state.applied):
         return state, ()
@@ -104,7 +114,7 @@ def applying_tick(state: RunState, event: Tick, now: float) -> Step:
 def _agree(state: RunState, now: float) -> Step:
     """Go on with the agents whose state is the majority's; without any, the sum is of no use."""
     if not state.applied:
-        reasons = Counter(state.excluded[a] for a in state.invited if a in state.excluded)
+        reasons = Counter(state.excluded[a] for a in state.appliers if a in state.excluded)
         cause = reasons.most_common(1)[0][0] if reasons else Reason.QUORUM_NOT_REACHED
         return fail(state, cause)
     agreed = Counter(state.applied.values()).most_common(1)[0][0]

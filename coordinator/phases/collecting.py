@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from coordinator.events import (
     AgentConnected,
+    AgentDisconnected,
     CloseCohort,
     Declined,
     Invite,
@@ -19,10 +20,13 @@ from coordinator.phases.gathering import (
     admit,
     exclude,
     learn,
+    leave,
     try_round_again,
     wrong_round,
 )
 from coordinator.run_state import Phase, RunState
+from coordinator.selection import eligible
+from crypto.cohort.quorum import least_accepted
 from fedloom.errors import Reason
 
 
@@ -34,32 +38,92 @@ class IllegalEvent(Exception):
 
 
 def invited_connected(state: RunState, event: AgentConnected, now: float) -> Step:
-    """Invite an agent again that may have missed it."""
-    again = event.agent in state.invited and event.agent not in state.ready
+    """Invite an agent again that may have missed it; asynchronously, one that has just come."""
+    admitted = admit(state, event.agent, event.traits)
+    admitted = invite_newcomers(admitted, frozenset({event.agent}), now)
+    again = event.agent in admitted.invited and event.agent not in state.ready
     effects = (Invite(frozenset({event.agent})),) if again else ()
-    return admit(state, event.agent, event.traits), effects
+    return admitted, effects
+
+
+def invite_newcomers(state: RunState, agents: frozenset[str], now: float) -> RunState:
+    """Take those into an asynchronous round that can take part; a key waits for the next one."""
+    if not state.policy.is_asynchronous:
+        return state
+    if state.policy.needs_key:
+        agents = state.keys.able(agents, state.past_keys)
+    may = eligible(
+        state.policy.selection, agents & state.candidates, state.traits, state.recent, now
+    )
+    return replace(state, invited=state.invited | may)
+
+
+def invited_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
+    """Asynchronously, wait no more for an agent that is away, nor have it in the cohort."""
+    gone = leave(state, event.agent)
+    if not state.policy.is_asynchronous:
+        return gone, ()
+    return form_cohort_when_enough(ready_and_here(gone), now)
+
+
+def ready_and_here(state: RunState) -> RunState:
+    """Count in an asynchronous round who is here and in; who comes back is asked again."""
+    if not state.policy.is_asynchronous:
+        return state
+    ready = {agent: found for agent, found in state.ready.items() if agent in state.candidates}
+    return replace(state, ready=ready)
 
 
 def ready(state: RunState, event: Ready, now: float) -> Step:
-    """Count an agent that has an update."""
+    """Count an agent that has an update; one that was made from too old a state is not taken."""
+    if not state.takes(event.round):
+        return state, ()
     if event.round != state.round or event.agent not in state.invited:
         return wrong_round(state, event.agent)
+    if state.policy.is_asynchronous and event.agent in state.excluded:
+        return state, ()  # it declined: the next round asks it, or its next connection
+    staleness = {**state.staleness, event.agent: 0}
+    if state.policy.is_asynchronous:
+        staleness[event.agent] = state.completed - event.base_rounds
+    if not 0 <= staleness[event.agent] <= state.policy.max_staleness:
+        return _refuse_staleness(state, event)
     readies = {**state.ready, event.agent: event.weight_class}
     learned = learn(state, event.agent, event.training_seconds)
-    return _form_cohort_when_enough(replace(learned, ready=readies), now)
+    counted = replace(learned, ready=readies, staleness=staleness)
+    return form_cohort_when_enough(counted, now)
+
+
+def _refuse_staleness(state: RunState, event: Ready) -> Step:
+    """Say so, and invite the agent again: it goes on from the newest state."""
+    least = max(0, state.completed - state.policy.max_staleness)
+    subject = (
+        f"expected an update from a state after {least}..{state.completed} rounds, found one after "
+        f"{event.base_rounds}"
+    )
+    reject = Reject(event.agent, Reason.DEADLINE_PASSED, subject)
+    if event.agent in state.ready:
+        return state, (reject,)
+    return state, (reject, Invite(frozenset({event.agent})))
 
 
 def training_declined(state: RunState, event: Declined, now: float) -> Step:
     """Go on without an agent."""
+    if not state.takes(event.round):
+        return state, ()
     if event.round != state.round or event.agent not in state.invited:
         return wrong_round(state, event.agent)
-    return _form_cohort_when_enough(exclude(state, event.agent, event.reason), now)
+    without = ready_and_here(exclude(state, event.agent, event.reason))
+    return form_cohort_when_enough(without, now)
 
 
-def _form_cohort_when_enough(state: RunState, now: float) -> Step:
-    enough = state.policy.enough
-    all_answered = state.invited - set(state.excluded) <= set(state.ready)
-    if all_answered or (enough and len(set(state.ready) - set(state.excluded)) >= enough):
+def form_cohort_when_enough(state: RunState, now: float) -> Step:
+    """Go on with those who are ready, if they are enough or nobody else is waited for."""
+    policy = state.policy
+    awaited, found = state.invited - set(state.excluded), set(state.ready) - set(state.excluded)
+    if policy.is_asynchronous and len(found) >= policy.minimum_agents:
+        awaited &= state.connected
+    all_answered = awaited <= set(state.ready)
+    if all_answered or (policy.enough and len(found) >= policy.enough):
         return _form_cohort(state, now)
     return state, ()
 
@@ -101,6 +165,8 @@ def late_ready(state: RunState, event: Ready, now: float) -> Step:
     """Refuse an agent that comes after the cohort was formed."""
     if event.round == state.round and event.agent in state.cohort:
         return state, ()  # it trained again after a restart; its weight class is fixed already
+    if not state.takes(event.round):
+        return state, ()
     subject = f"expected READY before the cohort of round {state.round} was formed"
     return state, (Reject(event.agent, Reason.DEADLINE_PASSED, subject),)
 
@@ -108,10 +174,16 @@ def late_ready(state: RunState, event: Ready, now: float) -> Step:
 def collecting_declined(state: RunState, event: Declined, now: float) -> Step:
     """Wait no more for a member's update; one that is in stays in."""
     if event.round != state.round or event.agent not in state.cohort:
-        return wrong_round(state, event.agent)
+        return wrong_round(state, event.agent) if state.takes(event.round) else (state, ())
     if event.agent in state.uploaded:
         return state, ()
     return close_when_all_uploaded(exclude(state, event.agent, event.reason), now)
+
+
+def member_disconnected(state: RunState, event: AgentDisconnected, now: float) -> Step:
+    """Asynchronously, wait no more for a member that is away: a later sum takes its update."""
+    gone = leave(state, event.agent)
+    return close_when_all_uploaded(gone, now) if state.policy.is_asynchronous else (gone, ())
 
 
 def uploaded(state: RunState, event: Uploaded, now: float) -> Step:
@@ -125,7 +197,15 @@ def uploaded(state: RunState, event: Uploaded, now: float) -> Step:
 def close_when_all_uploaded(state: RunState, now: float) -> Step:
     """Close the sum once nobody is missing."""
     missing = set(state.cohort) - set(state.excluded) - set(state.uploaded)
+    if state.policy.is_asynchronous and len(state.uploaded) >= _enough(state):
+        missing &= state.connected
     return (state, ()) if missing else _close_cohort(state, now)
+
+
+def _enough(state: RunState) -> int:
+    """Return how many of the cohort's updates make a sum that can be opened."""
+    minimum = state.policy.minimum_agents
+    return least_accepted(len(state.cohort), minimum) if state.policy.has_masks else minimum
 
 
 def collecting_tick(state: RunState, event: Tick, now: float) -> Step:

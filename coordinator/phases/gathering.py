@@ -151,14 +151,17 @@ def gather(state: RunState, now: float) -> Step:
         may &= state.keys.able(candidates, state.past_keys)
         if len(may) < policy.minimum_agents:
             return state, ()  # wait for an agent that holds the keys of the rounds so far
-    draw = f"{state.policy.seed}/{state.round}/{state.failures}"  # another try, other agents
-    chosen = choose(policy.selection, may, state.traits, policy.cohort_size, draw)
+    chosen = may  # asynchronous: whoever is here and may; who trains goes on
+    if not policy.is_asynchronous:
+        draw = f"{policy.seed}/{state.round}/{state.failures}"  # another try, other agents
+        chosen = choose(policy.selection, may, state.traits, policy.cohort_size, draw)
     training = replace(
         state,
         phase=Phase.TRAINING,
         deadline=now + state.policy.training_seconds,
         invited=chosen,
         ready={},
+        staleness={},
         grant=None,
         began=now,
     )
@@ -191,6 +194,8 @@ def key_shared(state: RunState, event: KeyShared, now: float) -> Step:
 
 def declined(state: RunState, event: Declined, now: float) -> Step:
     """The agent that was asked cannot wrap the key."""
+    if event.round and not state.takes(event.round):
+        return state, ()  # its training for an earlier round
     if state.grant is None or event.agent != state.grant.holder:
         return wrong_round(state, event.agent)
     return gather(replace(exclude(state, event.agent, event.reason), grant=None), now)

@@ -243,6 +243,7 @@ def _ready(agent: str, message: control_pb2.Ready) -> Ready:
         seconds,
         message.advertisement,
         identity.SerializeToString(),
+        message.base_rounds,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
+from coordinator.asynchronous import TRAINING_KEYS
 from coordinator.config import parse_run_config
 from coordinator.strategies.compression_table import compression_table
 from coordinator.strategies.part_tables import (
@@ -15,6 +16,7 @@ from coordinator.strategies.part_tables import (
 from fedloom.errors import ConfigError, Refused
 from fedloom.strategies import RULES, Rule
 from fedloom.terms import (
+    ASYNCHRONOUS,
     STRATEGIES_WITH,
     STRATEGY_DEFAULTS,
     LocalTraining,
@@ -93,6 +95,7 @@ def _is_of(rule: Rule, name: str) -> bool:
 
 def _key(rule: Rule, name: str) -> str:
     place = "cohort" if name == "population" else "training"
+    place = "asynchronous" if name in TRAINING_KEYS else place
     default = STRATEGY_DEFAULTS.get(rule.strategy, {}).get(name)
     if name == "auxiliary_scale":
         return f"`{place}.{name}` (from `local_steps` or `max_steps`)"
@@ -111,7 +114,7 @@ def _accepted(rule: Rule, field: str, members: list[Optimizer] | list[Weighting]
 
 def _goes_with(rule: Rule, choice: dict[str, Optimizer | Weighting]) -> bool:
     least: dict[str, object] = {"server_adaptivity": 1.0, "dynamic_alpha": 1.0}
-    least |= {"population": 1, "auxiliary_scale": 1.0}
+    least |= {"population": 1, "auxiliary_scale": 1.0, "mixing": 1.0}
     needed = {name: value for name, value in least.items() if _is_of(rule, name)}
     for optimizer, weighting in product(Optimizer, Weighting):
         both = {"optimizer": optimizer, "weighting": weighting, **choice}
@@ -141,6 +144,7 @@ def _can_run(rule: Rule, protection: Protection, release: Release) -> bool:
             "cohort": {"size": 3} | ({"population": 3} if _is_of(rule, "population") else {}),
             "training": {"strategy": names[0], "max_steps": 1} | choice,
             "protection": {"kind": names[1], "release": names[2], "clip": 1.0},
+            "asynchronous": {"buffer": 3} if rule.strategy in ASYNCHRONOUS else {},
         }
         try:
             parse_run_config(run, Path("/run.toml"))

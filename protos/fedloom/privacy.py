@@ -22,6 +22,7 @@ class PrivacyTerms:
     groups: int = 0  # sums of a round, each of one group's updates; 0: one of all
     sends_labels: bool = False  # whether an update says how many rows are of each label
     weighting: Weighting = Weighting.SAMPLES
+    is_asynchronous: bool = False
 
     @property
     def weight(self) -> str:
@@ -94,11 +95,12 @@ def privacy_statement(terms: PrivacyTerms) -> PrivacyStatement:
 
 
 def _clear(terms: PrivacyTerms) -> str:
+    age = "how many rounds old each update is, " if terms.is_asynchronous else ""
     return (
-        "the coordinator is told who takes part and when, how long training took, each agent's "
-        f"{terms.weight} up to a power of two, {_told_quality(terms.evaluation)}, how long an "
-        "agent's hours last, unless its policy withholds it its memory, speed, processors and "
-        "engine, up to powers of two, and after "
+        f"the coordinator is told who takes part and when, how long training took, {age}each "
+        f"agent's {terms.weight} up to a power of two, {_told_quality(terms.evaluation)}, how "
+        "long an agent's hours last, unless its policy withholds it its memory, speed, processors "
+        "and engine, up to powers of two, and after "
         "each round how many values were clipped, their range for the next one, and the model's "
         "SHA-256; agents see the names in their cohort and the largest "
         f"{terms.weight} up to a power of two"

@@ -83,6 +83,8 @@ class Strategy(IntEnum):
     FED_NOVA = 7
     SCAFFOLD = 8
     FED_DYN = 9
+    FED_BUFF = 10
+    FED_ASYNC = 11
     FED_MA = 12
 
 
@@ -109,6 +111,14 @@ class Personal(IntEnum):
     DITTO = 4
 
 
+class StalenessWeighting(IntEnum):
+    """What an update counts for that was made from an older state."""
+
+    CONSTANT = 1
+    POLYNOMIAL = 2
+    HINGE = 3
+
+
 class Weighting(IntEnum):
     """What an agent's update counts for in the mean."""
 
@@ -133,25 +143,37 @@ class Schedule(IntEnum):
     COSINE = 2
 
 
+ASYNCHRONOUS = (Strategy.FED_BUFF, Strategy.FED_ASYNC)  # whose rounds wait for no slow agent
 # Values that only some strategies have a use for; elsewhere anything but their default is refused.
 _FED_OPT = (Strategy.FED_ADAGRAD, Strategy.FED_ADAM, Strategy.FED_YOGI)
 STRATEGIES_WITH: dict[str, tuple[Strategy, ...]] = {
-    "proximal_mu": (Strategy.FED_PROX,),
+    "proximal_mu": (Strategy.FED_PROX, Strategy.FED_ASYNC),
     "server_momentum": (Strategy.FED_AVG_M, *_FED_OPT),
     "server_second_momentum": (Strategy.FED_ADAM, Strategy.FED_YOGI),
     "server_adaptivity": _FED_OPT,
     "dynamic_alpha": (Strategy.FED_DYN,),
     "population": (Strategy.SCAFFOLD, Strategy.FED_DYN),
     "auxiliary_scale": (Strategy.FED_NOVA, Strategy.SCAFFOLD),
+    "max_staleness": ASYNCHRONOUS,
+    "staleness_exponent": ASYNCHRONOUS,
+    "staleness_threshold": ASYNCHRONOUS,
+    "mixing": (Strategy.FED_ASYNC,),
 }
 # What a run file that says nothing means, where a strategy has other defaults than LocalTraining.
 _OF_FED_OPT = {"server_learning_rate": 0.01, "server_momentum": 0.9, "server_adaptivity": 1e-3}
+_OF_ASYNCHRONOUS = {
+    "max_staleness": 10,
+    "staleness_weighting": StalenessWeighting.POLYNOMIAL,
+    "staleness_exponent": 0.5,
+}
 STRATEGY_DEFAULTS: dict[Strategy, dict[str, float]] = {
     Strategy.FED_AVG_M: {"server_momentum": 0.9},
     Strategy.FED_ADAGRAD: _OF_FED_OPT,
     Strategy.FED_ADAM: _OF_FED_OPT | {"server_second_momentum": 0.99},
     Strategy.FED_YOGI: _OF_FED_OPT | {"server_second_momentum": 0.99},
     Strategy.FED_DYN: {"dynamic_alpha": 0.1},
+    Strategy.FED_BUFF: _OF_ASYNCHRONOUS,
+    Strategy.FED_ASYNC: _OF_ASYNCHRONOUS | {"mixing": 0.6},
 }
 # What a run file that says nothing means, under a LoRA rule of its own defaults.
 LORA_DEFAULTS: dict[LoraRule, dict[str, IntEnum]] = {
@@ -159,7 +181,7 @@ LORA_DEFAULTS: dict[LoraRule, dict[str, IntEnum]] = {
 }
 # Strategies whose update is a movement alone, to wherever it leads.
 _MOVES_ALONE = (Strategy.FED_AVG, Strategy.FED_PROX, Strategy.FED_AVG_M, *_FED_OPT)
-_NEEDED = ("server_adaptivity", "dynamic_alpha", "population", "auxiliary_scale")
+_NEEDED = ("server_adaptivity", "dynamic_alpha", "population", "auxiliary_scale", "mixing")
 _COUNTS_STEPS = (Strategy.FED_NOVA, Strategy.SCAFFOLD)
 _COUNTS_DEVICES = (Strategy.SCAFFOLD, Strategy.FED_DYN)
 # Whose server needs every device's factors, and gives new ones in the place of their mean.
@@ -173,6 +195,7 @@ _ENUMS: dict[str, type[IntEnum]] = {
     "round_schedule": Schedule,
     "lora": LoraRule,
     "personal": Personal,
+    "staleness_weighting": StalenessWeighting,
     "compression": Compression,
     "group_rule": GroupRule,
 }
@@ -226,6 +249,11 @@ class LocalTraining:
     head_steps: int = 0
     personal_lambda: float = 0.0
     fine_tune_steps: int = 0
+    max_staleness: int = 0
+    staleness_weighting: StalenessWeighting = StalenessWeighting.CONSTANT
+    staleness_exponent: float = 0.0
+    staleness_threshold: int = 0
+    mixing: float = 0.0
     compression: Compression = Compression.NONE
     compression_share: float = 0.0
     error_feedback: bool = False
@@ -243,9 +271,15 @@ class LocalTraining:
         self._check_groups()
         self._check_matching()
         self._check_factors()
+        self._check_asynchronous()
         self._check_ranks()
         if problem := compression_problem(self):
             raise Refused(Reason.MALFORMED, problem)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether rounds go on without those who still train, and take their updates later."""
+        return self.strategy in ASYNCHRONOUS
 
     @property
     def sends_labels(self) -> bool:
@@ -263,6 +297,8 @@ class LocalTraining:
             ("population", 0, 2**32 - 1),
             ("head_steps", 0, MAX_STEPS),
             ("fine_tune_steps", 0, MAX_STEPS),
+            ("max_staleness", 0, MAX_STEPS),
+            ("staleness_threshold", 0, MAX_STEPS),
         ):
             value = getattr(self, name)
             _require(least <= value <= most, f"{name} in {least}..{most}", value)
@@ -334,6 +370,40 @@ class LocalTraining:
             "personal NONE, FEDPER or FEDREP with lora FEDSA, which keeps B on the device already "
             "(lora FFA goes with DITTO)",
             self.personal.name,
+        )
+
+    def _check_asynchronous(self) -> None:
+        weighting = self.staleness_weighting
+        is_hinge = weighting is StalenessWeighting.HINGE
+        has_exponent = weighting is not StalenessWeighting.CONSTANT
+        _require(
+            self.is_asynchronous or not has_exponent,
+            "staleness_weighting CONSTANT unless the strategy is FED_BUFF or FED_ASYNC",
+            weighting.name,
+        )
+        _require(
+            (self.staleness_exponent > 0) == has_exponent,
+            "staleness_exponent above 0 with POLYNOMIAL and HINGE, and 0 otherwise",
+            self.staleness_exponent,
+        )
+        _require(
+            is_hinge or self.staleness_threshold == 0,
+            "staleness_threshold 0 unless staleness_weighting is HINGE",
+            self.staleness_threshold,
+        )
+        if not self.is_asynchronous:
+            return
+        _require(
+            self.mixing <= 1 and (not self.mixing or self.server_learning_rate == 1),
+            "mixing of at most 1, and server_learning_rate 1 beside it",
+            (self.mixing, self.server_learning_rate),
+        )
+        _require(
+            self.personal is Personal.NONE and self.lora in (LoraRule.FEDIT, LoraRule.FFA),
+            f"personal NONE and lora FEDIT or FFA with {self.strategy.name}: an update from an "
+            "older state must hold the same parts, and what is a device's own must belong to that "
+            "state (FED_AVG goes with them)",
+            (self.personal.name, self.lora.name),
         )
 
     def _check_groups(self) -> None:

@@ -42,7 +42,7 @@ class Record:
             case FinishRun():
                 self.finished += 1
             case PublishResult(told):
-                assert told <= after.invited & after.connected
+                assert told <= after.appliers & after.connected
             case AskForSum(agent):
                 assert after.applied[agent] == after.agreed
                 assert agent in after.connected

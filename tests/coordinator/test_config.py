@@ -32,6 +32,7 @@ from fedloom.terms import (
     Optimizer,
     Personal,
     Protection,
+    StalenessWeighting,
     Strategy,
     Weighting,
     clip_of,
@@ -485,6 +486,61 @@ def test_the_example_in_the_docstring_is_a_good_file() -> None:
     assert parse_run_config(tomllib.loads(text), PATH).cohort == CohortTerms(3, 100)
 
 
+def asynchronous(**tables: dict[str, Any]) -> RunConfig:
+    """Parse the least run file of an asynchronous run, with other values."""
+    least = {"training": {"strategy": "fed_buff"}, "asynchronous": {"buffer": 4}}
+    return parse_run_config({**LEAST, **least, **tables}, PATH)
+
+
+def test_an_asynchronous_run_has_the_papers_defaults() -> None:
+    config = asynchronous()
+    assert (config.policy.buffer, config.policy.max_staleness) == (4, 10)
+    assert config.encoding.capacity == 4  # no sum holds more
+    training = config.training
+    assert training.staleness_weighting is StalenessWeighting.POLYNOMIAL
+    assert (training.staleness_exponent, training.mixing) == (0.5, 0.0)
+    constant = asynchronous(asynchronous={"buffer": 4, "staleness_weighting": "constant"})
+    assert constant.training.staleness_exponent == 0.0
+    mixing = asynchronous(training={"strategy": "fed_async", "proximal_mu": 0.1})
+    assert mixing.training.mixing == 0.6
+
+
+@pytest.mark.parametrize(
+    ("tables", "problem"),
+    [
+        ({"asynchronous": {}}, 'buffer: expected how many.*nearest that is not is "fed_avg"'),
+        ({"asynchronous": {"buffer": 2}}, r"buffer: expected cohort.minimum = 3 \.\. cohort.size"),
+        ({"asynchronous": {"buffer": 101}}, "buffer: expected cohort.minimum"),
+        ({"cohort": {"quorum": 3}}, r"cohort.quorum: expected 0 with \[asynchronous\]"),
+        ({"selection": {"rule": "capability"}}, 'selection.rule: expected "uniform" with'),
+        ({"selection": {"over_selection": 1.3}}, "selection.over_selection: expected 1 with"),
+        ({"selection": {"most_rounds": 1, "window": 3}}, "selection.most_rounds: expected 0 with"),
+        ({"compression": {"kind": "random_mask"}}, "expected compression NONE with FED_BUFF"),
+        ({"training": {"strategy": "fed_buff", "lora": "flexlora"}}, "expected strategy FED_AVG"),
+        ({"aggregation": {"groups": 3, "rule": "median"}}, 'found "fed_buff"; use training'),
+        ({"training": {"strategy": "fed_avg"}}, 'use "fed_buff" or "fed_async", or leave'),
+        ({"training": {"strategy": "scaffold"}}, "takes no update from an older state"),
+        ({"training": {"strategy": "fed_buff", "lora": "rolora"}}, "lora FEDIT or FFA"),
+        ({"training": {"strategy": "fed_buff", "personal": "fedper"}}, "personal NONE"),
+        ({"training": {"strategy": "fed_buff", "max_staleness": 3}}, "unknown key"),
+        ({"aggregation": {"rule": "median"}, "protection": {"kind": "plain"}}, "fed_avg"),
+        ({"asynchronous": {"buffer": 4, "mixing": 0.5}}, "mixing 0 unless the strategy is"),
+    ],
+)
+def test_what_cannot_be_asynchronous_is_refused_with_what_can(
+    tables: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        asynchronous(**tables)
+
+
+def test_all_that_is_wrong_with_an_asynchronous_run_is_said_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        asynchronous(asynchronous={"buffer": 2, "max_staleness": -1}, cohort={"quorum": 5})
+    for key in ("asynchronous.buffer", "max_staleness", "cohort.quorum"):
+        assert key in caught.value.problem
+
+
 _KEYS = st.sampled_from(
     [
         "name",
@@ -498,7 +554,7 @@ _KEYS = st.sampled_from(
         "minimum",
         "size",
     ]
-    + ["kind", "clip", "update_bits", "strategy", "optimizer", "", "a.b", "population"]
+    + ["kind", "clip", "update_bits", "strategy", "optimizer", "", "a.b", "population", "buffer"]
     + [field.name for field in (*fields(LocalTraining), *fields(Deadlines))]
 )
 _VALUES = st.one_of(
@@ -509,6 +565,7 @@ _VALUES = st.one_of(
     st.text(),
     st.sampled_from(["sgd", "adamw", "fed_prox", "plain", "encrypted", "p", "\0"]),
     st.sampled_from(["scaffold", "fed_nova", "fed_adam", "fed_dyn", "uniform", "cosine"]),
+    st.sampled_from(["fed_buff", "fed_async", "hinge"]),
     st.dates(),
 )
 _TABLES = st.recursive(
@@ -520,7 +577,14 @@ _LIKELY = st.fixed_dictionaries(
     {"plan": st.just("p"), "rounds": st.integers(0, 9)},
     optional={
         table: st.dictionaries(_KEYS, _VALUES, max_size=3)
-        for table in ("cohort", "training", "protection", "deadlines", "activation")
+        for table in (
+            "cohort",
+            "training",
+            "protection",
+            "deadlines",
+            "activation",
+            "asynchronous",
+        )
     },
 )
 

@@ -439,3 +439,107 @@ def test_a_restarted_run_does_not_begin_without_those_who_come_later() -> None:
     run = Run()
     assert run.on(TakenUp(frozenset())) == ()
     assert run.on(TakenUp(frozenset("abc"))) == (Invite(frozenset("abc")),)
+
+
+# asynchronous runs
+
+THREE = frozenset("abc")
+
+
+def asynchronous(**policy: object) -> Run:
+    """A run whose buffer of two is open for a, b and c."""
+    run = Run()
+    changed = {"buffer": 2, "max_staleness": 1, "rounds": 9, **policy}
+    policies = replace(run.state.policy, **changed)  # type: ignore[arg-type]
+    run.state = replace(run.state, policy=policies, connected=frozenset("bc"))
+    assert run.on(AgentConnected("a")) == (Invite(THREE),)
+    return run
+
+
+def one_round_without_c() -> Run:
+    """The same after a and b have made a round; c trains on."""
+    run = asynchronous()
+    assert run.on(Ready("b", 1, 0), Ready("a", 1, 0)) == (OpenCohort(),)
+    run.on(Uploaded("a", SHA), Uploaded("b", SHA))
+    assert run.on(SumStored()) == (PublishResult(BOTH),)
+    run.on(Applied("a", 1, SHA))
+    assert run.on(Applied("b", 1, SHA)) == (CloseRound(), Invite(THREE))
+    return run
+
+
+def test_the_first_that_are_ready_are_the_cohort_and_nobody_waits_for_the_others() -> None:
+    run = one_round_without_c()
+    assert (run.state.round, run.state.phase) == (2, Phase.TRAINING)
+    before = run.state
+    assert run.on(Ready("c", 1, 0)) == ()  # it cannot have known: the next invitation asks it
+    assert run.state is before
+    assert run.on(Ready("c", 2, 0, base_rounds=0), Ready("a", 2, 0, base_rounds=1)) == (
+        OpenCohort(),
+    )
+    assert run.state.cohort == ("a", "c")
+    assert run.state.staleness == {"a": 0, "c": 1}
+
+
+def test_ready_while_a_sum_is_made_is_not_refused() -> None:
+    run = asynchronous()
+    run.on(Ready("a", 1, 0), Ready("b", 1, 0))
+    for event in (Uploaded("a", SHA), Uploaded("b", SHA), SumStored(), Applied("a", 1, SHA)):
+        assert run.on(Ready("c", 1, 0)) == ()
+        run.on(event)
+    assert run.on(Declined("c", 1, Reason.TRAINING_FAILED)) == ()
+    assert run.state.excluded == {}
+
+
+def test_an_update_that_is_too_old_is_refused_and_asked_for_again() -> None:
+    run = one_round_without_c()
+    run.on(Ready("a", 2, 0, base_rounds=1), Ready("b", 2, 0, base_rounds=1))
+    run.on(Uploaded("a", SHA), Uploaded("b", SHA), SumStored())
+    run.on(Applied("a", 2, SHA), Applied("b", 2, SHA))
+    before = run.state
+    reject, again = run.on(Ready("c", 3, 0, base_rounds=0))
+    assert isinstance(reject, Reject)
+    assert reject.reason is Reason.DEADLINE_PASSED
+    assert again == Invite(frozenset("c"))
+    assert run.state is before
+    for impossible in (3, 99):
+        assert isinstance(run.on(Ready("c", 3, 0, base_rounds=impossible))[0], Reject)
+
+
+def test_who_comes_while_others_train_takes_part_at_once() -> None:
+    run = asynchronous()
+    assert run.on(AgentConnected("d")) == (Invite(frozenset("d")),)
+    assert run.on(Ready("d", 1, 0), Ready("a", 1, 0)) == (OpenCohort(),)
+
+
+def test_who_leaves_is_not_waited_for_in_any_phase() -> None:
+    run = asynchronous(minimum_agents=1)
+    run.on(Ready("a", 1, 0), AgentDisconnected("c"))
+    assert run.on(AgentDisconnected("b")) == (OpenCohort(),)
+    assert run.state.cohort == ("a",)
+    run = asynchronous(minimum_agents=1)
+    run.on(Ready("a", 1, 0), Ready("b", 1, 0), Uploaded("a", SHA))
+    assert run.on(AgentDisconnected("b")) == (CloseCohort(),)
+    assert run.on(SumStored()) == (PublishResult(frozenset("a")),)
+    # The sum is history; its only member here leaves before it tells of its state.
+    assert run.on(AgentDisconnected("a")) == (PublishResult(frozenset("c")),)
+    assert run.on(Applied("c", 1, SHA)) == (CloseRound(), Invite(frozenset("c")))
+
+
+def test_who_was_ready_and_left_is_no_member() -> None:
+    run = asynchronous()
+    run.on(Ready("a", 1, 0), AgentDisconnected("a"), Ready("b", 1, 0))
+    assert run.state.phase is Phase.TRAINING
+    assert run.on(AgentConnected("a")) == (Invite(frozenset("a")),)
+    assert run.on(Ready("a", 1, 0)) == (OpenCohort(),)
+
+
+def test_under_masks_a_sum_closes_early_only_if_it_can_be_opened() -> None:
+    """Of five members four must be in it, whatever the minimum is."""
+    run = asynchronous(minimum_agents=3, cohort_size=5, buffer=5, has_masks=True)
+    run.on(AgentConnected("d"), AgentConnected("e"))
+    run.on(*(Ready(agent, 1, 0) for agent in "abcde"))
+    run.on(*(Uploaded(agent, SHA) for agent in "abc"))
+    run.on(AgentDisconnected("d"))
+    assert run.on(AgentDisconnected("e")) == ()
+    run.on(AgentConnected("d"))
+    assert run.on(Uploaded("d", SHA)) == (CloseCohort(),)

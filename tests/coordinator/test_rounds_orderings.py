@@ -5,6 +5,7 @@ crash forgets all but the journal, whose replay must give the very state. The ag
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 from hypothesis import assume, settings
@@ -21,6 +22,7 @@ from coordinator.events import (
     Effect,
     Event,
     FinishRun,
+    Invite,
     KeyShared,
     Ready,
     Reject,
@@ -35,7 +37,7 @@ from coordinator.events import (
 from coordinator.journal import Journal, MaskMessage
 from coordinator.rounds import MAX_ROUND_FAILURES, handle
 from coordinator.run_state import Phase, RunPolicy, RunState, Wish
-from coordinator.selection import UNIFORM, UNKNOWN, Selection, SelectionRule, Traits
+from coordinator.selection import UNIFORM, UNKNOWN, Selection, SelectionRule, Traits, eligible
 from coordinator.store import JournalEntry, Store
 from fedloom.errors import Reason
 from tests.coordinator.record import Record
@@ -52,6 +54,8 @@ rounds_off = st.sampled_from([0, 0, 0, -1, 1])
 
 def _is_possible(policy: RunPolicy) -> bool:
     """As `coordinator.config` checks."""
+    if policy.buffer and not policy.minimum_agents <= policy.buffer <= policy.cohort_size:
+        return False
     quorum = policy.quorum == 0 or policy.minimum_agents <= policy.quorum <= policy.cohort_size
     return quorum and (policy.minimum_agents > 1 or not policy.returns_sums)
 
@@ -82,6 +86,16 @@ policies = st.builds(
     quorum=st.sampled_from([0, 0, 2, 3]),
     returns_sums=st.booleans(),
     selection=st.sampled_from(SELECTIONS),
+    buffer=st.just(0),
+    max_staleness=st.just(0),
+).filter(_is_possible)
+asynchronous_policies = st.builds(
+    replace,
+    policies,
+    quorum=st.just(0),
+    selection=st.sampled_from([UNIFORM, Selection(least_memory_mb=1)]),
+    buffer=st.integers(1, 5),
+    max_staleness=st.integers(0, 2),
 ).filter(_is_possible)
 
 
@@ -151,9 +165,16 @@ class Orderings(RuleBasedStateMachine):
     def disconnect(self, agent: str) -> None:
         self.post(AgentDisconnected(agent))
 
-    @rule(agent=agents, off=rounds_off, weight_class=st.integers(0, 24))
-    def ready(self, agent: str, off: int, weight_class: int) -> None:
-        self.post(Ready(agent, self.state.round + off, weight_class))
+    @rule(
+        agent=agents,
+        off=rounds_off,
+        weight_class=st.integers(0, 24),
+        staleness=st.sampled_from([0, 0, 0, 1, 2, 3, -1]),
+    )
+    def ready(self, agent: str, off: int, weight_class: int, staleness: int) -> None:
+        base = max(0, self.state.completed - staleness)
+        number = self.state.round + off
+        self.post(Ready(agent, number, weight_class, base_rounds=base))
 
     @rule(agent=agents, off=rounds_off, reason=reasons)
     def decline(self, agent: str, off: int, reason: Reason) -> None:
@@ -252,7 +273,8 @@ class Orderings(RuleBasedStateMachine):
         assert len(set(state.cohort)) == len(state.cohort) <= state.policy.cohort_size
         assert set(state.cohort) <= state.invited
         policy = state.policy
-        assert len(state.invited) <= policy.selection.invitations(policy.cohort_size)
+        most = policy.selection.invitations(policy.cohort_size)
+        assert policy.is_asynchronous or len(state.invited) <= most
         assert set(state.traits) <= state.connected
 
     @invariant()
@@ -296,13 +318,15 @@ def wanted_events(state: RunState) -> list[Event]:
         case Phase.GATHERING:
             return [AgentConnected(agent) for agent in AGENTS if agent not in state.candidates]
         case Phase.TRAINING:
-            return [Ready(a, number, 3) for a in sorted(state.invited) if a not in state.ready]
+            base = state.completed if state.policy.is_asynchronous else 0
+            missing = [agent for agent in sorted(state.invited) if agent not in state.ready]
+            return [Ready(agent, number, 3, base_rounds=base) for agent in missing]
         case Phase.COLLECTING:
             return [Uploaded(a, SHA) for a in state.cohort if a not in state.uploaded]
         case Phase.SUMMING:
             return [SumStored()]
         case Phase.APPLYING:
-            return [Applied(a, number, SHA) for a in sorted(state.invited - set(state.applied))]
+            return [Applied(a, number, SHA) for a in sorted(state.appliers - set(state.applied))]
         case Phase.RETURNING:
             return [SumReturned(state.returning)] if state.returning else []
         case Phase.COMPLETED | Phase.FAILED:
@@ -334,5 +358,52 @@ def run_to_the_end(state: RunState, now: float, behaviour: Callable[[RunState], 
     return state
 
 
+class AsynchronousOrderings(Orderings):
+    """The same, where a round is for whoever is ready first."""
+
+    @initialize(policy=asynchronous_policies)
+    def open(self, policy: RunPolicy) -> None:
+        super().open(policy)
+
+    def check_step(self, before: RunState, event: Event, effects: tuple[Effect, ...]) -> None:
+        super().check_step(before, event, effects)
+        refused = any(isinstance(effect, Reject) for effect in effects)
+        if isinstance(event, Ready) and not before.phase.over and refused:
+            # Politely: only what can never fit is refused, and who trained in vain is asked again.
+            assert before.phase is Phase.TRAINING
+            assert event.round == before.round
+            staleness = before.completed - event.base_rounds
+            too_old = not 0 <= staleness <= before.policy.max_staleness
+            assert too_old or event.agent not in before.invited
+            asked = Invite(frozenset({event.agent})) in effects
+            assert asked == (too_old and event.agent in before.invited - set(before.ready))
+
+    @invariant()
+    def cohorts_are_small_and_fresh(self) -> None:
+        state = self.state
+        assert len(state.cohort) <= state.policy.buffer
+        assert set(state.ready) <= set(state.staleness)
+        for agent in {*state.ready, *state.cohort}:
+            assert 0 <= state.staleness[agent] <= state.policy.max_staleness
+
+    @invariant()
+    def who_is_here_is_asked(self) -> None:
+        """Nobody waits for a round that went on without it."""
+        state = self.state
+        if state.phase is Phase.TRAINING:
+            selection = state.policy.selection
+            able = eligible(selection, state.candidates, state.traits, state.recent, self.now)
+            if state.policy.needs_key:
+                able = state.keys.able(able, state.past_keys)
+            assert able <= state.invited
+            here = state.connected & state.invited - set(state.excluded)
+            enough = len(set(state.ready) & here) >= state.policy.minimum_agents
+            assert not (enough and here <= set(state.ready))
+
+
 TestOrderings = Orderings.TestCase
 TestOrderings.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestAsynchronousOrderings = AsynchronousOrderings.TestCase
+TestAsynchronousOrderings.settings = settings(
+    max_examples=150, stateful_step_count=60, deadline=None
+)

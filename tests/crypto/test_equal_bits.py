@@ -160,7 +160,7 @@ def stepped(case: tuple, start: int = 0) -> list[bytes]:
     """Apply updates of any values; return theta and all that the server keeps."""
     terms, seed, rounds, rate, momentum = case
     random, changes = np.random.default_rng(seed), {}
-    if terms.strategy is not Strategy.FED_DYN:
+    if terms.strategy not in (Strategy.FED_DYN, Strategy.FED_ASYNC):
         changes["server_learning_rate"] = rate
     if terms.strategy in STRATEGIES_WITH["server_momentum"]:
         changes["server_momentum"] = momentum

@@ -291,7 +291,7 @@ async def test_names_follow_the_conventions_and_labels_are_ours(watched: Federat
         assert family.name.startswith(("fedloom_", "process_"))
         assert family.documentation
         if family.type == "histogram":
-            assert family.name.endswith("_seconds")
+            assert family.name.endswith(("_seconds", "_rounds"))  # its unit
         for sample in family.samples:
             for label, found in sample.labels.items():
                 assert found in allowed.get(label, {found}), sample

@@ -1,6 +1,7 @@
 """The privacy statement: what it says follows from the run's terms, and never flatters them."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -185,3 +186,10 @@ def test_who_learns_quality_follows_from_how_it_is_reported(protection: Protecti
         assert ("quality" in said.agent) == is_summed
         reads = protection in (Protection.PLAIN, Protection.MASKED)
         assert ("quality" in said.coordinator) == (is_summed and reads)
+
+
+def test_the_age_of_updates_is_said_where_they_have_one() -> None:
+    terms = PrivacyTerms(Protection.SEALED, Release.AGENTS, 3)
+    told = "how many rounds old each update is"
+    assert told in privacy_statement(replace(terms, is_asynchronous=True)).clear
+    assert told not in privacy_statement(terms).clear

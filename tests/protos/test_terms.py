@@ -15,6 +15,7 @@ from fedloom.strategies.ditto import personal_terms
 from fedloom.strategies.fine_tuning import fine_tuning_terms
 from fedloom.terms import (
     ADAPTIVITIES,
+    ASYNCHRONOUS,
     MAX_BATCH_SIZE,
     MAX_CAPACITY,
     MAX_EPOCHS,
@@ -32,6 +33,7 @@ from fedloom.terms import (
     Personal,
     Protection,
     Schedule,
+    StalenessWeighting,
     Strategy,
     Weighting,
     clip_of,
@@ -75,6 +77,9 @@ _what_travels = (
         optional={"fine_tune_steps": _steps},
     )
 )
+_what_every_sum_takes = st.fixed_dictionaries(
+    {"lora": st.sampled_from([LoraRule.FEDIT, LoraRule.FFA])}, optional={"fine_tune_steps": _steps}
+)
 _OF_STRATEGIES: dict[str, st.SearchStrategy[float]] = {
     "proximal_mu": _rate,
     "server_momentum": _below_one,
@@ -83,6 +88,10 @@ _OF_STRATEGIES: dict[str, st.SearchStrategy[float]] = {
     "dynamic_alpha": st.floats(0, 1e6, exclude_min=True),
     "population": st.integers(1, 2**32 - 1),
     "auxiliary_scale": st.floats(0, 1e6, exclude_min=True),
+    "max_staleness": st.integers(0, MAX_STEPS),
+    "staleness_exponent": st.floats(0, 1e6, exclude_min=True),
+    "staleness_threshold": st.integers(0, MAX_STEPS),
+    "mixing": st.floats(0, 1, exclude_min=True),
 }
 
 _share = st.floats(0, LARGEST_TOP_SHARE, exclude_min=True)
@@ -128,18 +137,21 @@ def trainings(draw: st.DrawFn) -> LocalTraining:
         **draw(_amounts),
     }
     if strategy is not Strategy.FED_MA:
-        values |= draw(_what_travels)
+        values |= draw(_what_every_sum_takes if strategy in ASYNCHRONOUS else _what_travels)
     if strategy in MOVEMENTS:
         values |= draw(_groups)
-    if strategy not in (Strategy.FED_DYN, Strategy.FED_MA):
+    if strategy not in (Strategy.FED_DYN, Strategy.FED_MA, Strategy.FED_ASYNC):
         values["server_learning_rate"] = draw(_rate)
+    if strategy in ASYNCHRONOUS:  # of which the threshold is the hinge's alone
+        values["staleness_weighting"] = StalenessWeighting.HINGE
     for name, strategies in STRATEGIES_WITH.items():
         if strategy in strategies:
             values[name] = draw(_OF_STRATEGIES[name])
     if draw(st.booleans()) and values.get("personal", Personal.NONE) is Personal.NONE:
         values |= _HETLORA | {"weighting": draw(st.sampled_from(Weighting))}
         values = {name: value for name, value in values.items() if name not in STRATEGIES_WITH}
-        values = {name: value for name, value in values.items() if not name.startswith("group")}
+        others = ("group", "staleness")
+        values = {name: value for name, value in values.items() if not name.startswith(others)}
         strategy = Strategy.FED_AVG
     elif strategy in MOVEMENTS:
         values |= draw(_compressions | _unbiased)
@@ -243,7 +255,9 @@ def test_a_proximal_term_needs_fedprox() -> None:
 def test_a_value_is_for_the_strategies_that_have_a_use_for_it(
     name: str, terms: LocalTraining
 ) -> None:
-    value = 2 if name == "population" else 0.5
+    value = 2 if name in ("population", "max_staleness", "staleness_threshold") else 0.5
+    if terms.is_asynchronous:
+        terms = replace(terms, staleness_weighting=StalenessWeighting.HINGE)
     if terms.strategy in STRATEGIES_WITH[name]:
         assert getattr(replace(terms, **{name: value}), name) == value
     else:
@@ -265,6 +279,18 @@ def test_a_value_is_for_the_strategies_that_have_a_use_for_it(
         (Strategy.FED_ADAM, {"server_adaptivity": 1e-10}, "server_adaptivity in"),
         (Strategy.FED_AVG, {"local_steps": 5, "epochs": 2}, "local_steps without epochs"),
         (Strategy.FED_AVG, {"local_steps": 5, "max_steps": 2}, "local_steps without epochs"),
+        (Strategy.FED_ASYNC, {"mixing": 1.5}, "mixing of at most 1"),
+        (Strategy.FED_ASYNC, {"mixing": 0.0}, "mixing above 0"),
+        (Strategy.FED_ASYNC, {"server_learning_rate": 0.5}, "server_learning_rate 1"),
+        (Strategy.FED_BUFF, {"staleness_threshold": 1}, "unless staleness_weighting is HINGE"),
+        (Strategy.FED_BUFF, {"staleness_exponent": 0.0}, "staleness_exponent above 0"),
+        (Strategy.FED_BUFF, {"lora": LoraRule.ROLORA}, r"FEDIT or FFA.*FED_AVG goes"),
+        (Strategy.FED_BUFF, {"personal": Personal.FEDPER}, r"personal NONE.*FED_AVG goes"),
+        (
+            Strategy.FED_AVG,
+            {"staleness_weighting": StalenessWeighting.POLYNOMIAL, "staleness_exponent": 0.5},
+            "FED_BUFF",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_what_does(

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_agent.engine import LocalUpdate
+from edge_agent.held_updates import HeldUpdate
 from edge_agent.local_rules import (
     LocalSteps,
     Outgoing,
+    joined,
     outgoing,
     prunes_rank,
     remembered,
@@ -69,7 +71,18 @@ def move(device: Device, state: ServerState, terms: LocalTraining, layout: Layou
     elif keeps_own_model(terms):
         own = start + delta
     update = LocalUpdate(delta, device.samples, 0.0)
-    return outgoing(terms, state, device.memory, update, layout, own)
+    sent = outgoing(terms, state, device.memory, update, layout, own)
+    return at_once(terms, state, layout, sent) if terms.is_asynchronous else sent
+
+
+def at_once(terms: LocalTraining, state: ServerState, layout: Layout, sent: Outgoing) -> Outgoing:
+    """Have the next sum take what was trained from the state that it is applied to."""
+    return joined(terms, state, layout, held_since(state.rounds, sent))
+
+
+def held_since(base_rounds: int, sent: Outgoing) -> HeldUpdate:
+    """Hold what a training gave that began when so many rounds had been applied."""
+    return HeldUpdate(base_rounds, 1, sent.values, np.zeros(0, np.float32), sent.weight, 0.0, 0.0)
 
 
 def move_ranks(

@@ -13,7 +13,7 @@ from fedloom.plans import TrainableTensor
 from fedloom.schedules import effective_steps
 from fedloom.strategies import RULES, ServerState, algorithm, update_length
 from fedloom.terms import LocalTraining, Strategy, steps_of, weight_of
-from tests.strategies.federation import Device, Float64, first_state, mean_of
+from tests.strategies.federation import Device, Float64, at_once, first_state, mean_of
 from tests.strategies.oracles import Client, FedAvgM, FedDyn, FedNova, FedOpt, Scaffold
 from tests.strategies.samples import ALL_TERMS, terms_of
 
@@ -189,6 +189,8 @@ def test_devices_that_stand_still_leave_the_model(strategy: Strategy) -> None:
     memory = tuple(np.zeros(P, np.float32) for _ in RULES[strategy].remembers)
     update = LocalUpdate(np.zeros(P, np.float32), 8, 0.0)
     sent = outgoing(terms, state, memory, update)
+    if terms.is_asynchronous:
+        sent = at_once(terms, state, LAYOUT, sent)
     following = rule.apply(state, mean_of([sent]), 1)
     np.testing.assert_array_equal(following.theta, theta)
 

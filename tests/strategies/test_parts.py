@@ -146,6 +146,10 @@ def test_a_strategy_works_on_what_is_sent_as_on_a_whole_model(
     terms: LocalTraining, lora: LoraRule
 ) -> None:
     """The oracle is the same strategy for each factor alone, as if it were all there is."""
+    if terms.is_asynchronous and lora not in (LoraRule.FEDIT, LoraRule.FFA):
+        with pytest.raises(Refused, match="lora FEDIT or FFA"):
+            replace(terms, lora=lora)
+        return
     if lora is LoraRule.HETLORA and terms.strategy in COUNT_EVERY_UPDATE:
         return  # refused
     terms, random = replace(terms, lora=lora), np.random.default_rng(5)
@@ -172,6 +176,11 @@ def test_a_strategy_works_on_what_is_sent_as_on_a_whole_model(
             assert not linear[~mask].any()
         sent = rule.sent(state, memory, delta.copy(), 4.0)
         given_alone = alone.sent(expected, own, delta[mask], 4.0)
+        given, as_alone = (
+            one.joined(at, of.values, 1)
+            for one, at, of in ((rule, state, sent), (alone, expected, given_alone))
+        )
+        np.testing.assert_array_equal(given, as_alone)
         np.testing.assert_array_equal(sent.values, given_alone.values)
         memory, own = sent.memory, given_alone.memory
         before, state = state, rule.apply(state, sent.values.copy(), 2)
@@ -456,7 +465,9 @@ def test_terms_that_do_not_go_together_are_refused(values: dict[str, Any], told:
 @pytest.mark.parametrize("terms", ALL_TERMS, ids=lambda terms: terms.strategy.name)
 def test_every_run_can_be_fine_tuned(terms: LocalTraining) -> None:
     """What a device does alone at the end is plain training, whatever the run was."""
-    rules = {"fine_tune_steps": 3, "personal": Personal.DITTO, "personal_lambda": 0.5}
+    rules = {"fine_tune_steps": 3}
+    if not terms.is_asynchronous:
+        rules |= {"personal": Personal.DITTO, "personal_lambda": 0.5}
     more = {"warmup_steps": 50, "round_schedule": Schedule.COSINE, "lora": LoraRule.FFA}
     plainly = fine_tuning_terms(replace(terms, **rules, **more))  # type: ignore[arg-type]
     assert (plainly.strategy, plainly.local_steps) == (Strategy.FED_AVG, 3)

@@ -6,8 +6,10 @@ the same where it may read the sums and exports a model.
 """
 
 from fedloom.strategies import (
+    fedasync,
     fedavg,
     fedavgm,
+    fedbuff,
     feddyn,
     fedma,
     fednova,
@@ -49,6 +51,8 @@ _ALL = (
     fednova.RULE,
     scaffold.RULE,
     feddyn.RULE,
+    fedbuff.RULE,
+    fedasync.RULE,
     fedma.RULE,
 )
 RULES: dict[Strategy, Rule] = {rule.strategy: rule for rule in _ALL}

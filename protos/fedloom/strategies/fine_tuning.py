@@ -7,13 +7,21 @@ with the run's optimiser and learning rate, and none of its strategy's terms.
 
 from dataclasses import replace
 
-from fedloom.terms import STRATEGIES_WITH, LocalTraining, Personal, Schedule, Strategy
+from fedloom.terms import (
+    STRATEGIES_WITH,
+    LocalTraining,
+    Personal,
+    Schedule,
+    StalenessWeighting,
+    Strategy,
+)
 
 
 def fine_tuning_terms(terms: LocalTraining) -> LocalTraining:
     """Return how a device trains the finished run's model: plainly, for `fine_tune_steps`."""
     return replace(
         terms,
+        staleness_weighting=StalenessWeighting.CONSTANT,
         **dict.fromkeys(STRATEGIES_WITH, 0),  # type: ignore[arg-type]
         strategy=Strategy.FED_AVG,
         server_learning_rate=1.0,

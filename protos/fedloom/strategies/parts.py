@@ -155,4 +155,8 @@ def travelling(inner: Algorithm, parts_after: Callable[[int], Parts]) -> Algorit
             tuple(scattered(old, applied, new) for old, new in vectors),
         )
 
-    return Algorithm(apply, inner.init, linear, sent)
+    def joined(state: ServerState, held: Vector, staleness: int) -> Vector:
+        shared = parts_after(state.rounds).shared
+        return inner.joined(inside(state, shared), held, staleness)
+
+    return Algorithm(apply, inner.init, linear, sent, joined)

@@ -64,6 +64,11 @@ def _no_linear_term(state: ServerState, memory: Memory) -> None:
     del state, memory
 
 
+def _as_held(state: ServerState, held: Vector, staleness: int) -> Vector:
+    del state, staleness
+    return held
+
+
 def _movement_alone(state: ServerState, memory: Memory, delta: Theta, steps: float) -> Sent:
     del state, memory, steps
     return Sent(delta)
@@ -82,12 +87,17 @@ class Algorithm:
     sent(state, memory, delta, steps): what a device gives after it has moved by `delta` (P,), which
     is handed over, in `steps` effective steps (`fedloom.schedules`). Its arithmetic is the device's
     own: nobody repeats it.
+
+    joined(state, held, staleness): what a device gives to a sum of an asynchronous run. `held` (U,)
+    is what it was to give (`sent`) when it had trained; `state` is the one that the sum is applied
+    to, `staleness` rounds newer than the one that it trained from.
     """
 
     apply: Callable[[ServerState, Vector, int], ServerState]
     init: Callable[[Theta], ServerState] = ServerState
     linear: Callable[[ServerState, Memory], Vector | None] = _no_linear_term
     sent: Callable[[ServerState, Memory, Theta, float], Sent] = _movement_alone
+    joined: Callable[[ServerState, Vector, int], Vector] = _as_held
 
 
 @dataclass(frozen=True)
