@@ -150,10 +150,11 @@ def _out_of_range(selection: Selection, bounds: Bounds) -> Iterator[str]:
             yield f"selection.{name}: expected {least:g}..{most:g}, found {found:g}"
     if selection.engine not in ENGINES:
         yield f"selection.engine: expected one of {list(ENGINES)}, found {selection.engine!r}"
-    invited = bounds.places * selection.over_selection
-    if 1 <= selection.over_selection <= MAX_OVER_SELECTION and invited > bounds.capacity:
+    within = 1 <= selection.over_selection <= MAX_OVER_SELECTION
+    places = min(bounds.places, bounds.capacity + 1)  # as large as a run file likes
+    if within and places * selection.over_selection > bounds.capacity:
         yield (
-            f"selection.over_selection: expected at most {bounds.capacity / bounds.places:g}, by "
+            f"selection.over_selection: expected at most {bounds.capacity / places:g}, by "
             f"which a round invites {bounds.capacity} agents, found {selection.over_selection:g}"
         )
 

@@ -92,14 +92,15 @@ def test_the_trimmed_mean_is_the_papers(x: Float32, trim: float) -> None:
 @_few
 @given(_matrices)
 def test_the_geometric_median_is_the_papers(x: Float32) -> None:
-    """As good a minimum of the sum of distances as the paper's iterations, in float64."""
+    """As good a minimum of the sum of distances as the paper's iterations, and as any mean."""
 
     def objective(z: Float64) -> float:
         return sum(float(np.linalg.norm(z - x_g)) for x_g in x.astype(np.float64))
 
     found = objective(across(GroupRule.GEOMETRIC_MEDIAN, x))
     expected = objective(weiszfeld(x.astype(np.float64)))
-    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    least = min(expected, *map(objective, x.astype(np.float64)))
+    assert found <= least * (1 + 2e-3) + 1e-4
 
 
 @pytest.mark.parametrize("rule", GroupRule)

@@ -8,7 +8,8 @@ A round's members fall into G random groups; each group's mean is opened, none o
                        b smallest, b = floor(trim G)
     geometric median   Pillutla et al., arXiv:1912.13445, Algorithm 2 with equal weights: from the
                        coordinate-wise median, at most 32 times z <- sum_g beta_g x_g / sum beta,
-                       beta_g = 1 / max(nu, |z - x_g|), nu = 1e-6
+                       beta_g = 1 / max(nu, |z - x_g|), where nu shrinks by a factor of 4
+                       from the middle one of the first distances to 1e-6
 
 What it promises: while fewer than half of the groups hold a faulty member (at most b of them with a
 trimmed mean), the result stays within what the other groups' means are: between them, value by
@@ -17,9 +18,10 @@ faulty members need G > 2f; a group of which one member is faulty is lost with t
 means of groups differ less than updates do, so that what a few do a little wrong is not seen.
 
 Deviations: SHARE clusters anew several times in a round and averages the results; here a group is
-drawn once in an attempt, since each update is given once. Every agent computes the same bits
-(`arithmetic`): additions are of float64 in a fixed order, value by value, rounded once; those over
-all values, of which a distance is made, end in an exact one.
+drawn once in an attempt, since each update is given once. nu does not begin small, since the median
+may be a group's mean, where the iteration would stand still from the start. Every agent computes
+the same bits (`arithmetic`): additions are of float64 in a fixed order, value by value, rounded
+once; those over all values, of which a distance is made, end in an exact one.
 """
 
 import math
@@ -31,7 +33,7 @@ from numpy.typing import NDArray
 from fedloom.strategies.arithmetic import Vector, blocks, flush, flushed
 from fedloom.terms import GroupRule, LocalTraining
 
-ITERATIONS, SMOOTHING = 32, 1e-6
+ITERATIONS, SMOOTHING, SHRINKING = 32, 1e-6, 0.25
 _LANES = 1 << 14  # of `blocks`
 
 
@@ -59,11 +61,14 @@ def _trimmed(means: Sequence[Vector], cut: int) -> Vector:
 
 def _geometric_median(means: Sequence[Vector]) -> Vector:
     z = _trimmed(means, (len(means) - 1) // 2)
+    distances = [_distance(mean, z) for mean in means]
+    nu = sorted(distances)[len(means) // 2]
     for _ in range(ITERATIONS):
-        beta = [1 / max(SMOOTHING, _distance(mean, z)) for mean in means]
-        before, z = z, _weighted(means, beta)
-        if np.array_equal(before, z):
+        nu = max(SMOOTHING, nu)
+        before, z = z, _weighted(means, [1 / max(nu, distance) for distance in distances])
+        if nu == SMOOTHING and np.array_equal(before, z):
             break
+        distances, nu = [_distance(mean, z) for mean in means], nu * SHRINKING
     return z
 
 
