@@ -50,7 +50,7 @@ def test_a_temperature_near_nought_is_greedy(logits: np.ndarray, seed: int) -> N
     greedy = Sampler(Sampling()).choose(logits)
     assert greedy == int(logits.argmax())
     drawn = Sampler(Sampling(1e-9, seed=seed)).choose(logits)
-    assert logits[drawn] == logits[greedy]  # a tie may fall either way
+    assert logits[drawn] >= logits[greedy] - 1e-6  # what is nearly a tie may fall either way
     assert Sampler(Sampling(3.0, top_k=1, seed=seed)).choose(logits) == greedy
 
 
